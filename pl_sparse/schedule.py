@@ -1,0 +1,354 @@
+"""When to prune, and how sparse: a curve from dense to the final sparsity, read at optimizer steps.
+
+Times (`begin`, `end`) are fractions of training (a number from 0 to 1), optimizer steps (a whole number above 1, or
+"500 steps") or epochs ("2 epochs"). `every` is a count of optimizer steps, or "1 epoch". The step a schedule is asked
+about is the number of optimizer steps already taken; the last one of a training of `total` steps is `total - 1`.
+A level due at `end` always happens, also where `end` is no multiple of `every`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TypeAlias, TypeVar
+
+S = TypeVar("S", bound="Schedule")
+
+Time: TypeAlias = "float | int | str"
+_TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?)\s*")
+
+
+def _parse(time: Time, what: str) -> tuple[float, str]:
+    """A time as (number, unit); the units are "fraction", "steps" and "epochs"."""
+    if isinstance(time, str):
+        match = _TIME.fullmatch(time)
+        if not match:
+            raise ValueError(f"{what}={time!r} is no time: write a fraction such as 0.1, '500 steps' or '2 epochs'")
+        return float(match[1]), "epochs" if match[2].startswith("epoch") else "steps"
+    if isinstance(time, bool) or not math.isfinite(time) or time < 0:
+        raise ValueError(f"{what}={time!r} must not be negative: a fraction of training in [0, 1] or optimizer steps")
+    if time <= 1:
+        return float(time), "fraction"
+    if time != int(time):
+        raise ValueError(f"{what}={time!r}: a fraction of training is at most 1, and optimizer steps are whole")
+    return float(time), "steps"
+
+
+def _sparsity(value: float, what: str) -> None:
+    if isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(
+            f"{what}={value!r} must be a fraction of the weights removed, in [0, 1] (0.9 keeps one in ten)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(ABC):
+    """The sparsity to reach at each optimizer step.
+
+    Args:
+        final: the sparsity at `end`, in [0, 1].
+        begin: when pruning starts; dense before (warm-up).
+        end: when `final` is reached.
+        every: optimizer steps between two updates of the masks.
+    """
+
+    final: float
+    begin: Time = 0.0
+    end: Time = 0.75
+    every: int | str = 100
+
+    def __post_init__(self) -> None:
+        _sparsity(self.final, "final")
+        begin, begin_unit = _parse(self.begin, "begin")
+        end, end_unit = _parse(self.end, "end")
+        if begin_unit == end_unit and end < begin:
+            raise ValueError(f"the schedule ends before it begins: begin={self.begin!r}, end={self.end!r}")
+        if isinstance(self.every, str):
+            _parse(self.every, "every")
+        elif self.every < 1 or self.every != int(self.every):
+            raise ValueError(f"every={self.every!r} must be a whole number of optimizer steps, 1 or more")
+
+    def resolved(self: S, steps_per_epoch: int | None) -> S:
+        """The same schedule with epochs turned into steps.
+
+        Raises:
+            ValueError: a time is in epochs and `steps_per_epoch` is not known.
+        """
+        changes: dict[str, int | str] = {}
+        for what in ("begin", "end", "every"):
+            value, unit = _parse(getattr(self, what), what)
+            if unit == "epochs":
+                if steps_per_epoch is None:
+                    raise ValueError(
+                        f"{what}={getattr(self, what)!r} is in epochs, but their length is not known: give steps"
+                    )
+                changes[what] = _steps(round(value * steps_per_epoch), what)
+            elif what == "every" and unit == "steps":
+                changes[what] = int(value)
+        return replace(self, **changes) if changes else self  # type: ignore[arg-type]
+
+    def span(self, total: int) -> tuple[int, int]:
+        """The steps of the first and the last level in a training of `total` optimizer steps.
+
+        Raises:
+            ValueError: the schedule does not fit into the training.
+        """
+        begin, end = self._at(self.begin, "begin", total), self._at(self.end, "end", total)
+        if begin > total - 1:
+            raise ValueError(f"begin={self.begin!r} is step {begin}, but training has only {total} optimizer steps")
+        if end > total:
+            raise ValueError(
+                f"end={self.end!r} is step {end}, but training has only {total} optimizer steps: the final sparsity "
+                f"{self.final} would never be reached"
+            )
+        end = min(end, total - 1)
+        if end < begin:
+            raise ValueError(
+                f"the schedule ends before it begins: begin={self.begin!r} is step {begin}, "
+                f"end={self.end!r} is step {end}"
+            )
+        return begin, end
+
+    @staticmethod
+    def _at(time: Time, what: str, total: int) -> int:
+        value, unit = _parse(time, what)
+        if unit == "epochs":
+            raise ValueError(f"{what}={time!r} is in epochs: call resolved(steps_per_epoch) first")
+        return round(value * total) if unit == "fraction" else int(value)
+
+    @abstractmethod
+    def curve(self, x: float) -> float:
+        """The sparsity at x, the part of the way from `begin` to `end`, in [0, 1]."""
+
+    def levels(self, step: int, total: int) -> tuple[float, ...]:
+        """The sparsities due at this step, () when none is; several are reached one after the other (rounds)."""
+        begin, end = self.span(total)
+        if step != end and (step < begin or step > end or (step - begin) % int(self.every)):
+            return ()
+        return (self.curve((step - begin) / (end - begin) if end > begin else 1.0),)
+
+    def reached(self, step: int, total: int) -> bool:
+        """Whether the last level is behind: at `step` and later the sparsity is the final one."""
+        return step > self.span(total)[1]
+
+
+def _steps(value: int, what: str) -> int | str:
+    return max(value, 1) if what == "every" else f"{value} steps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(Schedule):
+    """The final sparsity from `begin` on, the masks made anew every `every` steps until `end`.
+
+    >>> Constant(final=0.9, begin=0, end=1.0, every=50).levels(50, 100)
+    (0.9,)
+    """
+
+    end: Time = 1.0
+
+    def curve(self, x: float) -> float:
+        return self.final
+
+    def reached(self, step: int, total: int) -> bool:
+        return step > self.span(total)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneShot(Schedule):
+    """The final sparsity at once, at `begin`; in `rounds` rounds with densities (1 - final) ** (k / rounds).
+
+    Source: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, 2020,
+    arXiv:2006.05467, Algorithm 1 (the exponential rounds).
+
+    >>> [round(1 - level, 3) for level in OneShot(final=0.9, rounds=5).levels(0, 100)]
+    [0.631, 0.398, 0.251, 0.158, 0.1]
+    """
+
+    end: Time = 1.0
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds!r} must be 1 or more")
+
+    def span(self, total: int) -> tuple[int, int]:
+        begin, _ = super().span(total)
+        return begin, begin
+
+    def curve(self, x: float) -> float:
+        return self.final
+
+    def levels(self, step: int, total: int) -> tuple[float, ...]:
+        if step != self.span(total)[0]:
+            return ()
+        density = 1 - self.final
+        rounds = (1 - density ** (k / self.rounds) for k in range(1, self.rounds))
+        return (*rounds, self.final)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gradual(Schedule):
+    """A curve from `initial` to `final`.
+
+    Args:
+        initial: the sparsity at `begin`, in [0, 1].
+    """
+
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _sparsity(self.initial, "initial")
+        if self.initial > self.final:
+            raise ValueError(f"initial={self.initial!r} is above final={self.final!r}")
+
+    @abstractmethod
+    def progress(self, x: float) -> float:
+        """The part of the way from `initial` to `final`, 0 at x = 0 and 1 at x = 1."""
+
+    def curve(self, x: float) -> float:
+        if x >= 1:
+            return self.final
+        return self.initial + (self.final - self.initial) * self.progress(x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(_Gradual):
+    """s(x) = initial + (final - initial) x."""
+
+    def progress(self, x: float) -> float:
+        return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cubic(_Gradual):
+    """s(x) = final + (initial - final) (1 - x)^3: fast while weights are redundant, slow near the end.
+
+    Source: Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
+
+    >>> [round(Cubic(final=0.9).curve(k / 10), 4) for k in (0, 1, 5, 10)]
+    [0.0, 0.2439, 0.7875, 0.9]
+    """
+
+    def progress(self, x: float) -> float:
+        return 1 - (1 - x) ** 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(_Gradual):
+    """s(x) = initial + (final - initial) (1 - cos(pi x)) / 2: slow at both ends."""
+
+    def progress(self, x: float) -> float:
+        return (1 - math.cos(math.pi * x)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponential(_Gradual):
+    """The density falls by the same factor at each update: 1 - s(x) = (1 - initial) ((1 - final) / (1 - initial))^x.
+
+    A final sparsity of 1 has no such factor and is refused.
+
+    >>> round(Exponential(final=0.99).curve(0.5), 3)
+    0.9
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.final == 1:
+            raise ValueError("final=1.0 leaves no density to fall towards: an exponential schedule needs final below 1")
+
+    def progress(self, x: float) -> float:
+        if self.final == self.initial:
+            return x
+        density = (1 - self.initial) * ((1 - self.final) / (1 - self.initial)) ** x
+        return (1 - density - self.initial) / (self.final - self.initial)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iterative(Schedule):
+    """Rounds that each remove the fraction `rate` of what remains, spread evenly from `begin` to `end`.
+
+    After round k the sparsity is min(final, 1 - (1 - rate)^k); the number of rounds is the least that reaches `final`.
+    `every` has no meaning here.
+
+    Source: Han et al., Learning both weights and connections for efficient neural networks, 2015, arXiv:1506.02626.
+
+    >>> [round(level, 3) for level in Iterative(final=0.5, rate=0.2).rounds]
+    [0.2, 0.36, 0.488, 0.5]
+    """
+
+    rate: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.rate < 1:
+            raise ValueError(
+                f"rate={self.rate!r} must be between 0 and 1: the part of the remaining weights removed a round"
+            )
+        if self.final == 1:
+            raise ValueError("final=1.0 is never reached by removing a part of what remains: choose final below 1")
+
+    @property
+    def rounds(self) -> tuple[float, ...]:
+        """The sparsity after each round."""
+        if self.final == 0:
+            return (0.0,)
+        count = math.ceil(round(math.log(1 - self.final) / math.log(1 - self.rate), 9))
+        return (*(1 - (1 - self.rate) ** k for k in range(1, count)), self.final)
+
+    def curve(self, x: float) -> float:
+        rounds = self.rounds
+        return rounds[min(int(x * (len(rounds) - 1) + 1e-9), len(rounds) - 1)] if len(rounds) > 1 else self.final
+
+    def levels(self, step: int, total: int) -> tuple[float, ...]:
+        begin, end = self.span(total)
+        rounds = self.rounds
+        gaps = max(len(rounds) - 1, 1)
+        due = [round(begin + (end - begin) * k / gaps) for k in range(len(rounds))]
+        if len(rounds) == 1:
+            due = [end]
+        return tuple(level for level, at in zip(rounds, due, strict=True) if at == step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cyclic(Schedule):
+    """Sparse and dense phases in turn: `final` at `begin`, `low` half a cycle later, ..., `final` for good at `end`.
+
+    `every` has no meaning here.
+
+    Args:
+        cycles: how many times the model is opened again between `begin` and `end`.
+        low: the sparsity of the dense phases.
+
+    Source: Peste et al., AC/DC: Alternating compressed/decompressed training, 2021, arXiv:2106.12379, Algorithm 1.
+
+    >>> schedule = Cyclic(final=0.9, begin=0.0, end=0.8, cycles=2)
+    >>> [schedule.levels(step, 100) for step in (0, 20, 40, 60, 80)]
+    [(0.9,), (0.0,), (0.9,), (0.0,), (0.9,)]
+    """
+
+    cycles: int = 3
+    low: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _sparsity(self.low, "low")
+        if self.cycles < 1:
+            raise ValueError(f"cycles={self.cycles!r} must be 1 or more")
+        if self.low > self.final:
+            raise ValueError(f"low={self.low!r} is above final={self.final!r}")
+
+    def curve(self, x: float) -> float:
+        return self.final if x >= 1 or int(x * 2 * self.cycles) % 2 == 0 else self.low
+
+    def levels(self, step: int, total: int) -> tuple[float, ...]:
+        begin, end = self.span(total)
+        count = 2 * self.cycles
+        phases = [round(begin + (end - begin) * k / count) for k in range(count + 1)]
+        if step not in phases:
+            return ()
+        last = max(k for k, at in enumerate(phases) if at == step)
+        return (self.final if last % 2 == 0 else self.low,)

@@ -1,0 +1,246 @@
+"""What is pruned together: single weights, N:M groups, blocks, kernels, channels, attention heads.
+
+A structure sees a tensor of scores as (out, in, *kernel), pools it to one score a unit, and turns chosen units back
+into a mask. The score of a unit is the mean over its weights, so that units of different size compare.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.masked import Group, Layout, MaskedParameter
+from pl_sparse.naming import build
+from pl_sparse.topk import top_k
+
+
+@dataclass(frozen=True)
+class Structure(ABC):
+    """What is pruned together."""
+
+    @abstractmethod
+    def pool(self, scores: Tensor) -> Tensor:
+        """The score of each unit; `scores` is (out, in, *kernel)."""
+
+    def select(self, units: Tensor, keep: int) -> Tensor:
+        """The bool mask of the `keep` best units, of the units' shape; ties to the lower index."""
+        return top_k(units, keep)
+
+    @abstractmethod
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        """The mask of shape (out, in, *kernel) that keeps the chosen units; it may be a broadcast view."""
+
+    # The hooks below have a meaning for some structures only.
+
+    def misfit(self, shape: torch.Size) -> str | None:
+        """Why a tensor of shape (out, in, *kernel) cannot be pruned so, or None."""
+        return None
+
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
+        """The weights whose units are chosen together; each alone unless the structure couples them."""
+        return [Group(param.name, ((param, param.layout),)) for param in params]
+
+    @property
+    def fixed(self) -> float | None:
+        """The sparsity that the pattern itself prescribes (N:M), or None."""
+        return None
+
+    @property
+    def removes_outputs(self) -> bool:
+        """Whether it removes whole outputs of a layer, which a classifier cannot spare."""
+        return False
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        return type(self).__name__.lower()
+
+
+@dataclass(frozen=True)
+class Unstructured(Structure):
+    """Every weight is a unit of its own."""
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        return chosen
+
+
+@dataclass(frozen=True)
+class NM(Structure):
+    """At most `n` non-zeros in every group of `m` neighbours along the input dimension.
+
+    A convolution is seen with its channels last, so that a group lies in the input channels at one kernel position, as
+    sparse tensor cores want it. The pattern prescribes the final sparsity 1 - n / m, whatever the schedule's final one;
+    on the way there a level s keeps max(n, ceil((1 - s) m)) of each group.
+
+    Source: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378, section 3.
+
+    Raises:
+        ValueError: not 0 < n <= m.
+
+    >>> NM(2, 4).select(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), keep=2).tolist()
+    [[True, False, True, False]]
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n <= self.m:
+            raise ValueError(f"n={self.n}, m={self.m}: an n:m pattern keeps n of every m weights, so 0 < n <= m")
+
+    @property
+    def fixed(self) -> float | None:
+        return 1 - self.n / self.m
+
+    @property
+    def label(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def misfit(self, shape: torch.Size) -> str | None:
+        if shape[1] % self.m:
+            return f"its input dimension {shape[1]} is not divisible by m={self.m}"
+        return None
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores.movedim(1, -1).unflatten(-1, (-1, self.m))
+
+    def select(self, units: Tensor, keep: int) -> Tensor:
+        groups = units.numel() // self.m
+        n = min(self.m, max(self.n, -(-keep // groups)))
+        if self.m > 8:
+            order = units.sort(dim=-1, descending=True, stable=True).indices
+            return torch.zeros_like(units, dtype=torch.bool).scatter_(-1, order[..., :n], True)
+        # The rank of a weight is how many of its group beat it; an equal one beats it if it comes first.
+        lanes = units.unbind(-1)
+        ranks = []
+        for i, mine in enumerate(lanes):
+            beaten = [(other >= mine) if j < i else (other > mine) for j, other in enumerate(lanes) if j != i]
+            ranks.append(sum(b.to(torch.int8) for b in beaten) if beaten else torch.zeros_like(mine, dtype=torch.int8))
+        return torch.stack([torch.as_tensor(rank) < n for rank in ranks], dim=-1)
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        return chosen.flatten(-2).movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class Block(Structure):
+    """Blocks of `h` outputs by `w` inputs; a convolution has such blocks at each kernel position.
+
+    Source: Gray, Radford, Kingma, GPU kernels for block-sparse weights, 2017.
+    """
+
+    h: int = 4
+    w: int = 4
+
+    def __post_init__(self) -> None:
+        if self.h < 1 or self.w < 1:
+            raise ValueError(f"h={self.h}, w={self.w}: a block has at least one row and one column")
+
+    @property
+    def label(self) -> str:
+        return f"block {self.h}x{self.w}"
+
+    def misfit(self, shape: torch.Size) -> str | None:
+        if shape[0] % self.h:
+            return f"its output dimension {shape[0]} is not divisible by h={self.h}"
+        if shape[1] % self.w:
+            return f"its input dimension {shape[1]} is not divisible by w={self.w}"
+        return None
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores.unflatten(1, (-1, self.w)).unflatten(0, (-1, self.h)).mean(dim=(1, 3))
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        return chosen.repeat_interleave(self.h, 0).repeat_interleave(self.w, 1)
+
+
+@dataclass(frozen=True)
+class Channel(Structure):
+    """Whole output channels: the filters of a convolution, the neurons of a linear layer (its rows).
+
+    The last layer stays dense unless `last=True` is given: its outputs are the model's.
+
+    Source: Li et al., Pruning filters for efficient ConvNets, 2016, arXiv:1608.08710.
+    """
+
+    @property
+    def removes_outputs(self) -> bool:
+        return True
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores.flatten(1).mean(1)
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        return chosen.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape)
+
+
+@dataclass(frozen=True)
+class Kernel(Structure):
+    """Single kernels of a convolution: the weights from one input to one output channel. A linear layer's are 1 x 1."""
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores.flatten(2).mean(2) if scores.dim() > 2 else scores
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        return chosen.reshape(*chosen.shape, *(1,) * (len(shape) - 2)).expand(shape)
+
+
+@dataclass(frozen=True)
+class Head(Structure):
+    """Whole attention heads: a head's rows of the query, key and value projections and its columns of the output one.
+
+    Only `nn.MultiheadAttention` weights are pruned under it; all other weights stay dense.
+
+    Source: Michel, Levy, Neubig, Are sixteen heads really better than one?, 2019, arXiv:1905.10650.
+    """
+
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
+        by_weight = {id(param.weight): param for param in params}
+        groups = []
+        for path, module in model.named_modules():
+            if not isinstance(module, nn.MultiheadAttention):
+                continue
+            members = []
+            for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                param = by_weight.get(id(getattr(module, name)))
+                if param is not None:
+                    parts = 3 if name == "in_proj_weight" else 1
+                    members.append((param, Layout("heads", heads=module.num_heads, parts=parts)))
+            param = by_weight.get(id(module.out_proj.weight))
+            if param is not None:
+                members.append((param, Layout("heads", heads=module.num_heads, columns=True)))
+            if members:
+                groups.append(Group(path or "attention", tuple(members)))
+        if not groups:
+            raise ValueError(
+                "structure=head found no attention layer to prune: it needs nn.MultiheadAttention modules. "
+                "structure=channel prunes the outputs of any layer"
+            )
+        return groups
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores.mean(1)
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        return chosen.unsqueeze(1).expand(shape)
+
+
+def structure(name: str) -> Structure:
+    """The structure a string stands for: a class name, "nm24" or "2:4", "block4x4".
+
+    >>> structure("nm14"), structure("2:4"), structure("block2x8")
+    (NM(n=1, m=4), NM(n=2, m=4), Block(h=2, w=8))
+    """
+    if match := re.fullmatch(r"nm(\d)(\d{1,2})|(\d+):(\d+)", name):
+        return NM(int(match[1] or match[3]), int(match[2] or match[4]))
+    if match := re.fullmatch(r"block(\d+)x(\d+)", name):
+        return Block(int(match[1]), int(match[2]))
+    return build(Structure, name)
