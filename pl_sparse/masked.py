@@ -69,6 +69,7 @@ class MaskedParameter:
         gate: a learned gate, for methods that have one, else None.
         state: what the scorer gathers, tensors by name.
         layout: how the weight is seen as (out, in, *kernel).
+        pruned: whether the mask was ever set; until then it is all True and masking has nothing to do.
     """
 
     name: str
@@ -80,6 +81,7 @@ class MaskedParameter:
     state: dict[str, Tensor] = field(default_factory=dict)
     layout: Layout = field(default_factory=Layout)
     pruned: bool = False
+    _factor: Tensor | None = field(default=None, repr=False)
 
     @property
     def values(self) -> Tensor:
@@ -109,6 +111,28 @@ class MaskedParameter:
         """Write a new mask in place, so that nothing compiled against the old one is invalid."""
         self.mask.copy_(mask)
         self.pruned = True
+        if self._factor is not None:
+            self._factor.copy_(self.mask)
+
+    @property
+    def factor(self) -> Tensor:
+        """The mask as numbers of the weight's type, to multiply with: a bool makes that five times slower on a CPU."""
+        if self._factor is None or self._factor.dtype != self.weight.dtype:
+            self._factor = self.mask.to(self.weight.dtype)
+        return self._factor
+
+    @torch.no_grad()
+    def to_weight(self) -> None:
+        """Move all that belongs to the weight to its device."""
+        device = self.weight.device
+        if self.mask.device != device:
+            self.mask = self.mask.to(device)
+            self._factor = None
+        if self.dense is not None:
+            self.dense = self.dense.to(device)
+        if self.gate is not None:
+            self.gate = self.gate.to(device)
+        self.state = {key: value.to(device) for key, value in self.state.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that must survive a checkpoint, by name."""
@@ -147,7 +171,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter
             if not isinstance(weight, nn.Parameter) or id(weight) in seen:
                 continue
             seen.add(id(weight))
-            yield f"{path}.{short}" if path else short, module, weight, layout, default
+            name = f"{path}.{short}" if path else short
+            yield name.replace("_orig_mod.", ""), module, weight, layout, default  # torch.compile adds a level
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Layout, bool]]:
@@ -190,6 +215,18 @@ def _refuse_unmatched(what: str, pattern: str | type, found: Sequence[tuple[str,
 
 
 Patterns = Sequence["str | type"]
+
+
+def select(model: nn.Module, patterns: Patterns, what: str = "pattern") -> list[str]:
+    """The names of the prunable weights that some pattern matches, in the model's order.
+
+    Raises:
+        ValueError: a pattern matches nothing; `what` says in the message where it was given.
+    """
+    named = [(name, module) for name, module, *_ in _candidates(model)]
+    for pattern in patterns:
+        _refuse_unmatched(what, pattern, named)
+    return [name for name, module in named if any(_matches(pattern, name, module) for pattern in patterns)]
 
 
 def find(

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 from pl_sparse.files import replacing
 
@@ -19,7 +21,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["LayerRow", "Summary", "dead_layers", "layer_rows", "plot_layers", "plot_training", "summary_table"]
+    from pl_sparse.cost import Macs
+    from pl_sparse.pruner import Pruner
+
+__all__ = [
+    "LayerRow",
+    "Summary",
+    "dead_layers",
+    "layer_rows",
+    "plot_layers",
+    "plot_training",
+    "summarize",
+    "summary_table",
+]
 
 # Okabe and Ito's palette: told apart with any colour vision.
 _BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#8C8C8C"
@@ -104,6 +118,52 @@ class Summary:
     def sparsity_model(self) -> float:
         """Zero share of all parameters, 0..1."""
         return 1.0 - self.params_nonzero / self.params_total if self.params_total else 0.0
+
+
+def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, prefix: str = "") -> Summary:
+    """The summary of a model that `pruner` is attached to.
+
+    The compressed size is that of one bit for each prunable weight, the kept values, and everything else as it is.
+
+    Args:
+        counted: its MACs, if they are known.
+        prefix: cut from the names of layers.
+    """
+    rows = []
+    owns = {param.name: own for group, own in pruner.targets for param, _ in group.members}
+    params = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
+    masked = {param.name: param for param in pruner.params}
+    tensors = [*params.values(), *model.buffers()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    compressed = size
+    nonzero = 0
+    for name, weight in params.items():
+        nonzero += int(torch.count_nonzero(weight))
+        dense, sparse = counted.layers.get(name, (0.0, 0.0)) if counted is not None else (0.0, 0.0)
+        if name in masked:
+            kept = masked[name].kept
+            note = "" if owns[name] is None else f"own sparsity {owns[name]:g}"
+            structure = pruner.structure.label
+            compressed -= (weight.numel() - kept) * weight.element_size() - -(-weight.numel() // 8)
+        elif name in pruner.dense:
+            kept, note, structure = weight.numel(), f"dense: {pruner.dense[name]}", "dense"
+        else:
+            continue
+        rows.append(
+            LayerRow(
+                name.removeprefix(prefix), tuple(weight.shape), structure, weight.numel(), kept, dense, sparse, note
+            )
+        )
+    return Summary(
+        layers=tuple(rows),
+        requested=pruner.target,
+        params_total=sum(weight.numel() for weight in params.values()),
+        params_nonzero=nonzero,
+        macs_dense=counted.dense if counted is not None else 0.0,
+        macs_sparse=counted.sparse if counted is not None else 0.0,
+        bytes_dense=size,
+        bytes_compressed=compressed,
+    )
 
 
 def dead_layers(summary: Summary) -> list[str]:

@@ -89,6 +89,12 @@ class Schedule(ABC):
                 changes[what] = int(value)
         return replace(self, **changes) if changes else self  # type: ignore[arg-type]
 
+    @property
+    def fractional(self) -> bool:
+        """Whether a time other than 0 is a fraction of training, whose length must then be known."""
+        times = (_parse(self.begin, "begin"), _parse(self.end, "end"))
+        return any(unit == "fraction" and value > 0 for value, unit in times)
+
     def span(self, total: int) -> tuple[int, int]:
         """The steps of the first and the last level in a training of `total` optimizer steps.
 

@@ -1,0 +1,7 @@
+"""Lightning callbacks."""
+
+from pl_sparse.callbacks.history import History
+from pl_sparse.callbacks.random_state import RandomState
+from pl_sparse.callbacks.sparsity import Sparsity
+
+__all__ = ["History", "RandomState", "Sparsity"]

@@ -1,0 +1,348 @@
+"""How many units each tensor keeps, and the one place where the axes meet: pool -> allocation -> select -> expand.
+
+The rounding rule, everywhere: of N weights at sparsity s the masks keep floor((1 - s) N + 1/2) weights, or the nearest
+number that whole units allow. Uniform and ERK share that total among the tensors by largest remainder, so that it is
+met to the unit, and leave every tensor at least one unit while s < 1. Ties go to the unit that comes first.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from pl_sparse.masked import Group, MaskedParameter
+from pl_sparse.structure import Structure
+from pl_sparse.topk import threshold
+
+
+def kept(sparsity: float, count: int) -> int:
+    """How many of `count` are kept at a sparsity: the nearest whole number, halves up.
+
+    >>> kept(0.9, 1000), kept(0.5, 5), kept(1.0, 7)
+    (100, 3, 0)
+    """
+    return math.floor((1 - sparsity) * count + 0.5 + 1e-6)
+
+
+class Units(Sequence[Tensor]):
+    """The pooled scores of every group, computed anew at each access so that they are never all in memory.
+
+    The score of a unit that spans several weights of a group (the projections of an attention head) is the mean
+    over all of its weights.
+
+    Args:
+        groups: what is pruned.
+        structure: how scores are pooled.
+        score: the scores of one weight, of its shape; higher = keep.
+        monotone: whether what is pruned stays so: pruned units then rank below all others.
+
+    Attributes:
+        sizes: units in each group.
+        weights: weights in a unit of each group.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        structure: Structure,
+        score: Callable[[MaskedParameter], Tensor],
+        monotone: bool = False,
+    ) -> None:
+        self.groups = groups
+        self.structure = structure
+        self.score = score
+        self.monotone = monotone
+        self.sizes = [structure.pool(torch.empty(group.shape, device="meta")).numel() for group in groups]
+        self.weights = [group.numel // size for group, size in zip(groups, self.sizes, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        group = self.groups[index]
+        if len(group.members) == 1:
+            param, layout = group.members[0]
+            units = self.structure.pool(layout.view(self.score(param)))
+        else:
+            units = torch.zeros(())
+            for param, layout in group.members:
+                pooled = self.structure.pool(layout.view(self.score(param)))
+                units = units.to(pooled.device) + pooled * (param.numel / group.numel)
+        if self.monotone and any(param.pruned for param, _ in group.members):
+            units = torch.where(self.alive(index), units, torch.finfo(units.dtype).min)
+        return units
+
+    def alive(self, index: int) -> Tensor:
+        """Which units of a group have a weight left, a bool tensor of the units' shape."""
+        alive: Tensor | None = None
+        for param, layout in self.groups[index].members:
+            mask = layout.view(param.mask)
+            if self.weights[index] > 1:
+                mask = self.structure.pool(mask.to(param.weight.dtype)) > 0
+            else:
+                mask = self.structure.pool(mask)
+            alive = mask if alive is None else alive | mask
+        assert alive is not None
+        return alive
+
+    @property
+    def limits(self) -> list[int]:
+        """How many units of each group can be kept."""
+        if not self.monotone:
+            return self.sizes
+        return [
+            int(self.alive(index).sum()) if any(param.pruned for param, _ in group.members) else size
+            for index, (group, size) in enumerate(zip(self.groups, self.sizes, strict=True))
+        ]
+
+    def among(self, indices: Sequence[int]) -> Units:
+        """The units of some of the groups."""
+        return Units([self.groups[i] for i in indices], self.structure, self.score, self.monotone)
+
+
+def apportion(units: Units, densities: Sequence[float], sparsity: float) -> list[int]:
+    """Whole units for each tensor, as near its density as the exact total allows (largest remainder).
+
+    Every tensor keeps at least one unit while `sparsity` < 1, and no more than `units.limits`.
+    """
+    floor = 1 if sparsity < 1 else 0
+    limits = units.limits
+    ideal = [density * size for density, size in zip(densities, units.sizes, strict=True)]
+    counts = [
+        min(max(math.floor(share + 1e-6), min(floor, size)), limit)
+        for share, size, limit in zip(ideal, units.sizes, limits, strict=True)
+    ]
+    total = sum(size * weight for size, weight in zip(units.sizes, units.weights, strict=True))
+    left = kept(sparsity, total) - sum(count * weight for count, weight in zip(counts, units.weights, strict=True))
+    while True:  # each pass moves one unit, first where the count is furthest from its share
+        sign = 1 if left > 0 else -1
+        able = [
+            i
+            for i, weight in enumerate(units.weights)
+            if 2 * abs(left) >= weight + (sign < 0) and floor <= counts[i] + sign <= limits[i]
+        ]
+        if not left or not able:
+            return counts
+        i = max(able, key=lambda i: (sign * (ideal[i] - counts[i]), -i))
+        counts[i] += sign
+        left -= sign * units.weights[i]
+
+
+@dataclass(frozen=True)
+class Allocation(ABC):
+    """How the kept units are shared among the tensors."""
+
+    @abstractmethod
+    def keep(self, groups: Sequence[Group], units: Units, sparsity: float) -> list[int]:
+        """How many units each group keeps, so that the fraction `sparsity` of all their weights is removed."""
+
+    def ranks(self, units: Units) -> Sequence[Tensor] | None:
+        """Scores that compare across tensors, where one threshold over all of them is the whole rule; else None."""
+        return None
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """The same sparsity in every tensor."""
+
+    def keep(self, groups: Sequence[Group], units: Units, sparsity: float) -> list[int]:
+        return apportion(units, [1 - sparsity] * len(groups), sparsity)
+
+
+@dataclass(frozen=True)
+class _Ranked(Allocation):
+    """One threshold over all tensors; none of them is sure to keep anything."""
+
+    @abstractmethod
+    def ranks(self, units: Units) -> Sequence[Tensor]:
+        """Scores that compare across tensors."""
+
+    def keep(self, groups: Sequence[Group], units: Units, sparsity: float) -> list[int]:
+        ranks = self.ranks(units)
+        scores = [ranks[i].reshape(-1) for i in range(len(groups))]
+        device = scores[0].device
+        owner = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(units.sizes)).to(device)
+        order = torch.cat([score.to(device) for score in scores]).sort(descending=True, stable=True).indices
+        owner = owner[order]
+        taken = torch.tensor(units.weights, device=device)[owner].cumsum(0)
+        target = kept(sparsity, int(taken[-1]))
+        count = int(torch.searchsorted(taken, target, right=True))
+        before = int(taken[count - 1]) if count else 0
+        if count < len(taken) and int(taken[count]) - target <= target - before and before < target:
+            count += 1
+        return torch.bincount(owner[:count], minlength=len(groups)).tolist()
+
+
+@dataclass(frozen=True)
+class Global(_Ranked):
+    """One threshold over the scores of all tensors: those of little importance give most.
+
+    It can remove a tensor whole, which the report says.
+    """
+
+    def ranks(self, units: Units) -> Sequence[Tensor]:
+        return units
+
+
+class _Lamp(Sequence[Tensor]):
+    """The LAMP scores of units, computed anew at each access."""
+
+    def __init__(self, units: Units) -> None:
+        self.units = units
+        self.sizes = units.sizes
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        units = self.units[index]
+        return lamp(units)
+
+
+def lamp(scores: Tensor) -> Tensor:
+    """The LAMP scores of one tensor of scores, float64: s^2 over the sum of the squares of all that are no smaller.
+
+    Among equal scores the first counts as the larger. Units that are already pruned score 0.
+
+    >>> lamp(torch.tensor([0.5, 1.0, 2.0, 3.0])).tolist()
+    [0.017543859649122806, 0.07142857142857142, 0.3076923076923077, 1.0]
+    """
+    flat = scores.reshape(-1).double()
+    dead = flat == torch.finfo(scores.dtype).min
+    squared = flat.masked_fill(dead, 0).square()
+    order = squared.sort(descending=True, stable=True).indices
+    ranked = squared[order]
+    total = ranked.cumsum(0)
+    out = torch.zeros_like(squared)
+    out[order] = torch.where(total > 0, ranked / total.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    return out.masked_fill_(dead, torch.finfo(torch.float64).min).reshape(scores.shape)
+
+
+@dataclass(frozen=True)
+class LAMP(_Ranked):
+    """Layer-adaptive magnitude: one threshold over s^2 / (sum of the squares of the scores of its tensor >= s).
+
+    The best unit of each tensor scores 1, so that none dies while anything is left to remove elsewhere. Scores must
+    not be negative.
+
+    Source: Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, 2021, arXiv:2010.07611, equation 4.
+    """
+
+    def ranks(self, units: Units) -> Sequence[Tensor]:
+        return _Lamp(units)
+
+
+@dataclass(frozen=True)
+class ERK(Allocation):
+    """Erdos-Renyi-kernel: the density of a tensor is in proportion to sum(shape) / prod(shape).
+
+    Tensors whose density would exceed 1 stay dense, the worst first, and the rest is solved again.
+
+    Source: Evci et al., Rigging the lottery, 2020, arXiv:1911.11134, section 3.1.
+
+    Raises:
+        ValueError: the tensors that must stay dense alone exceed the budget.
+    """
+
+    def densities(self, groups: Sequence[Group], sparsity: float) -> list[float]:
+        """The density of each group."""
+        sizes = [group.numel for group in groups]
+        raw = [_erk(group) for group in groups]
+        budget = (1 - sparsity) * sum(sizes)
+        if sparsity <= 0:
+            return [1.0] * len(groups)
+        dense: set[int] = set()
+        while True:
+            rest = [i for i in range(len(groups)) if i not in dense]
+            left = budget - sum(sizes[i] for i in dense)
+            if left < 0 or not rest:
+                raise ValueError(
+                    f"allocation=erk cannot reach a sparsity of {sparsity}: "
+                    + ", ".join(groups[i].name for i in sorted(dense))
+                    + " must stay dense and alone exceed it. Use allocation=uniform or exclude them"
+                )
+            eps = left / sum(raw[i] * sizes[i] for i in rest)
+            top = max(raw[i] for i in rest)
+            if eps * top <= 1:
+                return [1.0 if i in dense else eps * raw[i] for i in range(len(groups))]
+            dense |= {i for i in rest if raw[i] == top}
+
+    def keep(self, groups: Sequence[Group], units: Units, sparsity: float) -> list[int]:
+        return apportion(units, self.densities(groups, sparsity), sparsity)
+
+
+def _erk(group: Group) -> float:
+    """sum(shape) / prod(shape) of a group: over its weights together."""
+    shapes = [layout.view(torch.empty(param.shape, device="meta")).shape for param, layout in group.members]
+    return sum(sum(shape) for shape in shapes) / sum(math.prod(shape) for shape in shapes)
+
+
+def choose(units: Units, allocation: Allocation, level: float, overrides: Sequence[float | None] | None = None) -> None:
+    """Give every weight the mask that keeps the best units at the sparsity `level`.
+
+    Args:
+        units: the scores.
+        allocation: how many units each tensor keeps; an n:m pattern prescribes that itself.
+        level: the sparsity of all groups without an override, in [0, 1].
+        overrides: for each group its own sparsity, or None.
+
+    Raises:
+        ValueError: a score is NaN, which a diverged model has.
+    """
+    own = list(overrides) if overrides is not None else [None] * len(units)
+    free = [i for i, sparsity in enumerate(own) if sparsity is None]
+    shared = units.among(free) if len(free) < len(units) else units
+    counts = {i: kept(sparsity, units.sizes[i]) for i, sparsity in enumerate(own) if sparsity is not None}
+    if free and units.structure.fixed is not None:
+        counts |= {i: kept(level, units.sizes[i]) for i in free}
+    elif free:
+        ranks = allocation.ranks(shared)
+        try:
+            if ranks is not None and len(set(shared.weights)) == 1:
+                found = threshold(ranks, kept(level, sum(shared.sizes)))
+                for i, chosen in zip(free, found.masks(ranks), strict=True):
+                    _assign(units, i, chosen)
+            else:
+                counts |= dict(zip(free, allocation.keep(shared.groups, shared, level), strict=True))
+        except ValueError as error:
+            raise _named(units, error) from None
+    for i, count in sorted(counts.items()):
+        try:
+            _assign(units, i, units.structure.select(units[i], count))
+        except ValueError as error:
+            raise _named(units, error) from None
+
+
+def _assign(units: Units, index: int, chosen: Tensor) -> None:
+    for param, layout in units.groups[index].members:
+        shape = layout.view(torch.empty(param.shape, device="meta")).shape
+        param.set_mask(layout.restore(units.structure.expand(chosen, shape), param.shape))
+
+
+def _named(units: Units, error: ValueError) -> ValueError:
+    """The error with the name of the weight whose scores are NaN."""
+    if "NaN" not in str(error):
+        return error
+    bad = [group.name for i, group in enumerate(units.groups) if bool(units[i].isnan().any())]
+    return ValueError(
+        f"the scores of {', '.join(bad[:5])} hold NaN: weights or gradients diverged before they were pruned. "
+        "Lower the learning rate, or clip gradients"
+    )

@@ -1,0 +1,300 @@
+"""The callback that trains any LightningModule to be sparse."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, Literal, overload
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.data import extract_batch_size
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from pl_sparse.allocation import Allocation
+from pl_sparse.callbacks.judging import Judging
+from pl_sparse.cost import MacCounter, macs
+from pl_sparse.masked import Patterns
+from pl_sparse.masking import Masking
+from pl_sparse.pruner import Pruner
+from pl_sparse.report import Summary, summarize, summary_table
+from pl_sparse.schedule import Schedule
+from pl_sparse.scorer import Scorer
+from pl_sparse.structure import Structure
+from pl_sparse.updater import Updater
+
+__all__ = ["Sparsity"]
+
+
+class Sparsity(Callback):
+    """Trains the model to be sparse: `Trainer(callbacks=[Sparsity(sparsity=0.9)])`.
+
+    Between two optimizer steps the parameters are the sparse weights under their own names, so that validation,
+    checkpoints and `load_from_checkpoint` need nothing of this callback. Masks, latent values, what the scorer gathered
+    and counters are in the callback's part of a checkpoint: a resumed training is the uninterrupted one.
+
+    Checkpoints and early stopping that monitor a metric judge only once the sparsity is reached. Averaged weights (EMA,
+    SWA) are masked like the model's. The sparsity is logged as "sparsity", at each update and each epoch. At the end a
+    table tells what is left of each layer.
+
+    Args:
+        report: whether to print the table at the end of training.
+
+    All other arguments are those of `Pruner`.
+
+    Raises:
+        ValueError: as `Pruner` does, before training starts: unknown names, patterns that match nothing, weights that
+            the structure does not fit, a schedule that does not fit the training, a checkpoint of another model.
+    """
+
+    def __init__(
+        self,
+        scorer: str | Scorer = "magnitude",
+        schedule: str | Schedule = "cubic",
+        structure: str | Structure = "unstructured",
+        allocation: str | Allocation = "global",
+        updater: str | Updater = "prune",
+        masking: str | Masking = "auto",
+        *,
+        sparsity: float | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns = (),
+        first: bool = True,
+        last: bool | None = None,
+        overrides: Mapping[str, float] | None = None,
+        misfit: str = "error",
+        report: bool = True,
+    ) -> None:
+        self.pruner = Pruner(
+            scorer,
+            schedule,
+            structure,
+            allocation,
+            updater,
+            masking,
+            sparsity=sparsity,
+            include=include,
+            exclude=exclude,
+            first=first,
+            last=last,
+            overrides=overrides,
+            misfit=misfit,
+        )
+        self.report = report
+        self.sparsity = 0.0
+        self.summary: Summary | None = None
+        self._timekeeper: Optimizer | None = None
+        self._handles: list[RemovableHandle] = []
+        self._judging: Judging | None = None
+        self._counter: MacCounter | None = None
+        self._counted: tuple[dict[str, float], float] | None = None
+        self._dead: set[str] = set()
+        self._seen = 0
+
+    @overload
+    @staticmethod
+    def of(trainer: Trainer, required: Literal[True] = True) -> Sparsity: ...
+    @overload
+    @staticmethod
+    def of(trainer: Trainer, required: bool) -> Sparsity | None: ...
+    @staticmethod
+    def of(trainer: Trainer, required: bool = True) -> Sparsity | None:
+        """The trainer's (first) Sparsity callback.
+
+        Raises:
+            ValueError: it has none and one is required.
+        """
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Sparsity):
+                return callback
+        if required:
+            raise ValueError("the trainer has no Sparsity callback: add one, Trainer(callbacks=[Sparsity(...)])")
+        return None
+
+    @property
+    def state_key(self) -> str:
+        def words(patterns: Patterns | None) -> list[str] | None:
+            return None if patterns is None else [p if isinstance(p, str) else p.__name__ for p in patterns]
+
+        return self._generate_state_key(include=words(self.pruner.include), exclude=words(self.pruner.exclude))
+
+    # Before training
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in `setup`: a module may build its layers in its own `setup` or `configure_model`, which come later.
+        self.pruner.attach(pl_module)
+        self._judging = Judging(trainer, lambda: self.pruner.at_target)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pruner = self.pruner
+        if trainer.global_step == 0 and pruner.step > 0:
+            pruner.restart()
+        pruner.apply()
+        owners = [optimizer for optimizer in trainer.optimizers if pruner.weights_of(optimizer)]
+        if not owners:
+            raise ValueError(
+                "no optimizer trains a weight that is to be pruned: "
+                + ", ".join(param.name for param in pruner.params[:5])
+                + ". Unfreeze them, or choose others by `include`"
+            )
+        self._timekeeper = owners[0]
+        me = weakref.ref(self)
+
+        def stepped(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            sparsity = me()
+            if sparsity is not None:
+                sparsity.pruner.after_step(optimizer)
+
+        self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in owners]
+        batches = trainer.num_training_batches
+        accumulate = max(trainer.accumulate_grad_batches, 1)
+        per_epoch = None if batches == float("inf") else max(-(-int(batches) // accumulate), 1)
+        pruner.prepare(trainer.estimated_stepping_batches, per_epoch)
+        self._seen = -1
+        self._look(trainer)
+        if pruner.structure.fixed is not None and pruner.schedule.final not in (0.0, pruner.structure.fixed):
+            rank_zero_info(
+                f"structure={pruner.structure.label} prescribes a sparsity of {pruner.structure.fixed:g}; "
+                f"the schedule's {pruner.schedule.final:g} shapes only the way there"
+            )
+        for name, reason in pruner.dense.items():
+            rank_zero_info(f"{name} stays dense: {reason}")
+
+    # Steps
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._counted is None and self._counter is None:
+            compiled = any(hasattr(module, "_orig_mod") for module in pl_module.modules())
+            if compiled or getattr(pl_module, "_compiler_ctx", None) is not None:
+                self._counted = {}, 0.0
+                return
+            self._counter = MacCounter(pl_module)
+            self._counter.__enter__()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        keeper = optimizer is self._timekeeper
+        self.pruner.before_step(
+            self.pruner.step if keeper else None,
+            optimizer=optimizer,
+            observe=not _skipped(trainer, optimizer),
+        )
+        if self.pruner.num_updates != self._seen:
+            self._look(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.pruner.after_step()  # where a gradient scaler skipped the step, its hook did not run
+        if self._counter is not None:
+            counter, self._counter = self._counter, None
+            counter.__exit__(None, None, None)
+            size = extract_batch_size(batch)
+            self._counted = (
+                {name: uses / size for name, uses in counter.positions.items()},
+                counter.other / size,
+            )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log("sparsity", self.sparsity, rank_zero_only=False, sync_dist=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.pruner.after_step()
+        self._mask_averages(trainer)
+        judged = self._judging is not None and self._judging.judges
+        if not self.pruner.at_target:
+            rank_zero_warn(
+                f"training ended after {self.pruner.step} optimizer steps, before the schedule reached a sparsity of "
+                f"{self.pruner.target:g}: it is {self.sparsity:.4f}."
+                + (" No checkpoint was judged the best, and none stopped it early." if judged else "")
+                + " Train longer, or let the schedule end earlier."
+            )
+        self._release()
+        self.summary = self.summarize(pl_module)
+        if self.report and trainer.is_global_zero:
+            Console().print(summary_table(self.summary))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # An interruption between opening and closing a step must not leave latent values in the model that is saved.
+        if self.pruner.attached:
+            self.pruner.after_step()
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._timekeeper = None
+        if self._judging is not None:
+            self._judging.release()
+            self._judging = None
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self._counter = None
+
+    # What is told
+
+    def summarize(self, model: nn.Module, prefix: str = "") -> Summary:
+        """What is left of each layer.
+
+        Args:
+            prefix: cut from the names, e.g. "net.".
+        """
+        counted = None
+        if self._counted is not None and self._counted[0]:
+            counter = MacCounter(model)
+            counter.positions, counter.other = dict(self._counted[0]), self._counted[1]
+            counted = macs(model, counter, {param.name: param.mask for param in self.pruner.params if param.pruned})
+        return summarize(self.pruner, model, counted, prefix)
+
+    def _look(self, trainer: Trainer) -> None:
+        """After masks changed: log the sparsity, mask averaged weights, warn of layers that died."""
+        self._seen = self.pruner.num_updates
+        kept = {param.name: param.kept for param in self.pruner.params}
+        self.sparsity = 1 - sum(kept.values()) / self.pruner.numel
+        for logger in trainer.loggers:
+            logger.log_metrics({"sparsity": self.sparsity}, step=trainer.global_step)
+        self._mask_averages(trainer)
+        died = [name for name, count in kept.items() if count == 0 and name not in self._dead]
+        if died and self.pruner.level < 1:
+            self._dead |= set(died)
+            rank_zero_warn(
+                f"{', '.join(died)} kept no weight at a sparsity of {self.sparsity:.4f}: nothing passes through. What "
+                "usually helps: allocation=erk, uniform or lamp instead of global, a lower sparsity, a later or "
+                "slower schedule, or exclude for this layer"
+            )
+
+    @torch.no_grad()
+    def _mask_averages(self, trainer: Trainer) -> None:
+        """Averages over weights of several masks are denser than any of them: mask them with the newest."""
+        masks = {param.name: param for param in self.pruner.params if param.pruned}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            average = getattr(callback, "_average_model", None)
+            if isinstance(average, nn.Module):
+                for name, weight in average.named_parameters():
+                    param = masks.get(name) or masks.get(name.removeprefix("module."))
+                    if param is not None:
+                        weight.mul_(param.mask.to(weight.device))
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.pruner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.pruner.load_state_dict(state_dict)
+
+
+def _skipped(trainer: Trainer, optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler found infinite gradients, which must not enter scores."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return False
+    found: dict[Any, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return any(bool(value) for value in found.values())

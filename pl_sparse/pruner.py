@@ -1,0 +1,489 @@
+"""The Pruner owns masks and counters and calls the axes in their order. It knows no Lightning.
+
+A plain training loop needs no more than this:
+
+    pruner = Pruner(scorer="magnitude", schedule="cubic", sparsity=0.9)
+    pruner.attach(model)
+    for step, (x, y) in enumerate(batches):
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        pruner.before_step(step, total, optimizer)
+        optimizer.step()
+        pruner.after_step()
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pl_sparse import structure as structures
+from pl_sparse.allocation import LAMP, Allocation
+from pl_sparse.masked import Group, MaskedParameter, Patterns, find, select
+from pl_sparse.masking import Frozen, Hard, Masking
+from pl_sparse.naming import build, suggestion
+from pl_sparse.schedule import Schedule
+from pl_sparse.scorer import Scorer
+from pl_sparse.structure import Structure
+from pl_sparse.updater import Update, Updater
+
+_VERSION = 1
+
+
+class Pruner:
+    """Trains a model to be sparse.
+
+    Args:
+        scorer: what importance is, e.g. "magnitude" or `Movement(lr=0.1)`.
+        schedule: when to prune and how much, e.g. "cubic" or `OneShot(final=0.8, begin=0.2)`.
+        structure: what is pruned together, e.g. "unstructured", "nm24", "block4x4", `Channel()`.
+        allocation: how the kept weights are shared among tensors: "global", "uniform", "erk", "lamp".
+        updater: the new masks from the old: "prune".
+        masking: how a mask acts on training: "hard", "ste", "frozen", or "auto" for what the scorer needs.
+        sparsity: the final sparsity in [0, 1], for a schedule given by name.
+        include: patterns of the weights to prune; None for all that are pruned by default (see `masked.find`).
+        exclude: patterns of weights that stay dense.
+        first: whether the first convolution is pruned.
+        last: whether the last layer is pruned; None for yes, unless the structure removes whole outputs.
+        overrides: sparsities of single weights by pattern. They are outside of the budget that the others share; the
+            first pattern that matches counts. Before the schedule ends they are scaled as its level is.
+        misfit: "error", or "dense" to leave weights dense whose shape the structure does not divide.
+
+    Attributes:
+        params: the weights, once attached.
+        groups: what is pruned together, once attached.
+        dense: why a weight that was asked for stays dense, by name.
+        step: optimizer steps taken.
+        num_updates: how often masks were set.
+        level: the sparsity last asked for.
+
+    Raises:
+        ValueError: an unknown name, or arguments that contradict each other.
+    """
+
+    def __init__(
+        self,
+        scorer: str | Scorer = "magnitude",
+        schedule: str | Schedule = "cubic",
+        structure: str | Structure = "unstructured",
+        allocation: str | Allocation = "global",
+        updater: str | Updater = "prune",
+        masking: str | Masking = "auto",
+        *,
+        sparsity: float | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns = (),
+        first: bool = True,
+        last: bool | None = None,
+        overrides: Mapping[str, float] | None = None,
+        misfit: str = "error",
+    ) -> None:
+        self.scorer = build(Scorer, scorer) if isinstance(scorer, str) else scorer
+        self.schedule = _schedule(schedule, sparsity)
+        self.structure = structures.structure(structure) if isinstance(structure, str) else structure
+        self.allocation = build(Allocation, allocation) if isinstance(allocation, str) else allocation
+        self.updater = build(Updater, updater) if isinstance(updater, str) else updater
+        if masking == "auto":
+            masking = Frozen() if self.scorer.needs_dense else Hard()
+        self.masking: Masking = build(Masking, masking) if isinstance(masking, str) else masking
+        for axis, value, kind in (
+            ("scorer", self.scorer, Scorer),
+            ("schedule", self.schedule, Schedule),
+            ("structure", self.structure, Structure),
+            ("allocation", self.allocation, Allocation),
+            ("updater", self.updater, Updater),
+            ("masking", self.masking, Masking),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{axis} must be a name or a {kind.__name__}, got {value!r}")
+        if self.scorer.needs_dense and not self.masking.remembers:
+            raise ValueError(
+                f"scorer={_name(self.scorer)} scores pruned weights by the values they had, which "
+                f"masking={_name(self.masking)} forgets: use masking=frozen, ste or auto"
+            )
+        if misfit not in ("error", "dense"):
+            raise ValueError(f"misfit={misfit!r} is neither 'error' nor 'dense'")
+        if self.scorer.signed and isinstance(self.allocation, LAMP):
+            raise ValueError(
+                f"allocation=lamp squares the scores, and those of scorer={_name(self.scorer)} have a sign: use "
+                "allocation=global or uniform"
+            )
+        for pattern, own in (overrides or {}).items():
+            if not 0 <= own <= 1:
+                raise ValueError(f"overrides: {pattern}={own!r} must be a sparsity in [0, 1]")
+        self.include = include
+        self.exclude = exclude
+        self.first = first
+        self.last = not self.structure.removes_outputs if last is None else last
+        self.overrides = dict(overrides or {})
+        self.misfit = misfit
+
+        self.params: list[MaskedParameter] = []
+        self.groups: list[Group] = []
+        self.dense: dict[str, str] = {}
+        self.step = 0
+        self.num_updates = 0
+        self.level = 0.0
+        self._floor = 0.0  # a training that starts anew on a sparse model goes on from its sparsity
+        self._updated = -1  # the step of the last update
+        self._total: int | None = None
+        self._timed = self.schedule  # the schedule with epochs turned into steps
+        self._span = (0, 0)
+        self._overrides: tuple[float | None, ...] = ()
+        self._pending: Mapping[str, Any] | None = None
+        self._open: dict[int, list[MaskedParameter]] = {}  # what each optimizer's step has opened
+        self._clock: int | None = None  # the optimizer whose open step is counted
+        self._owned: dict[int, tuple[Optimizer, list[MaskedParameter]]] = {}
+        self._stale: set[str] = set()  # weights whose optimizer state is to be cleared
+
+    # Attaching
+
+    @property
+    def attached(self) -> bool:
+        """Whether the weights of a model are bound."""
+        return bool(self.params)
+
+    def attach(self, model: nn.Module) -> None:
+        """Bind to the weights of `model`, and give them the masks of a state loaded before.
+
+        Raises:
+            ValueError: a pattern matches nothing, a weight does not fit the structure, or a loaded state is another
+                model's.
+        """
+        model = getattr(model, "_orig_mod", model)  # torch.compile
+        if self.attached:
+            bound = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
+            if all(bound.get(param.name) is param.weight for param in self.params):
+                return
+            self._rebind(model)
+            return
+        params = find(model, self.include, self.exclude, self.first, self.last)
+        fitting: list[MaskedParameter] = []
+        self.dense = {}
+        for param in params:
+            shape = param.layout.view(torch.empty(param.shape, device="meta")).shape
+            reason = self.structure.misfit(shape)
+            if reason is None:
+                fitting.append(param)
+            else:
+                self.dense[param.name] = reason
+        if self.dense and (self.misfit == "error" or not fitting):
+            name, reason = next(iter(self.dense.items()))
+            shapes = {param.name: param.shape for param in params}
+            more = f" (and {len(self.dense) - 1} more)" if len(self.dense) > 1 else ""
+            raise ValueError(
+                f"{name} of shape {'x'.join(map(str, shapes[name]))} cannot be pruned by "
+                f"structure={self.structure.label}: {reason}{more}. Leave such weights dense by misfit='dense', or "
+                f"this one by exclude=[{name!r}]"
+            )
+        groups = self.structure.groups(fitting, model)
+        self._overrides = self._match_overrides(groups, model)
+        self.groups = groups
+        self.params = [param for group in groups for param, _ in group.members]
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            try:
+                self._restore(pending)
+            except ValueError:
+                self.params, self.groups = [], []
+                raise
+
+    def _rebind(self, model: nn.Module) -> None:
+        """Carry masks over to a model with the same weights, e.g. a copy."""
+        state = self.state_dict()
+        self.params, self.groups, self._owned = [], [], {}
+        self._pending = state
+        self.attach(model)
+        self.apply()
+
+    def _match_overrides(self, groups: Sequence[Group], model: nn.Module) -> tuple[float | None, ...]:
+        own: dict[str, float] = {}
+        for pattern, value in self.overrides.items():
+            for name in select(model, [pattern], "overrides"):
+                own.setdefault(name, value)
+        used = {param.name for group in groups for param, _ in group.members}
+        if own and not used & set(own):
+            raise ValueError(f"overrides {list(self.overrides)} match no weight that is pruned: {', '.join(used)}")
+        return tuple(next((own[p.name] for p, _ in group.members if p.name in own), None) for group in groups)
+
+    # Time
+
+    def prepare(self, total: float, steps_per_epoch: int | None = None) -> None:
+        """Fit the schedule to a training of `total` optimizer steps (infinity: not known).
+
+        A level due at step 0 is met at once if the scorer needs no gradient for it, so that a network that is sparse
+        from the start never computes dense.
+
+        Raises:
+            ValueError: the schedule does not fit, or has fractions of a length that is not known.
+        """
+        if total == float("inf"):
+            if self.schedule.fractional:
+                raise ValueError(
+                    f"begin={self.schedule.begin!r} and end={self.schedule.end!r} are fractions of training, whose "
+                    "length is not known: set max_epochs or max_steps, or give the times in steps or epochs"
+                )
+            total = sys.maxsize
+        self._timed = self.schedule.resolved(steps_per_epoch)
+        self._total = int(total)
+        self._span = self._timed.span(self._total)
+        if self.attached and self.step == 0 and not self.scorer.observes:
+            with torch.no_grad():
+                self._update(0)
+
+    def restart(self) -> None:
+        """Count steps from 0 again, for a further training of the same model; it starts from the sparsity reached."""
+        self._floor = max(self._floor, self.level)
+        self.step = 0
+        self._updated = -1
+
+    @property
+    def at_target(self) -> bool:
+        """Whether the schedule has reached its final sparsity."""
+        return self._total is not None and self._timed.reached(self.step, self._total)
+
+    # Steps
+
+    @torch.no_grad()
+    def before_step(
+        self,
+        step: int | None,
+        total: int | None = None,
+        optimizer: Optimizer | None = None,
+        *,
+        observe: bool = True,
+    ) -> None:
+        """Call between `backward` and `optimizer.step`, before gradients are clipped.
+
+        Args:
+            step: optimizer steps taken so far. None leaves the masks alone: for the further optimizers of a model that
+                has several, of which one tells the time.
+            total: optimizer steps of the whole training; may be left out after `prepare`.
+            optimizer: the one that steps; only its weights are touched. None: there is just one.
+            observe: whether the scorer sees the gradients; False where they are not finite.
+        """
+        self._require_attached()
+        if total is not None and total != self._total:
+            self.prepare(total)
+        if self._total is None:
+            raise ValueError("the length of training is not known: give `total`, or call prepare(total) first")
+        live = self.weights_of(optimizer)
+        key = id(optimizer)
+        if key in self._open:  # a closure that is evaluated again within one step
+            self.masking.shape_gradients(self._open[key])
+            return
+        if observe and (self.step if step is None else step) <= self._span[1]:
+            for param in live:
+                self.scorer.observe(param)
+        if step is not None:
+            self.step = step
+            self._update(step)
+            self._clock = key
+        pruned = [param for param in live if param.pruned]
+        self._open[key] = pruned
+        if not pruned:
+            return
+        if optimizer is not None and self._stale:
+            self._clear_state(optimizer, pruned)
+        self.masking.shape_gradients(pruned)
+        self.masking.before_step(pruned)
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer | None = None) -> None:
+        """Call after `optimizer.step`. Without a `before_step` since the last call it does nothing.
+
+        Args:
+            optimizer: the one that stepped; None closes every open one.
+        """
+        keys = list(self._open) if optimizer is None else [id(optimizer)] * (id(optimizer) in self._open)
+        for key in keys:
+            if pruned := self._open.pop(key):
+                self.masking.after_step(pruned)
+            if key == self._clock:
+                self._clock = None
+                self.step += 1
+
+    def _update(self, step: int) -> None:
+        """Set the masks that are due."""
+        assert self._total is not None
+        if step > self._span[1] or step < self._span[0] or step == self._updated:
+            return
+        levels = self._timed.levels(step, self._total)
+        if not levels:
+            return
+        self._updated = step
+        for level in levels:
+            level = max(level, self._floor)
+            monotone = not self.masking.remembers and level >= self.level
+            self.level = level
+            self.num_updates += 1
+            if level == 0 and not any(param.pruned for param in self.params):
+                continue
+            scale = level / self.schedule.final if self.schedule.final else 1.0
+            due = Update(
+                level=level if self.structure.fixed is None else scale * self.structure.fixed,
+                overrides=tuple(None if own is None else min(own * scale, 1.0) for own in self._overrides),
+                monotone=monotone,
+                progress=step / self._total,
+            )
+            self.updater.update(self.groups, self.scorer, self.structure, self.allocation, due)
+            pruned = [param for param in self.params if param.pruned]
+            self.masking.changed(pruned)
+            if self.masking.clears_state:
+                self._stale |= {param.name for param in pruned}
+
+    def _clear_state(self, optimizer: Optimizer, params: Sequence[MaskedParameter]) -> None:
+        """Zero the optimizer's memory of pruned weights, which would move them once they return."""
+        for param in params:
+            if param.name in self._stale:
+                self._stale.discard(param.name)
+                for value in optimizer.state.get(param.weight, {}).values():
+                    if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point():
+                        value.mul_(param.factor)
+
+    def weights_of(self, optimizer: Optimizer | None) -> list[MaskedParameter]:
+        """The prunable weights that an optimizer trains; None: all of them."""
+        if optimizer is None:
+            return self.params
+        known = self._owned.get(id(optimizer))
+        if known is None or known[0] is not optimizer:
+            own = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+            known = optimizer, [param for param in self.params if id(param.weight) in own]
+            self._owned[id(optimizer)] = known
+        return known[1]
+
+    # State
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Bind the masks to weights that were loaded or moved: kept latent values follow the weights."""
+        self._require_attached()
+        self._owned = {}
+        self._open = {}
+        self._clock = None
+        for param in self.params:
+            param.to_weight()
+            if param.pruned:
+                if param.dense is not None:
+                    param.dense.copy_(torch.where(param.mask, param.weight, param.dense))
+                param.weight.mul_(param.factor)
+
+    @property
+    def kept(self) -> int:
+        """How many weights the masks keep."""
+        return sum(param.kept for param in self.params)
+
+    @property
+    def numel(self) -> int:
+        """How many weights can be pruned."""
+        return sum(param.numel for param in self.params)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the prunable weights that the masks remove."""
+        return 1 - self.kept / self.numel if self.params else 0.0
+
+    @property
+    def targets(self) -> list[tuple[Group, float | None]]:
+        """Each group and its own sparsity, None where it shares the common one."""
+        return list(zip(self.groups, self._overrides, strict=True))
+
+    @property
+    def target(self) -> float:
+        """The sparsity asked for at the end: of the pattern (N:M), else of the schedule, overrides included."""
+        shared = self.schedule.final if self.structure.fixed is None else self.structure.fixed
+        if not self.groups or not self.schedule.final:
+            return self.schedule.final
+        removed = sum(group.numel * (shared if own is None else own) for group, own in self.targets)
+        return removed / self.numel
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, latent values, what the scorer gathered, and counters."""
+        if self._pending is not None:
+            return dict(self._pending)
+        return {
+            "version": _VERSION,
+            "step": self.step,
+            "updated": self._updated,
+            "level": self.level,
+            "floor": self._floor,
+            "num_updates": self.num_updates,
+            "stale": sorted(self._stale),
+            "params": {
+                param.name: {"pruned": param.pruned, **{key: value.cpu() for key, value in param.tensors().items()}}
+                for param in self.params
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state; before `attach`, it is kept until then.
+
+        Raises:
+            ValueError: it is of another version or another model; nothing has changed then.
+        """
+        if state.get("version") != _VERSION:
+            raise ValueError(f"the pruning state has version {state.get('version')!r}, this is version {_VERSION}")
+        if self.attached:
+            self._restore(state)
+        else:
+            self._pending = state
+
+    @torch.no_grad()
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        saved: Mapping[str, Mapping[str, Any]] = state["params"]
+        names = [param.name for param in self.params]
+        missing, extra = [n for n in names if n not in saved], [n for n in saved if n not in set(names)]
+        if missing or extra:
+            parts = [f"it lacks {', '.join(missing[:5])}"] * bool(missing)
+            if extra:
+                parts.append(f"it has {', '.join(extra[:5])}. {suggestion(extra[0], missing or names)}")
+            raise ValueError(f"the pruning state is of another model or other include/exclude: {'; '.join(parts)}")
+        for param in self.params:
+            for key in ("mask", "dense"):
+                value = saved[param.name].get(key)
+                if value is not None and value.shape != param.shape:
+                    raise ValueError(
+                        f"the pruning state is of another model: {key} of {param.name} has shape "
+                        f"{tuple(value.shape)}, the weight {tuple(param.shape)}"
+                    )
+        for param in self.params:
+            tensors = dict(saved[param.name])
+            param.set_mask(tensors.pop("mask"))
+            param.pruned = tensors.pop("pruned")
+            param.dense = tensors.pop("dense", None)
+            param.gate = tensors.pop("gate", None)
+            param.state = {key.removeprefix("state."): value.clone() for key, value in tensors.items()}
+            if param.dense is not None:
+                param.dense = param.dense.to(param.weight.dtype, copy=True)
+            param.to_weight()
+        self.step = state["step"]
+        self._updated = state["updated"]
+        self.level = state["level"]
+        self._floor = state["floor"]
+        self.num_updates = state["num_updates"]
+        self._stale = set(state["stale"])
+
+    def _require_attached(self) -> None:
+        if not self.attached:
+            raise ValueError("the pruner has no model yet: call attach(model) first")
+
+
+def _schedule(schedule: str | Schedule, sparsity: float | None) -> Schedule:
+    if isinstance(schedule, str):
+        if sparsity is None:
+            raise ValueError(f"schedule={schedule!r} needs the final sparsity: give sparsity=0.9 or the like")
+        return build(Schedule, schedule, final=sparsity)
+    if sparsity is not None and isinstance(schedule, Schedule) and schedule.final != sparsity:
+        raise ValueError(
+            f"sparsity={sparsity} contradicts the schedule's final={schedule.final}: give one of them, or the same"
+        )
+    return schedule
+
+
+def _name(axis: object) -> str:
+    return type(axis).__name__.lower()
