@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pl_sparse.masked import MaskedParameter
+from pl_sparse.scorer import Scorer
 
 Params = Sequence[MaskedParameter]
 
@@ -133,3 +134,8 @@ class Frozen(Masking):
         weights, factors = _weights(params), _factors(params)
         torch._foreach_lerp_(_latent(params), weights, factors)  # dense <- weight where kept
         torch._foreach_mul_(weights, factors)
+
+
+def auto(scorer: Scorer) -> Masking:
+    """The masking a scorer needs: one that remembers the values of pruned weights where they are scored, else hard."""
+    return Frozen() if scorer.needs_dense else Hard()

@@ -22,7 +22,8 @@ class RandomState(Callback):
     def __init__(self) -> None:
         self._restored: dict[str, Any] | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Before the loaders are iterated for the first time: a shuffling one draws its seed then.
         state, self._restored = self._restored, None
         if state is None:
             return

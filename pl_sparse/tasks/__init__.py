@@ -1,0 +1,1 @@
+"""Small models, data and a classifier to try methods on. Any other LightningModule and data module will do as well."""
