@@ -257,9 +257,6 @@ class ERK(Allocation):
     Tensors whose density would exceed 1 stay dense, the worst first, and the rest is solved again.
 
     Source: Evci et al., Rigging the lottery, 2020, arXiv:1911.11134, section 3.1.
-
-    Raises:
-        ValueError: the tensors that must stay dense alone exceed the budget.
     """
 
     def densities(self, groups: Sequence[Group], sparsity: float) -> list[float]:
@@ -270,15 +267,9 @@ class ERK(Allocation):
         if sparsity <= 0:
             return [1.0] * len(groups)
         dense: set[int] = set()
-        while True:
+        while True:  # what became dense took less than its share of the budget, so that something is always left
             rest = [i for i in range(len(groups)) if i not in dense]
             left = budget - sum(sizes[i] for i in dense)
-            if left < 0 or not rest:
-                raise ValueError(
-                    f"allocation=erk cannot reach a sparsity of {sparsity}: "
-                    + ", ".join(groups[i].name for i in sorted(dense))
-                    + " must stay dense and alone exceed it. Use allocation=uniform or exclude them"
-                )
             eps = left / sum(raw[i] * sizes[i] for i in rest)
             top = max(raw[i] for i in rest)
             if eps * top <= 1:

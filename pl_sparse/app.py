@@ -18,6 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
@@ -75,7 +76,15 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         if "nothing to prune" not in str(error):  # a module may build its layers later
             raise ConfigError(str(error)) from error
 
-    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    except (ValueError, MisconfigurationException, RuntimeError) as error:
+        foreign = isinstance(error, RuntimeError) and "loading state_dict" in str(error)
+        if history.started or (isinstance(error, RuntimeError) and not foreign):
+            raise
+        raise ConfigError(
+            f"ckpt_path={cfg.ckpt_path} is of another model: {error}" if foreign else str(error)
+        ) from error
     if trainer.interrupted:
         raise KeyboardInterrupt
     best = _load_best(trainer, module, sparsity)
@@ -219,9 +228,8 @@ def _write(
         for name, tensor in module.state_dict().items()
     }
     shared: dict[int, str] = {}
-    for name in list(tensors):  # safetensors keeps tied weights once
-        first = shared.setdefault(tensors[name].data_ptr() if tensors[name].numel() else id(tensors[name]), name)
-        if first != name:
+    for name in list(tensors):  # safetensors refuses tensors that share memory
+        if shared.setdefault(tensors[name].data_ptr(), name) != name:
             tensors[name] = tensors[name].clone()
     with replacing(weights) as temporary:
         save_file(tensors, temporary)

@@ -23,6 +23,7 @@ class History(Callback):
 
     Attributes:
         rows: the rows so far; a resumed run has those from before.
+        started: whether training has begun.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -31,6 +32,7 @@ class History(Callback):
         self._validated = False
         self._since = 0.0
         self._before = 0.0
+        self.started = False
 
     @property
     def rows(self) -> list[dict[str, float]]:
@@ -45,6 +47,7 @@ class History(Callback):
         if trainer.global_step == 0:
             self._epochs, self._before = {}, 0.0
         self._since = time.perf_counter()
+        self.started = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before, self._since = self.seconds, 0.0

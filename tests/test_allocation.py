@@ -1,0 +1,156 @@
+"""Allocations against published numbers and loops."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pl_sparse.allocation import ERK, LAMP, Allocation, Global, Uniform, Units, choose, kept, lamp
+from pl_sparse.masked import Group, MaskedParameter, find
+from pl_sparse.naming import build
+from pl_sparse.scorer import Magnitude
+from pl_sparse.structure import NM, Block, Channel, Structure, Unstructured
+
+
+def lenet300() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(784, 300), nn.Linear(300, 100), nn.Linear(100, 10))
+
+
+def lenet5() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5), nn.Linear(800, 500), nn.Linear(500, 10))
+
+
+def groups(model: nn.Module, structure: Structure | None = None) -> list[Group]:
+    return (structure or Unstructured()).groups(find(model), model)
+
+
+def params(found: list[Group]) -> list[MaskedParameter]:
+    return [param for group in found for param, _ in group.members]
+
+
+def prune(
+    found: list[Group], allocation: Allocation, level: float, structure: Structure | None = None, monotone: bool = False
+) -> list[int]:
+    choose(Units(found, structure or Unstructured(), Magnitude().score, monotone), allocation, level)
+    return [param.kept for param in params(found)]
+
+
+@pytest.mark.parametrize(
+    ("model", "sparsity", "densities"),
+    [
+        (lenet300, 0.8, [0.16224, 0.46936, 1.0]),
+        (lenet300, 0.9, [0.07957, 0.23019, 1.0]),
+        (lenet300, 0.95, [0.03848, 0.11133, 0.91851]),
+        (lenet300, 0.98, [0.01539, 0.04453, 0.36740]),
+        (lenet300, 0.99, [0.00770, 0.02227, 0.18370]),
+        (lenet5, 0.9, [1.0, 0.08707, 0.08843, 1.0]),
+        (lenet5, 0.95, [0.72612, 0.03748, 0.03806, 1.0]),
+        (lenet5, 0.99, [0.13894, 0.00717, 0.00728, 0.22858]),
+    ],
+)
+def test_erk_meets_the_reference_densities(model: object, sparsity: float, densities: list[float]) -> None:
+    found = groups(model())  # type: ignore[operator]
+    assert ERK().densities(found, sparsity) == pytest.approx(densities, abs=6e-6)
+    assert sum(prune(found, ERK(), sparsity)) == kept(sparsity, sum(group.numel for group in found))
+
+
+def test_erk_at_the_ends() -> None:
+    found = groups(lenet300())
+    assert prune(found, ERK(), 0.0) == [group.numel for group in found]
+    skewed = groups(nn.Sequential(nn.Linear(1000, 1), nn.Linear(10, 10)))
+    assert sum(prune(skewed, ERK(), 0.999)) == 2  # at least one in each tensor
+
+
+def test_lamp_meets_the_reference_scores() -> None:
+    # w^2 = .25, 1, 4, 9: each over the sum of those no smaller
+    assert lamp(torch.tensor([2.0, 0.5, 3.0, 1.0])).tolist() == pytest.approx([4 / 13, 0.25 / 14.25, 1.0, 1 / 14])
+    scores = torch.rand(50, 7)
+    flat = scores.reshape(-1).tolist()
+    naive = [value**2 / sum(other**2 for other in flat if other >= value) for value in flat]
+    assert lamp(scores).reshape(-1).tolist() == pytest.approx(naive)
+    assert lamp(torch.zeros(3)).tolist() == [0, 0, 0]
+
+
+def test_lamp_leaves_every_layer_alive() -> None:
+    model = lenet300()
+    with torch.no_grad():
+        model[1].weight.mul_(1e-4)
+    assert prune(groups(model), Global(), 0.95)[1] == 0
+    counts = prune(groups(model), LAMP(), 0.95)
+    assert min(counts) > 0 and sum(counts) == kept(0.95, 266_200)
+
+
+def test_global_is_one_threshold() -> None:
+    model = lenet300()
+    found = groups(model)
+    prune(found, Global(), 0.9)
+    magnitudes = torch.cat([layer.weight.abs().reshape(-1) for layer in model])
+    threshold = magnitudes.sort(descending=True).values[26_619]
+    for param in params(found):
+        assert torch.equal(param.mask, param.weight.abs() >= threshold)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(["uniform", "global", "erk", "lamp"]),
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+    st.floats(0, 0.97),
+    st.booleans(),
+)
+def test_counts_are_exact_also_under_ties(
+    name: str, shapes: list[tuple[int, int]], sparsity: float, ties: bool
+) -> None:
+    model = nn.ModuleList(nn.Linear(i, o) for o, i in shapes)
+    if ties:
+        for layer in model:
+            nn.init.constant_(layer.weight, 0.5)
+    found = groups(model)
+    total = sum(group.numel for group in found)
+    least = len(shapes) if name in ("uniform", "erk") else 0
+    counts = prune(found, build(Allocation, name), sparsity)
+    assert sum(counts) == max(kept(sparsity, total), least)
+    assert min(counts) >= (1 if least else 0)
+    before = [param.mask.clone() for param in params(found)]
+    prune(found, build(Allocation, name), min(sparsity * 1.1, 1.0), monotone=True)
+    assert all(not (param.mask & ~old).any() for param, old in zip(params(found), before, strict=True))
+
+
+def test_uniform_prunes_all_alike() -> None:
+    assert prune(groups(lenet300()), Uniform(), 0.9) == [23_520, 3_000, 100]
+
+
+@pytest.mark.parametrize("name", ["uniform", "global", "erk", "lamp"])
+def test_units_of_several_sizes_come_nearest(name: str) -> None:
+    model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 20), nn.Linear(20, 16))
+    found = groups(model, Channel())
+    counts = prune(found, build(Allocation, name), 0.6, Channel())
+    assert all(count % param.shape[1] == 0 for count, param in zip(counts, params(found), strict=True))
+    assert abs(sum(counts) - 0.4 * sum(group.numel for group in found)) <= 20  # half of the largest unit
+
+
+def test_blocks_share_a_budget() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8))
+    counts = prune(groups(model), Global(), 0.75, Block(4, 4))
+    assert sum(counts) == 192 and all(count % 16 == 0 for count in counts)
+
+
+def test_nm_ignores_the_allocation() -> None:
+    for name in ("uniform", "global", "erk", "lamp"):
+        assert prune(groups(lenet300()), build(Allocation, name), 0.5, NM(2, 4)) == [117_600, 15_000, 500]
+
+
+def test_overrides_stand_outside_of_the_budget() -> None:
+    found = groups(lenet300())
+    choose(Units(found, Unstructured(), Magnitude().score), Global(), 0.9, [None, None, 0.25])
+    counts = [param.kept for param in params(found)]
+    assert counts[2] == 750 and sum(counts[:2]) == kept(0.9, 265_200)
+
+
+def test_nan_is_named() -> None:
+    model = lenet300()
+    with torch.no_grad():
+        model[1].weight[3, 3] = float("nan")
+    for allocation in (Global(), Uniform()):
+        with pytest.raises(ValueError, match=r"scores of 1.weight hold NaN"):
+            prune(groups(model), allocation, 0.5)

@@ -1,0 +1,170 @@
+"""Maskings against autograd and against loops."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pl_sparse import Pruner
+from pl_sparse.schedule import Constant, Cyclic, OneShot
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+}
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def batches(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(10, 8, generator=generator) for _ in range(count)]
+
+
+def loss(out: torch.Tensor) -> torch.Tensor:
+    return (out**2).mean() + out.sin().mean()
+
+
+def fit(model: nn.Module, pruner: Pruner, optimizer: torch.optim.Optimizer, steps: int, after: object = None) -> None:
+    for step, x in enumerate(batches(steps)):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        pruner.before_step(step, steps, optimizer)
+        optimizer.step()
+        pruner.after_step()
+        if callable(after):
+            after()
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_ste_is_autograds_ste(kind: str) -> None:
+    """v -> mask * v forward, identity backward, the mask by magnitude of v at every step: equal to the bit."""
+    model, latent = net(), net()
+    pruner = Pruner("magnitude", Constant(final=0.5, every=1), "nm24", masking="ste")
+    pruner.attach(model)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    reference = OPTIMIZERS[kind](latent.parameters())
+
+    def mask_of(v: torch.Tensor) -> torch.Tensor:
+        groups = v.detach().abs().reshape(-1, 4)
+        top = groups.topk(2).indices
+        return torch.zeros_like(groups).scatter_(1, top, 1.0).reshape(v.shape)
+
+    masks = {0: mask_of(latent[0].weight), 2: mask_of(latent[2].weight)}
+    pruner.prepare(40)  # the level due at step 0 is met before the first batch
+    for step, x in enumerate(batches(40)):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        pruner.before_step(step, 40, optimizer)
+        optimizer.step()
+        pruner.after_step()
+
+        reference.zero_grad()
+        h = torch.tanh(F.linear(x, _Straight.apply(latent[0].weight, masks[0]), latent[0].bias))
+        loss(F.linear(h, _Straight.apply(latent[2].weight, masks[2]), latent[2].bias)).backward()
+        if step:
+            masks = {i: mask_of(latent[i].weight) for i in (0, 2)}
+        reference.step()
+        for i in (0, 2):
+            dense = pruner.params[i // 2].dense
+            assert dense is not None
+            assert torch.equal(dense, latent[i].weight)
+            assert torch.equal(model[i].weight, latent[i].weight * masks[i])
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return v * mask
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_hard_stays_zero_under_momentum_and_decay(kind: str) -> None:
+    model = net()
+    pruner = Pruner("magnitude", OneShot(final=0.7, begin=0.25))
+    pruner.attach(model)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+
+    def check() -> None:
+        for param in pruner.params:
+            assert not param.weight[~param.mask].any()
+            if param.pruned:
+                for value in optimizer.state[param.weight].values():
+                    assert value.shape != param.shape or not value[~param.mask].any()
+
+    fit(model, pruner, optimizer, 40, check)
+    assert pruner.sparsity == pytest.approx(0.7, abs=0.005)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_hard_is_training_the_small_network(kind: str) -> None:
+    """After pruning, the kept weights move as if the others did not exist."""
+    model = net()
+    pruner = Pruner("magnitude", OneShot(final=0.7))
+    pruner.attach(model)
+    pruner.prepare(30)
+    reference = net()
+    masks = [param.mask.clone() for param in pruner.params]
+    live = [nn.Parameter(reference[i].weight.detach()[mask]) for i, mask in zip((0, 2), masks, strict=True)]
+    biases = [reference[0].bias, reference[2].bias]
+    optimizer, small = OPTIMIZERS[kind](model.parameters()), OPTIMIZERS[kind]([*live, *biases])
+    for step, x in enumerate(batches(30)):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        pruner.before_step(step, 30, optimizer)
+        optimizer.step()
+        pruner.after_step()
+        small.zero_grad()
+        weights = [torch.zeros(mask.shape).masked_scatter(mask, w) for mask, w in zip(masks, live, strict=True)]
+        loss(F.linear(torch.tanh(F.linear(x, weights[0], biases[0])), weights[1], biases[1])).backward()
+        small.step()
+    for param, mask, values in zip(pruner.params, masks, live, strict=True):
+        assert torch.allclose(param.weight[mask], values, atol=1e-6)
+
+
+def test_frozen_weights_come_back_with_their_value() -> None:
+    model = net()
+    pruner = Pruner("random", Cyclic(final=0.8, begin=0.0, end=0.75, cycles=1), masking="frozen")
+    pruner.attach(model)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    seen: list[tuple[float, list[torch.Tensor], list[torch.Tensor]]] = []
+
+    def look() -> None:
+        seen.append(
+            (
+                pruner.sparsity,
+                [param.mask.clone() for param in pruner.params],
+                [param.values.clone() for param in pruner.params],
+            )
+        )
+
+    before = [param.weight.detach().clone() for param in pruner.params]
+    fit(model, pruner, optimizer, 16, look)
+    assert [round(s, 2) for s, *_ in seen] == [0.8] * 6 + [0.0] * 6 + [0.8] * 4
+    for index, start in enumerate(before):
+        frozen = ~seen[0][1][index]
+        for _, mask, values in seen[:6]:
+            assert torch.equal(values[index][frozen], start[frozen])
+            assert not mask[index][frozen].any()
+        assert not torch.equal(seen[6][2][index][frozen], start[frozen])  # trained again once it is back
+        assert (seen[6][2][index][frozen] - start[frozen]).abs().max() < 0.05
+
+
+def test_gradients_are_masked_before_clipping_for_hard_only() -> None:
+    for masking, zero in (("hard", True), ("frozen", True), ("ste", False)):
+        model = net()
+        pruner = Pruner("random", OneShot(final=0.5), masking=masking)
+        pruner.attach(model)
+        pruner.prepare(2)
+        loss(model(batches(1)[0])).backward()
+        pruner.before_step(0)
+        grads = torch.cat([param.weight.grad[~param.mask] for param in pruner.params])  # type: ignore[index]
+        assert bool((grads == 0).all()) is zero
+        pruner.after_step()

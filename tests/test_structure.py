@@ -1,0 +1,130 @@
+"""Structures against loops."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from pl_sparse.masked import Layout, find
+from pl_sparse.structure import NM, Block, Channel, Head, Kernel, Structure, Unstructured, structure
+
+
+def masked(structure: Structure, scores: torch.Tensor, keep: int) -> torch.Tensor:
+    units = structure.pool(scores)
+    return structure.expand(structure.select(units, keep), scores.shape)
+
+
+def test_nm_against_all_patterns() -> None:
+    for n, m in ((1, 4), (2, 4), (4, 8), (3, 5), (7, 16)):
+        scores = torch.randn(3, 2 * m, 2, 2)
+        mask = masked(NM(n, m), scores, 0)
+        for out, group, row, column in itertools.product(range(3), range(2), range(2), range(2)):
+            values = scores[out, group * m : (group + 1) * m, row, column].tolist()
+            best = set(sorted(range(m), key=lambda i: -values[i])[:n])
+            chosen = mask[out, group * m : (group + 1) * m, row, column].tolist()
+            assert {i for i, kept in enumerate(chosen) if kept} == best
+
+
+@given(st.integers(1, 4), st.lists(st.integers(0, 2), min_size=8, max_size=8))
+def test_nm_ties_go_to_the_first(n: int, values: list[int]) -> None:
+    scores = torch.tensor([values], dtype=torch.float32)
+    mask = masked(NM(n, 4), scores, 0)[0].tolist()
+    for start in (0, 4):
+        group = values[start : start + 4]
+        best = set(sorted(range(4), key=lambda i: (-group[i], i))[:n])
+        assert {i for i in range(4) if mask[start + i]} == best
+
+
+def test_nm_becomes_sparser_by_the_level() -> None:
+    scores = torch.randn(4, 16)
+    assert [int(masked(NM(2, 4), scores, keep).sum()) for keep in (64, 50, 48, 33, 32, 1)] == [64, 64, 48, 48, 32, 32]
+
+
+def test_blocks_kernels_channels_against_loops() -> None:
+    scores = torch.rand(4, 6, 3, 3)
+    for struct, units in (
+        (Block(2, 3), {(i, j, a, b) for i in range(2) for j in range(2) for a in range(3) for b in range(3)}),
+        (Kernel(), {(i, j) for i in range(4) for j in range(6)}),
+        (Channel(), {(i,) for i in range(4)}),
+        (Unstructured(), set(itertools.product(range(4), range(6), range(3), range(3)))),
+    ):
+
+        def of(index: tuple[int, ...], struct: Structure = struct) -> tuple[int, ...]:
+            if isinstance(struct, Block):
+                return (index[0] // 2, index[1] // 3, *index[2:])
+            return index[: {Kernel: 2, Channel: 1, Unstructured: 4}[type(struct)]]
+
+        score: dict[tuple[int, ...], list[float]] = {unit: [] for unit in units}
+        for index in itertools.product(*map(range, scores.shape)):
+            score[of(index)].append(float(scores[index]))
+        keep = max(len(units) // 3, 1)
+        best = sorted(units, key=lambda u: -sum(score[u]) / len(score[u]))[:keep]
+        mask = masked(struct, scores, keep)
+        for index in itertools.product(*map(range, scores.shape)):
+            assert bool(mask[index]) == (of(index) in best), struct
+
+
+def test_heads_are_rows_of_three_projections_and_columns_of_the_output() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 4)})
+    params = find(model)
+    (group,) = Head().groups(params, model)
+    assert group.name == "attention" and [p.name for p, _ in group.members] == [
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+    ]
+    chosen = torch.tensor([True, False, True, False])
+    masks = []
+    for param, layout in group.members:
+        shape = layout.view(torch.empty(param.shape)).shape
+        masks.append(layout.restore(Head().expand(chosen, shape), param.shape))
+    for projection in range(3):
+        rows = masks[0][projection * 8 : (projection + 1) * 8].all(1).tolist()
+        assert rows == [True, True, False, False] * 2
+    assert masks[1].all(0).tolist() == [True, True, False, False] * 2
+    with pytest.raises(ValueError, match="no attention layer"):
+        Head().groups(find(nn.Linear(2, 2)), nn.Linear(2, 2))
+
+
+def test_separate_projections_of_attention() -> None:
+    model = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
+    names = [p.name for p, _ in Head().groups(find(model), model)[0].members]
+    assert names == ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        (Layout(), (4, 6)),
+        (Layout("transposed", groups=2), (4, 3, 2, 2)),
+        (Layout("transposed"), (5, 7)),
+        (Layout("heads", heads=4, parts=3), (24, 5)),
+        (Layout("heads", heads=4, columns=True), (5, 8)),
+    ],
+)
+def test_layouts_go_there_and_back(layout: Layout, shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape)
+    assert torch.equal(layout.restore(layout.view(tensor), tensor.shape), tensor)
+
+
+def test_a_transposed_convolution_has_its_outputs_first() -> None:
+    layer = nn.ConvTranspose2d(4, 6, 3, groups=2)
+    view = layer_view = Layout("transposed", groups=2).view(layer.weight)
+    assert view.shape == (6, 2, 3, 3)
+    assert torch.equal(layer_view[4, 1], layer.weight[3, 1])  # group 1: inputs 2, 3 and outputs 3..5
+
+
+def test_names_and_bad_arguments() -> None:
+    assert structure("nm24") == NM(2, 4) and structure("block4x4") == Block(4, 4) and structure("channel") == Channel()
+    assert structure("2:4").label == "2:4" and structure("1:16") == NM(1, 16)
+    for n, m in ((5, 4), (0, 4)):
+        with pytest.raises(ValueError, match="0 < n <= m"):
+            NM(n, m)
+    with pytest.raises(ValueError, match="at least one row"):
+        Block(0, 4)
+    with pytest.raises(ValueError, match="Did you mean 'kernel'"):
+        structure("kernels")
+    assert "divisible by m=4" in (NM().misfit(torch.Size((8, 6))) or "")
+    assert "output dimension 6" in (Block().misfit(torch.Size((6, 8))) or "")

@@ -1,0 +1,59 @@
+"""Exact top-k against sorting."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pl_sparse.topk import threshold, top_k
+
+
+def naive(scores: list[torch.Tensor], keep: int) -> list[torch.Tensor]:
+    flat = [(-float(value), i) for i, value in enumerate(torch.cat([s.reshape(-1).double() for s in scores]))]
+    chosen = {i for _, i in sorted(flat)[:keep]}
+    masks, start = [], 0
+    for score in scores:
+        mask = [start + i in chosen for i in range(score.numel())]
+        masks.append(torch.tensor(mask).reshape(score.shape))
+        start += score.numel()
+    return masks
+
+
+floats = st.floats(width=32, allow_nan=False, allow_infinity=True)
+few = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-40, -1e-40, float("inf")])
+
+
+@given(st.lists(st.lists(floats | few, min_size=1, max_size=12), min_size=1, max_size=4), st.floats(0, 1))
+def test_threshold_keeps_what_sorting_keeps(values: list[list[float]], part: float) -> None:
+    for dtype in (torch.float32, torch.float64):
+        scores = [torch.tensor(row, dtype=dtype) for row in values]
+        keep = round(part * sum(s.numel() for s in scores))
+        masks = list(threshold(scores, keep).masks(scores))
+        assert all(torch.equal(a, b) for a, b in zip(masks, naive(scores, keep), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(700_000, 3), (300_000, 300_000)])
+def test_large_tensors(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    scores = [torch.randn(size).to(dtype) for size in sizes]
+    total = sum(sizes)
+    for keep in (0, 1, total // 10, total - 1, total):
+        masks = list(threshold(scores, keep).masks(scores))
+        assert sum(int(m.sum()) for m in masks) == keep
+        kept = torch.cat([s[m] for s, m in zip(scores, masks, strict=True)])
+        removed = torch.cat([s[~m] for s, m in zip(scores, masks, strict=True)])
+        assert not kept.numel() or not removed.numel() or kept.min() >= removed.max()
+
+
+def test_all_equal_keeps_the_first() -> None:
+    assert top_k(torch.ones(2, 5), 3).reshape(-1).tolist() == [True] * 3 + [False] * 7
+    assert top_k(torch.ones(4), 9).all() and not top_k(torch.ones(4), -1).any()
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="tensor 1 hold NaN"):
+        threshold([torch.ones(3), torch.tensor([1.0, float("nan")])], 2)
+    with pytest.raises(ValueError, match="asked to keep 7 of 3"):
+        threshold([torch.ones(3)], 7)
+    with pytest.raises(ValueError, match="0 or more"):
+        threshold([torch.ones(3)], -1)
