@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from pl_sparse import structure as structures
 from pl_sparse.allocation import LAMP, Allocation
 from pl_sparse.masked import Group, MaskedParameter, Patterns, find, select
-from pl_sparse.masking import Masking, auto
+from pl_sparse.masking import Hard, Masking, auto
 from pl_sparse.naming import build, suggestion
 from pl_sparse.schedule import Schedule
 from pl_sparse.scorer import Scorer
@@ -89,7 +89,7 @@ class Pruner:
         self.allocation = build(Allocation, allocation) if isinstance(allocation, str) else allocation
         self.updater = build(Updater, updater) if isinstance(updater, str) else updater
         if masking == "auto":
-            masking = auto(self.scorer)
+            masking = auto(self.scorer) if isinstance(self.scorer, Scorer) else Hard()
         self.masking: Masking = build(Masking, masking) if isinstance(masking, str) else masking
         for axis, value, kind in (
             ("scorer", self.scorer, Scorer),

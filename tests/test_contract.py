@@ -1,0 +1,172 @@
+"""What every scorer, structure and schedule, and every YAML of the configuration, has to keep."""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from torch.nn import functional as F
+
+from pl_sparse import Pruner
+from pl_sparse.allocation import Allocation, kept
+from pl_sparse.masking import Masking
+from pl_sparse.naming import build, catalogue
+from pl_sparse.schedule import Schedule
+from pl_sparse.scorer import Scorer
+from pl_sparse.settings import check
+from pl_sparse.structure import NM, Structure
+from pl_sparse.structure import structure as named
+from pl_sparse.tasks.data import Digits
+from pl_sparse.tasks.models import vit_tiny
+
+CONF = Path(__file__).parent.parent / "conf"
+SCORERS = sorted(catalogue(Scorer))
+SCHEDULES = sorted(catalogue(Schedule))
+STRUCTURES = ["unstructured", "nm24", "nm14", "nm48", "block4x4", "channel", "kernel", "head"]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    (x, y), _, _ = Digits().load()
+    return x, y
+
+
+def train(pruner: Pruner, data: tuple[torch.Tensor, torch.Tensor], half: bool) -> Iterator[torch.nn.Module]:
+    """Train a transformer with convolution, attention and linear layers; yields it in the middle and at the end."""
+    torch.manual_seed(0)
+    model = vit_tiny(shape=(1, 8, 8), classes=12, dim=16, depth=1, heads=4, patch=2)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    pruner.attach(model)
+    x, y = data
+    pruner.prepare(STEPS)
+    for step in range(STEPS):
+        batch = slice(step * 32, step * 32 + 32)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x[batch]), y[batch])
+        loss.backward()
+        assert torch.isfinite(loss)
+        pruner.before_step(step, STEPS, optimizer)
+        optimizer.step()
+        pruner.after_step()
+        if step == STEPS // 2 and half:
+            yield model
+    yield model
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_scorer_structure_and_schedule(
+    scorer: str, structure: str, schedule: str, digits: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    def made() -> Pruner:
+        options = {} if schedule in ("constant", "oneshot") else {"end": 0.75}
+        timed = build(Schedule, schedule, final=0.5, every=2, **options)
+        return Pruner(scorer, timed, structure, "uniform", misfit="dense")
+
+    pruner = made()
+    *_, model = train(pruner, digits, half=False)
+    assert pruner.at_target
+    exact = sum(kept(pruner.target, group.numel) for group in pruner.groups)
+    coarsest = max(group.numel // max(group.shape[0], 1) for group in pruner.groups)
+    nonzero = 0
+    for param in pruner.params:
+        assert not param.weight[~param.mask].any()
+        nonzero += int(param.mask.sum())
+    assert nonzero == pruner.kept
+    assert abs(nonzero - exact) <= (0 if structure in ("unstructured", "nm24", "nm14", "nm48") else coarsest)
+    pattern(named(structure), pruner)
+
+    # the same seed gives the same masks; the weights load into the plain class, under its own names
+    twin = made()
+    list(train(twin, digits, half=False))
+    for a, b in zip(pruner.params, twin.params, strict=True):
+        assert torch.equal(a.mask, b.mask) and torch.equal(a.weight, b.weight)
+    plain = vit_tiny(shape=(1, 8, 8), classes=12, dim=16, depth=1, heads=4, patch=2)
+    plain.load_state_dict(model.state_dict(), strict=True)
+
+
+def pattern(structure: Structure, pruner: Pruner) -> None:
+    """Every unit is kept whole or removed whole; an n:m group keeps at most n."""
+    for group in pruner.groups:
+        for param, layout in group.members:
+            mask = layout.view(param.mask)
+            units = structure.pool(mask.double())
+            if isinstance(structure, NM):
+                assert int(units.sum(-1).max()) <= structure.n
+            else:
+                assert bool(((units == 0) | (units == 1)).all())
+
+
+@pytest.mark.parametrize("masking", sorted(catalogue(Masking)))
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_every_state_survives(scorer: str, masking: str, digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    if build(Scorer, scorer).needs_dense and not build(Masking, masking).remembers:
+        pytest.skip("the masking forgets what the scorer needs")
+
+    def made() -> Pruner:
+        return Pruner(scorer, build(Schedule, "linear", final=0.6, every=2), masking=masking)
+
+    pruner = made()
+    middle = next(train(pruner, digits, half=True))
+    state = copy.deepcopy(pruner.state_dict())
+    twin = made()
+    twin.load_state_dict(state)
+    twin.attach(copy.deepcopy(middle))
+    restored = twin.state_dict()
+    assert restored["step"] == state["step"] and restored["params"].keys() == state["params"].keys()
+    for name, tensors in state["params"].items():
+        assert tensors.keys() == restored["params"][name].keys()
+        for key, value in tensors.items():
+            same = restored["params"][name][key]
+            assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
+
+
+def yamls(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in yamls(group)])
+def test_every_yaml_composes(group: str, option: str) -> None:
+    overrides = [f"{group}={option}"]
+    if (group, option) == ("data", "image_folder"):
+        overrides.append("data.root=.")
+    cfg = compose(overrides)
+    check(cfg)
+    for node in nodes(cfg):
+        parameters = inspect.signature(get_object(node["_target_"])).parameters
+        open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        assert open_ended or {key for key in node if not str(key).startswith("_")} <= set(parameters)
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("train", overrides)
+    OmegaConf.set_struct(cfg, False)
+    cfg.output_dir = "somewhere"
+    return cfg
+
+
+def nodes(node: object) -> Iterator[DictConfig]:
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield node
+        for value in node.values():
+            yield from nodes(value)
+
+
+@pytest.mark.parametrize(
+    ("group", "axis"),
+    [("scorer", Scorer), ("schedule", Schedule), ("allocation", Allocation), ("masking", Masking)],
+)
+def test_every_class_of_an_axis_has_a_yaml(group: str, axis: type) -> None:
+    assert set(catalogue(axis)) <= set(yamls(group))
