@@ -69,7 +69,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     data: LightningDataModule | None = _built(cfg, "data") if cfg.get("data") else None
     module, prefix = _module(cfg, data)
     history = History(folder / "history.csv")
-    trainer = _trainer(cfg, [history, sparsity, RandomState()])
+    trainer = _trainer(cfg, [sparsity, history, RandomState()])
     try:
         sparsity.pruner.attach(module)
     except ValueError as error:

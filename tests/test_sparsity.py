@@ -245,6 +245,21 @@ def test_checkpoints_judge_only_at_the_target(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir())[-1] == "last.ckpt" and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_the_last_checkpoint_is_saved_before_the_target(tmp_path: Path, save_last: Any) -> None:
+    seen = []
+
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            names = sorted(path.name for path in tmp_path.iterdir()) if tmp_path.exists() else []
+            seen.append((names, torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] if names else None))
+
+    checkpoint = ModelCheckpoint(tmp_path, "best", monitor="val_loss", save_last=save_last)
+    fit(Foreign(), sparsity(), checkpoint, Look())
+    assert seen[:4] == [([], None), (["last.ckpt"], 0), (["last.ckpt"], 1), (["last.ckpt"], 2)]
+    assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
 def test_all_checkpoints_are_kept_but_not_judged(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, monitor="sparse", mode="min", save_top_k=-1)
     fit(Foreign(), sparsity(), checkpoint)

@@ -55,5 +55,9 @@ class Judging:
                 callback.best_k_models = {}
                 callback.best_model_path = callback.kth_best_model_path = ""
                 callback.best_model_score = None
+            elif callback.save_last:
+                # Lightning saves the last checkpoint only after another one at the same step: let it think so.
+                callback._last_global_step_saved = trainer.global_step
+                callback._last_checkpoint_saved = ""
 
         return wrapped

@@ -199,7 +199,7 @@ class Sparsity(Callback):
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log("sparsity", self.sparsity, rank_zero_only=False, sync_dist=False)
+        pl_module.log("sparsity", self.sparsity, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pruner.after_step()
