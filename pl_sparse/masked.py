@@ -104,7 +104,7 @@ class MaskedParameter:
     @property
     def kept(self) -> int:
         """How many weights the mask keeps (reads the mask: a host synchronisation on a GPU)."""
-        return int(self.mask.sum()) if self.pruned else self.numel
+        return int(torch.count_nonzero(self.mask)) if self.pruned else self.numel
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:

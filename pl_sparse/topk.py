@@ -2,13 +2,15 @@
 
 The k-th largest score is found by radix selection on the bits of the floats: IEEE numbers of one sign are ordered
 as their bit patterns are, so a histogram of the leading bits tells in which bin the k-th one lies, and only that bin is
-looked into further. Scores are read in chunks that stay in the cache; the memory needed is a few chunks.
+looked into further. Where there are many scores, a sample first tells between which two values the k-th one almost surely lies;
+what is above is counted, and only what is between needs the search. Scores are read in chunks that stay in the cache.
 
 The rule for ties: among equal scores the one that comes first (tensor order, then flat index) is kept.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 18
+_SAMPLE = 1 << 16
+_LARGE = 1 << 21
 _DIGITS = {32: (20, 8, 0), 64: (52, 40, 28, 16, 4, 0)}  # shifts of the successive digits, at most 12 bits each
 
 
@@ -63,9 +67,50 @@ class Threshold:
             yield mask
 
 
-def threshold(
-    scores: Sequence[Tensor], keep: int, reduce: Callable[[Tensor], Tensor] = lambda histogram: histogram
-) -> Threshold:
+def _alone(histogram: Tensor) -> Tensor:
+    """The sum over processes where there is one."""
+    return histogram
+
+
+def _bracketed(scores: Sequence[Tensor], keep: int) -> Threshold | None:
+    """The threshold by way of two bounds from a sample; None if it is not between them, or a score is not finite."""
+    total = sum(sizes(scores))
+    if keep > total:
+        return None
+    stride = -(-total // _SAMPLE)
+    # Both buffers first: what outlives a tensor of scores but lies behind it in memory would leave holes in the heap.
+    like = scores[0]
+    between = like.new_empty(int(12 * total / _SAMPLE**0.5))
+    sample = like.new_empty(sum(-(-size // stride) for size in sizes(scores)))
+    filled = 0
+    for index in range(len(scores)):
+        piece = scores[index].reshape(-1)[::stride]
+        if piece.dtype != torch.float32:
+            return None
+        sample[filled : filled + len(piece)] = piece
+        filled += len(piece)
+    sample = sample.sort(descending=True).values
+    middle, margin = keep / total * len(sample), 5 * len(sample) ** 0.5
+    high = float(sample[int(middle - margin)]) if middle > margin else float("inf")
+    low = float(sample[int(middle + margin)]) if middle + margin < len(sample) else float("-inf")
+    above, checksum = torch.zeros((2,), dtype=torch.float64, device=sample.device)
+    filled = 0
+    for index in range(len(scores)):
+        for chunk in scores[index].reshape(-1).split(_CHUNK):
+            above += torch.count_nonzero(chunk > high)
+            checksum += chunk.sum()
+            piece = chunk[(chunk >= low) & (chunk <= high)]
+            if filled + len(piece) > len(between):  # many ties, or a sample that is not like the rest
+                return None
+            between[filled : filled + len(piece)] = piece
+            filled += len(piece)
+    left = keep - int(above)
+    if not math.isfinite(float(checksum)) or not 0 < left <= filled:
+        return None
+    return threshold([between[:filled]], left, lambda histogram: histogram)
+
+
+def threshold(scores: Sequence[Tensor], keep: int, reduce: Callable[[Tensor], Tensor] = _alone) -> Threshold:
     """The exact threshold that keeps `keep` of all the scores.
 
     Args:
@@ -84,6 +129,8 @@ def threshold(
         raise ValueError(f"keep must be 0 or more, got {keep}")
     if keep == 0:
         return Threshold(float("inf"), 0, -1)
+    if reduce is _alone and _LARGE < sum(sizes(scores)) and (found := _bracketed(scores, keep)) is not None:
+        return found
     dtype = torch.float64 if any(scores[i].dtype == torch.float64 for i in range(len(scores))) else torch.float32
     bits = 64 if dtype == torch.float64 else 32
     pool: list[Tensor] | None = None  # the candidates, once they are few
@@ -94,7 +141,7 @@ def threshold(
         device = scores[0].device
         histogram = torch.zeros(1 << width, dtype=torch.int64, device=device)
         gathered: list[Tensor] = []
-        few = pool is None and used < bits and equal <= max(_CHUNK, sum_of_sizes(scores) // 16)
+        few = pool is None and used < bits and equal <= max(_CHUNK, sum(sizes(scores)) // 16)
         for key in pool if pool is not None else map(_bits, _chunks(scores, dtype)):
             if used < bits and pool is None:
                 key = key[(key >> used) == prefix]
@@ -125,10 +172,10 @@ def threshold(
     return Threshold(float(as_int.view(dtype)[0]), keep - above, equal)
 
 
-def sum_of_sizes(scores: Sequence[Tensor]) -> int:
-    """How many scores there are in all."""
-    sizes = getattr(scores, "sizes", None)  # a lazy sequence knows without computing them
-    return sum(sizes) if sizes is not None else sum(score.numel() for score in scores)
+def sizes(scores: Sequence[Tensor]) -> list[int]:
+    """How many scores each tensor holds."""
+    known: list[int] | None = getattr(scores, "sizes", None)  # a lazy sequence knows without computing them
+    return known if known is not None else [score.numel() for score in scores]
 
 
 def _refuse_nan(histogram: Tensor, scores: Sequence[Tensor], bits: int, width: int) -> None:

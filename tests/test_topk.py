@@ -45,6 +45,30 @@ def test_large_tensors(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
         assert not kept.numel() or not removed.numel() or kept.min() >= removed.max()
 
 
+@pytest.mark.parametrize("kind", ["normal", "tied", "infinite", "constant", "drifting"])
+def test_many_scores(kind: str) -> None:
+    """So many that bounds from a sample come first, with scores that a sample misjudges among them."""
+    generator = torch.Generator().manual_seed(1)
+    scores = [torch.randn(size, generator=generator) for size in (1_500_000, 5, 1_200_000)]
+    if kind == "tied":
+        scores = [s.mul(50).round() for s in scores]
+    elif kind == "infinite":
+        scores[0][::7], scores[2][3] = float("-inf"), float("inf")
+    elif kind == "constant":
+        scores = [torch.ones_like(s) for s in scores]
+    elif kind == "drifting":  # what the sample's stride meets is unlike all else
+        scores[0][::42] = 9.0
+    flat = torch.cat(scores)
+    order = flat.sort(descending=True, stable=True).indices
+    for keep in (1, 2_500, 270_000, 2_699_000, len(flat)):
+        expected = torch.zeros(len(flat), dtype=torch.bool)
+        expected[order[:keep]] = True
+        assert torch.equal(torch.cat(list(threshold(scores, keep).masks(scores))), expected)
+    scores[1][2] = float("nan")
+    with pytest.raises(ValueError, match="tensor 1 hold NaN"):
+        threshold(scores, 10)
+
+
 def test_all_equal_keeps_the_first() -> None:
     assert top_k(torch.ones(2, 5), 3).reshape(-1).tolist() == [True] * 3 + [False] * 7
     assert top_k(torch.ones(4), 9).all() and not top_k(torch.ones(4), -1).any()

@@ -1,0 +1,118 @@
+"""The time and memory of a global magnitude mask over many weights, against torch's own ways.
+
+    python benchmarks/topk.py [--millions 85] [--full]
+
+Each way is run in turn, several times, and the best time told with the extra memory at its peak, as a share of the
+weights'. `--full` includes `torch.nn.utils.prune.global_unstructured`, which takes some 15 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn.utils import prune
+
+from pl_sparse.allocation import Global, Units, choose
+from pl_sparse.masked import find
+from pl_sparse.scorer import Magnitude
+from pl_sparse.structure import Unstructured
+
+SPARSITY = 0.9
+
+
+def model(millions: float) -> nn.Module:
+    torch.manual_seed(0)
+    count = round(millions / (768 * 3072 / 1e6))
+    return nn.Sequential(*(nn.Linear(3072, 768, bias=False) for _ in range(count)))
+
+
+def pl_sparse(net: nn.Module) -> Callable[[], int]:
+    params = find(net)
+    groups = Unstructured().groups(params, net)
+
+    def masks() -> int:
+        choose(Units(groups, Unstructured(), Magnitude().score), Global(), SPARSITY)
+        return 0
+
+    return lambda: masks() + sum(param.kept for param in params)
+
+
+def kthvalue(net: nn.Module) -> Callable[[], int]:
+    weights = list(net.parameters())
+
+    def masks() -> int:
+        scores = torch.cat([w.detach().abs().reshape(-1) for w in weights])
+        threshold = scores.kthvalue(round(SPARSITY * len(scores))).values
+        return sum(int((w.detach().abs() > threshold).sum()) for w in weights)
+
+    return masks
+
+
+def torch_prune(net: nn.Module) -> Callable[[], int]:
+    layers = [(layer, "weight") for layer in net]  # type: ignore[union-attr]
+
+    def masks() -> int:
+        prune.global_unstructured(layers, prune.L1Unstructured, amount=SPARSITY)
+        kept = sum(int(layer.weight_mask.sum()) for layer, _ in layers)
+        for layer, name in layers:
+            prune.remove(layer, name)
+        return kept
+
+    return masks
+
+
+WAYS = {"pl_sparse": pl_sparse, "cat and kthvalue": kthvalue, "torch.nn.utils.prune": torch_prune}
+
+
+def measure(way: str, millions: float, times: int) -> None:
+    """In a process of its own, so that the peak of its memory is its own."""
+    net = model(millions)
+    size = sum(w.numel() * w.element_size() for w in net.parameters())
+    work = WAYS[way](net)
+    if way == "pl_sparse":  # torch loads some code at its first use
+        pl_sparse(nn.Linear(8, 8))()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    best = float("inf")
+    for _ in range(times):
+        start = time.perf_counter()
+        kept = work()
+        best = min(best, time.perf_counter() - start)
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    print(best, peak / size, kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--millions", type=float, default=85)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        measure(arguments.way, arguments.millions, 1 if arguments.way == "torch.nn.utils.prune" else 5)
+        return
+    title = (
+        f"global mask at {SPARSITY:.0%} of {arguments.millions:g} million weights, {torch.get_num_threads()} threads"
+    )
+    table = Table("way", "seconds", "ratio", "extra memory / weights", "kept", title=title)
+    first = 0.0
+    for way in WAYS if arguments.full else list(WAYS)[:2]:
+        command = [sys.executable, __file__, "--way", way, "--millions", str(arguments.millions)]
+        seconds, memory, kept = map(
+            float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        )
+        first = first or seconds
+        table.add_row(way, f"{seconds:.3f}", f"{seconds / first:.1f}", f"{memory:.3f}", f"{kept:,.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
