@@ -2,8 +2,9 @@
 
 The k-th largest score is found by radix selection on the bits of the floats: IEEE numbers of one sign are ordered
 as their bit patterns are, so a histogram of the leading bits tells in which bin the k-th one lies, and only that bin is
-looked into further. Where there are many scores, a sample first tells between which two values the k-th one almost surely lies;
-what is above is counted, and only what is between needs the search. Scores are read in chunks that stay in the cache.
+looked into further. Where there are many scores, a sample first tells between which two values the k-th one almost
+surely lies; what is above is counted, and only what is between needs the search. Scores are read in chunks that stay in
+the cache.
 
 The rule for ties: among equal scores the one that comes first (tensor order, then flat index) is kept.
 """
@@ -129,7 +130,7 @@ def threshold(scores: Sequence[Tensor], keep: int, reduce: Callable[[Tensor], Te
         raise ValueError(f"keep must be 0 or more, got {keep}")
     if keep == 0:
         return Threshold(float("inf"), 0, -1)
-    if reduce is _alone and _LARGE < sum(sizes(scores)) and (found := _bracketed(scores, keep)) is not None:
+    if reduce is _alone and sum(sizes(scores)) > _LARGE and (found := _bracketed(scores, keep)) is not None:
         return found
     dtype = torch.float64 if any(scores[i].dtype == torch.float64 for i in range(len(scores))) else torch.float32
     bits = 64 if dtype == torch.float64 else 32
