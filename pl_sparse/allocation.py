@@ -97,6 +97,12 @@ class Units(Sequence[Tensor]):
         assert alive is not None
         return alive
 
+    def assign(self, index: int, chosen: Tensor) -> None:
+        """Give the weights of a group the mask that keeps the chosen units."""
+        for param, layout in self.groups[index].members:
+            shape = layout.view(torch.empty(param.shape, device="meta")).shape
+            param.set_mask(layout.restore(self.structure.expand(chosen, shape), param.shape))
+
     @property
     def limits(self) -> list[int]:
         """How many units of each group can be kept."""
@@ -310,22 +316,16 @@ def choose(units: Units, allocation: Allocation, level: float, overrides: Sequen
             if ranks is not None and len(set(shared.weights)) == 1:
                 found = threshold(ranks, kept(level, sum(shared.sizes)))
                 for i, chosen in zip(free, found.masks(ranks), strict=True):
-                    _assign(units, i, chosen)
+                    units.assign(i, chosen)
             else:
                 counts |= dict(zip(free, allocation.keep(shared.groups, shared, level), strict=True))
         except ValueError as error:
             raise _named(units, error) from None
     for i, count in sorted(counts.items()):
         try:
-            _assign(units, i, units.structure.select(units[i], count))
+            units.assign(i, units.structure.select(units[i], count))
         except ValueError as error:
             raise _named(units, error) from None
-
-
-def _assign(units: Units, index: int, chosen: Tensor) -> None:
-    for param, layout in units.groups[index].members:
-        shape = layout.view(torch.empty(param.shape, device="meta")).shape
-        param.set_mask(layout.restore(units.structure.expand(chosen, shape), param.shape))
 
 
 def _named(units: Units, error: ValueError) -> ValueError:

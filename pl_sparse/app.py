@@ -120,6 +120,7 @@ def _sparsity(cfg: DictConfig) -> Sparsity:
         raise ConfigError(refusal)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {key: plain[key] for key in ("include", "exclude", "first", "last", "overrides", "misfit")}
+    options |= {key: plain[key] for key in ("ablation", "calibration_batches")}
     try:
         return Sparsity(**axes, **options, report=False)
     except (ValueError, TypeError) as error:

@@ -23,16 +23,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pl_sparse import structure as structures
-from pl_sparse.allocation import LAMP, Allocation
+from pl_sparse.allocation import LAMP, Allocation, Units
 from pl_sparse.masked import Group, MaskedParameter, Patterns, find, select
-from pl_sparse.masking import Hard, Masking, auto
+from pl_sparse.masking import STE, Frozen, Hard, Masking
 from pl_sparse.naming import build, suggestion
-from pl_sparse.schedule import Schedule
+from pl_sparse.probe import Probe
+from pl_sparse.schedule import Constant, OneShot, Schedule
 from pl_sparse.scorer import Scorer
 from pl_sparse.structure import Structure
 from pl_sparse.updater import Update, Updater
 
 _VERSION = 1
+
+
+def auto(scorer: Scorer, updater: Updater) -> Masking:
+    """The masking that scorer and updater need: hard, if pruned weights need neither be trained nor remembered."""
+    if getattr(updater, "needs_training", False):
+        return STE()
+    return Frozen() if getattr(scorer, "needs_dense", False) else Hard()
 
 
 class Pruner:
@@ -43,8 +51,9 @@ class Pruner:
         schedule: when to prune and how much, e.g. "cubic" or `OneShot(final=0.8, begin=0.2)`.
         structure: what is pruned together, e.g. "unstructured", "nm24", "block4x4", `Channel()`.
         allocation: how the kept weights are shared among tensors: "global", "uniform", "erk", "lamp".
-        updater: the new masks from the old: "prune".
-        masking: how a mask acts on training: "hard", "ste", "frozen", or "auto" for what the scorer needs.
+        updater: the new masks from the old: "prune", "splice", "dropgrow".
+        masking: how a mask acts on training: "hard", "ste", "frozen", "srste", "topkast", or "auto" for what scorer
+            and updater need.
         sparsity: the final sparsity in [0, 1], for a schedule given by name.
         include: patterns of the weights to prune; None for all that are pruned by default (see `masked.find`).
         exclude: patterns of weights that stay dense.
@@ -53,6 +62,10 @@ class Pruner:
         overrides: sparsities of single weights by pattern. They are outside of the budget that the others share; the
             first pattern that matches counts. Before the schedule ends they are scaled as its level is.
         misfit: "error", or "dense" to leave weights dense whose shape the structure does not divide.
+        ablation: a sanity check of a method (Frankle et al., Pruning neural networks at initialization: why are we
+        missing the
+            mark?, 2021, arXiv:2009.08576): "shuffle" the masks within each tensor, "reinit" the weights under them, or
+            "invert" the scores.
 
     Attributes:
         params: the weights, once attached.
@@ -82,6 +95,7 @@ class Pruner:
         last: bool | None = None,
         overrides: Mapping[str, float] | None = None,
         misfit: str = "error",
+        ablation: str | None = None,
     ) -> None:
         self.scorer = build(Scorer, scorer) if isinstance(scorer, str) else scorer
         self.schedule = _schedule(schedule, sparsity)
@@ -89,7 +103,7 @@ class Pruner:
         self.allocation = build(Allocation, allocation) if isinstance(allocation, str) else allocation
         self.updater = build(Updater, updater) if isinstance(updater, str) else updater
         if masking == "auto":
-            masking = auto(self.scorer) if isinstance(self.scorer, Scorer) else Hard()
+            masking = auto(self.scorer, self.updater)
         self.masking: Masking = build(Masking, masking) if isinstance(masking, str) else masking
         for axis, value, kind in (
             ("scorer", self.scorer, Scorer),
@@ -106,6 +120,28 @@ class Pruner:
                 f"scorer={_name(self.scorer)} scores pruned weights by the values they had, which "
                 f"masking={_name(self.masking)} forgets: use masking=frozen, ste or auto"
             )
+        if self.updater.needs_zeros and self.masking.remembers:
+            raise ValueError(
+                f"updater={_name(self.updater)} grows weights from zero, but masking={_name(self.masking)} remembers "
+                "what "
+                "they were: use masking=hard or auto"
+            )
+        if self.updater.needs_training and not self.masking.trains_pruned:
+            raise ValueError(
+                f"updater={_name(self.updater)} brings back pruned weights that have grown, but "
+                f"masking={_name(self.masking)} does not train them: use masking=ste or auto"
+            )
+        if self.updater.fixed_count and self.schedule.final and not isinstance(self.schedule, (Constant, OneShot)):
+            raise ValueError(
+                f"updater={_name(self.updater)} keeps the number of weights, which schedule={_name(self.schedule)} "
+                "changes: use schedule=constant"
+            )
+        if (refusal := self.updater.refusal(self.structure)) is not None:
+            raise ValueError(refusal)
+        if ablation not in (None, "shuffle", "reinit", "invert"):
+            raise ValueError(f"ablation={ablation!r} is none of shuffle, reinit, invert")
+        if ablation in ("shuffle", "reinit") and not isinstance(self.schedule, OneShot):
+            raise ValueError(f"ablation={ablation} is done once, when the masks are made: use schedule=oneshot")
         if misfit not in ("error", "dense"):
             raise ValueError(f"misfit={misfit!r} is neither 'error' nor 'dense'")
         if self.scorer.signed and isinstance(self.allocation, LAMP):
@@ -122,6 +158,7 @@ class Pruner:
         self.last = not self.structure.removes_outputs if last is None else last
         self.overrides = dict(overrides or {})
         self.misfit = misfit
+        self.ablation = ablation
 
         self.params: list[MaskedParameter] = []
         self.groups: list[Group] = []
@@ -131,6 +168,8 @@ class Pruner:
         self.level = 0.0
         self._floor = 0.0  # a training that starts anew on a sparse model goes on from its sparsity
         self._updated = -1  # the step of the last update
+        self._probe: Probe | None = None
+        self._model: nn.Module | None = None
         self._total: int | None = None
         self._timed = self.schedule  # the schedule with epochs turned into steps
         self._span = (0, 0)
@@ -182,6 +221,7 @@ class Pruner:
                 f"this one by exclude=[{name!r}]"
             )
         groups = self.structure.groups(fitting, model)
+        self._model = model
         self._overrides = self._match_overrides(groups, model)
         self.groups = groups
         self.params = [param for group in groups for param, _ in group.members]
@@ -213,15 +253,28 @@ class Pruner:
 
     # Time
 
-    def prepare(self, total: float, steps_per_epoch: int | None = None) -> None:
+    def prepare(self, total: float, steps_per_epoch: int | None = None, probe: Probe | None = None) -> None:
         """Fit the schedule to a training of `total` optimizer steps (infinity: not known).
 
         A level due at step 0 is met at once if the scorer needs no gradient for it, so that a network that is sparse
         from the start never computes dense.
 
+        Args:
+            total: optimizer steps of the whole training.
+            steps_per_epoch: optimizer steps of an epoch, for times in epochs.
+            probe: what scorers are calibrated with that look at the whole model (SNIP, GraSP, SynFlow).
+
         Raises:
-            ValueError: the schedule does not fit, or has fractions of a length that is not known.
+            ValueError: the schedule does not fit, or has fractions of a length that is not known; or a probe is
+                missing.
         """
+        self._probe = probe or self._probe
+        if self.scorer.calibrates and self._probe is None:
+            raise ValueError(
+                f"scorer={_name(self.scorer)} is calibrated on batches: give prepare(total, probe=Probe(model, "
+                "batches, "
+                "loss)); the Sparsity callback does so by itself"
+            )
         if total == float("inf"):
             if self.schedule.fractional:
                 raise ValueError(
@@ -245,7 +298,9 @@ class Pruner:
     @property
     def at_target(self) -> bool:
         """Whether the schedule has reached its final sparsity."""
-        return self._total is not None and self._timed.reached(self.step, self._total)
+        return self._total is not None and (
+            self._timed.reached(self.step, self._total) or 0 <= self._span[1] <= self._updated
+        )
 
     # Steps
 
@@ -280,9 +335,12 @@ class Pruner:
         if observe and (self.step if step is None else step) <= self._span[1]:
             for param in live:
                 self.scorer.observe(param)
+                self.updater.observe(param)
         if step is not None:
             self.step = step
-            self._update(step)
+            started = self.num_updates > 0
+            if self._update(step) and started and self.updater.replaces_step:
+                self._skip(live if optimizer is None else [w for g in optimizer.param_groups for w in g["params"]])
             self._clock = key
         pruned = [param for param in live if param.pruned]
         self._open[key] = pruned
@@ -307,15 +365,22 @@ class Pruner:
             if key == self._clock:
                 self._clock = None
                 self.step += 1
+                if self.step == self._total:  # a level due at the very end
+                    self._update(self.step)
 
-    def _update(self, step: int) -> None:
-        """Set the masks that are due."""
+    def _skip(self, weights: Sequence[MaskedParameter | Tensor]) -> None:
+        """Let the optimizer leave this step out: it passes over what has no gradient."""
+        for weight in weights:
+            (weight.weight if isinstance(weight, MaskedParameter) else weight).grad = None
+
+    def _update(self, step: int) -> bool:
+        """Set the masks that are due; whether any was."""
         assert self._total is not None
         if step > self._span[1] or step < self._span[0] or step == self._updated:
-            return
+            return False
         levels = self._timed.levels(step, self._total)
         if not levels:
-            return
+            return False
         self._updated = step
         for level in levels:
             level = max(level, self._floor)
@@ -329,13 +394,47 @@ class Pruner:
                 level=level if self.structure.fixed is None else scale * self.structure.fixed,
                 overrides=tuple(None if own is None else min(own * scale, 1.0) for own in self._overrides),
                 monotone=monotone,
-                progress=step / self._total,
+                progress=(step - self._span[0]) / max(self._span[1] - self._span[0], 1),
+                number=self.num_updates - 1,
+                invert=self.ablation == "invert",
             )
+            if self.scorer.calibrates:
+                assert self._probe is not None
+                self.scorer.calibrate(self.params, self._probe)
             self.updater.update(self.groups, self.scorer, self.structure, self.allocation, due)
+            if level == levels[-1] and self.ablation == "shuffle":
+                self._shuffle()
             pruned = [param for param in self.params if param.pruned]
             self.masking.changed(pruned)
             if self.masking.clears_state:
                 self._stale |= {param.name for param in pruned}
+        for param in self.params:
+            param.state.pop("calibrated", None)
+        if self._probe is not None:
+            self._probe.release()
+        if self.ablation == "reinit" and self._model is not None:
+            self._reinitialize(self._model)
+        return True
+
+    def _shuffle(self) -> None:
+        """Permute each mask within its tensor, whole units (of N:M, whole groups), as the seed of torch has it."""
+        units = Units(self.groups, self.structure, lambda param: param.mask.float())
+        for index in range(len(units)):
+            alive = units.alive(index) if self.structure.fixed is None else units[index].bool()
+            rows = alive.reshape(-1, 1) if self.structure.fixed is None else alive.flatten(0, -2)
+            order = torch.randperm(len(rows)).to(rows.device)
+            units.assign(index, rows[order].reshape(alive.shape))
+
+    def _reinitialize(self, model: nn.Module) -> None:
+        """Draw all weights anew, under the masks there are."""
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+        for param in self.params:
+            if param.dense is not None:
+                param.dense.copy_(param.weight)
+        self.masking.changed([param for param in self.params if param.pruned])
 
     def _clear_state(self, optimizer: Optimizer, params: Sequence[MaskedParameter]) -> None:
         """Zero the optimizer's memory of pruned weights, which would move them once they return."""

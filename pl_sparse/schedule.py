@@ -165,6 +165,8 @@ class Constant(Schedule):
 class OneShot(Schedule):
     """The final sparsity at once, at `begin`; in `rounds` rounds with densities (1 - final) ** (k / rounds).
 
+    With begin=1.0 the trained model is pruned, after its last step.
+
     Source: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, 2020,
     arXiv:2006.05467, Algorithm 1 (the exponential rounds).
 
@@ -181,7 +183,9 @@ class OneShot(Schedule):
             raise ValueError(f"rounds={self.rounds!r} must be 1 or more")
 
     def span(self, total: int) -> tuple[int, int]:
-        begin, _ = super().span(total)
+        begin = self._at(self.begin, "begin", total)
+        if begin > total:
+            raise ValueError(f"begin={self.begin!r} is step {begin}, but training has only {total} optimizer steps")
         return begin, begin
 
     def curve(self, x: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 from zlib import crc32
@@ -11,23 +12,27 @@ import torch
 from torch import Tensor
 
 from pl_sparse.masked import MaskedParameter
+from pl_sparse.probe import Probe
 
 
 @dataclass(frozen=True)
 class Scorer(ABC):
     """The importance of weights.
 
-    A new one overrides `score`, and `observe` if it looks at gradients over time.
+    A new one overrides `score`, `observe` if it looks at gradients over time, and `calibrate` if it looks at the whole
+    model at once.
 
     Attributes:
         needs_dense: whether it scores pruned weights by the values they had, which masking must then remember.
         observes: whether it needs gradients; without, a level due at step 0 is met before the first batch.
         signed: whether scores can be negative.
+        calibrates: whether it scores by `calibrate`, before each round of pruning.
     """
 
     needs_dense: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     signed: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, param: MaskedParameter) -> Tensor:
@@ -37,6 +42,13 @@ class Scorer(ABC):
         """Look at one weight before an optimizer step; `param.grad` is the gradient at the masked weights.
 
         Called on every step until the last level of the schedule; by default nothing is done.
+        """
+        return
+
+    def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
+        """Look at the whole model with its present masks, before each round of pruning; by default nothing is done.
+
+        It puts scores into `param.state["calibrated"]`, which is dropped once the masks are set.
         """
         return
 
@@ -163,3 +175,102 @@ class Movement(Scorer):
 
     def score(self, param: MaskedParameter) -> Tensor:
         return _observed(param, "movement")
+
+
+@dataclass(frozen=True)
+class Momentum(Scorer):
+    """|moving average of g|: of the weights that training keeps pushing the same way.
+
+    Source: Dettmers, Zettlemoyer, Sparse networks from scratch, 2019, arXiv:1907.04840, section 3.
+
+    Args:
+        decay: the share of the past.
+    """
+
+    decay: float = 0.9
+    observes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _decay(self.decay)
+
+    def observe(self, param: MaskedParameter) -> None:
+        if param.grad is not None:
+            _average(param, "momentum", param.grad.detach(), self.decay)
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        return _observed(param, "momentum").abs()
+
+
+@dataclass(frozen=True)
+class SNIP(Scorer):
+    """|g w|, the connection sensitivity: |dL/dc| of c = 1 in c w, on calibration batches.
+
+    Gradients of several batches are added up before the absolute value is taken. In rounds (`schedule.rounds`) it is
+    iterative SNIP; where masking remembers pruned values, and so lets them return between rounds, FORCE.
+
+    Source: Lee, Ajanthan, Torr, SNIP: single-shot network pruning based on connection sensitivity, 2018,
+    arXiv:1810.02340, equation 6. There biases are scored and pruned too; here they are neither. De Jorge et al.,
+    Progressive skeletonization: trimming more fat from a network at initialization, 2020, arXiv:2006.09081, for rounds.
+    """
+
+    calibrates: ClassVar[bool] = True
+
+    def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
+        for param, grad in zip(params, probe.gradients([param.weight for param in params]), strict=True):
+            param.state["calibrated"] = (grad * param.values).abs_()
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        return _observed(param, "calibrated")
+
+
+@dataclass(frozen=True)
+class GraSP(Scorer):
+    """w (H g): high for weights whose removal would take most from the norm of the gradient.
+
+    The first-order change of |g|^2 when w is removed is -2 w (H g): the paper removes where -w (H g) is largest, which
+    is to keep where w (H g) is. Logits are divided by `temperature`, at the output of the model's last layer.
+
+    Source: Wang, Zhang, Grosse, Picking winning tickets before training by preserving gradient flow, 2020,
+    arXiv:2002.07376, equation 8 and Algorithm 1.
+
+    Args:
+        temperature: of the logits.
+    """
+
+    temperature: float = 200.0
+    calibrates: ClassVar[bool] = True
+    signed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature!r} must be positive")
+
+    def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
+        products = probe.hessian_gradients([param.weight for param in params], self.temperature)
+        for param, product in zip(params, products, strict=True):
+            param.state["calibrated"] = param.values * product
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        return _observed(param, "calibrated")
+
+
+@dataclass(frozen=True)
+class SynFlow(Scorer):
+    """|w dR/dw| with R = 1^T prod |W| 1, the synaptic flow: it needs no data, and conserves its sum over layers.
+
+    R is the sum of the outputs for an input of ones with |w| for each w, computed in float64 and without biases. The
+    method is its rounds: `OneShot(rounds=100)`. Activations that are not homogeneous (GELU, softmax) and layer norms
+    bend R.
+
+    Source: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, 2020,
+    arXiv:2006.05467, equation 2 and Algorithm 1.
+    """
+
+    calibrates: ClassVar[bool] = True
+
+    def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
+        for param, flow in zip(params, probe.synaptic_flow([param.name for param in params]), strict=True):
+            param.state["calibrated"] = flow * param.weight.detach().abs()
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        return _observed(param, "calibrated")

@@ -31,6 +31,8 @@ _TOP: dict[str, Any] = {
     "last": bool | None,
     "overrides": dict[str, float],
     "misfit": typing.Literal["error", "dense"],
+    "ablation": typing.Literal["shuffle", "reinit", "invert"] | None,
+    "calibration_batches": int,
     "objective": str,
     "mode": typing.Literal["max", "min"],
     "label_smoothing": float,

@@ -10,6 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +132,96 @@ class NM(Structure):
 
 
 @dataclass(frozen=True)
+class Transposable(Structure):
+    """N:M along the inputs and along the outputs, so that the weight and its transpose both have the pattern.
+
+    Sparse tensor cores then speed up the backward pass too. In each m x m block every row and every column keeps n
+    weights: of all such masks the one with the largest sum of scores, found among all of them, so that m is at most 4.
+
+    Source: Hubara et al., Accelerated sparse neural training: a provable and efficient method to find N:M transposable
+    masks, 2021, arXiv:2102.08124, section 3.
+
+    >>> Transposable(1, 2).select(torch.tensor([[4.0, 3.0, 2.0, 2.0]]), keep=2).tolist()
+    [[True, False, False, True]]
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n <= self.m <= 4:
+            raise ValueError(f"n={self.n}, m={self.m}: a transposable pattern needs 0 < n <= m <= 4")
+
+    @property
+    def fixed(self) -> float | None:
+        return 1 - self.n / self.m
+
+    @property
+    def label(self) -> str:
+        return f"{self.n}:{self.m} transposable"
+
+    def misfit(self, shape: torch.Size) -> str | None:
+        for what, size in (("input", shape[1]), ("output", shape[0])):
+            if size % self.m:
+                return f"its {what} dimension {size} is not divisible by m={self.m}"
+        return None
+
+    def pool(self, scores: Tensor) -> Tensor:
+        last = scores.flatten(2).movedim(2, 0) if scores.dim() > 2 else scores.unsqueeze(0)
+        return last.unflatten(2, (-1, self.m)).unflatten(1, (-1, self.m)).transpose(2, 3).flatten(3)
+
+    def select(self, units: Tensor, keep: int) -> Tensor:
+        n = min(self.m, max(self.n, -(-keep * self.m // units.numel())))
+        patterns = _permutation_sums(n, self.m).to(units.device)
+        best = units.double().clamp(-1e150, 1e150) @ patterns.double().t()
+        return patterns[best.argmax(-1)]
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        blocks = chosen.unflatten(-1, (self.m, self.m)).transpose(2, 3)
+        return blocks.flatten(3).flatten(1, 2).movedim(0, 2).reshape(shape)
+
+
+def _permutation_sums(n: int, m: int) -> Tensor:
+    """All m x m masks with n kept in every row and column, flat, (masks, m * m)."""
+    rows = [list(row) for row in combinations(range(m), n)]
+    found = [
+        [[j in row for j in range(m)] for row in chosen]
+        for chosen in product(rows, repeat=m)
+        if all(sum(j in row for row in chosen) == n for j in range(m))
+    ]
+    return torch.tensor(found).flatten(1)
+
+
+@dataclass(frozen=True)
+class Row(Structure):
+    """Single weights, as many in each output of a tensor (its rows).
+
+    Source: Sun et al., A simple and effective pruning approach for large language models, 2023, arXiv:2306.11695,
+    section 3, which compares weights per output.
+
+    >>> Row().select(torch.tensor([[4.0, 3.0], [2.0, 1.0]]), keep=2).tolist()
+    [[True, False], [True, False]]
+    """
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def select(self, units: Tensor, keep: int) -> Tensor:
+        rows = units.flatten(1)
+        each, more = divmod(keep, len(rows))
+        order = rows.sort(dim=1, descending=True, stable=True).indices
+        chosen = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order[:, :each], True)
+        if more:  # one more where that one is best
+            rest = rows.gather(1, order[:, each : each + 1]).squeeze(1)
+            lucky = top_k(rest, more)
+            chosen[lucky, order[lucky, each]] = True
+        return chosen.reshape(units.shape)
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        return chosen
+
+
+@dataclass(frozen=True)
 class Block(Structure):
     """Blocks of `h` outputs by `w` inputs; a convolution has such blocks at each kernel position.
 
@@ -234,13 +325,15 @@ class Head(Structure):
 
 
 def structure(name: str) -> Structure:
-    """The structure a string stands for: a class name, "nm24" or "2:4", "block4x4".
+    """The structure a string stands for: a class name, "nm24" or "2:4", "nm24t" (transposable), "block4x4".
 
     >>> structure("nm14"), structure("2:4"), structure("block2x8")
     (NM(n=1, m=4), NM(n=2, m=4), Block(h=2, w=8))
     """
     if match := re.fullmatch(r"nm(\d)(\d{1,2})|(\d+):(\d+)", name):
         return NM(int(match[1] or match[3]), int(match[2] or match[4]))
+    if match := re.fullmatch(r"nm(\d)(\d)t", name):
+        return Transposable(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"block(\d+)x(\d+)", name):
         return Block(int(match[1]), int(match[2]))
     return build(Structure, name)

@@ -16,18 +16,20 @@ from pl_sparse import Pruner
 from pl_sparse.allocation import Allocation, kept
 from pl_sparse.masking import Masking
 from pl_sparse.naming import build, catalogue
+from pl_sparse.probe import Probe
 from pl_sparse.schedule import Schedule
 from pl_sparse.scorer import Scorer
 from pl_sparse.settings import check
-from pl_sparse.structure import NM, Structure
+from pl_sparse.structure import NM, Row, Structure, Transposable
 from pl_sparse.structure import structure as named
 from pl_sparse.tasks.data import Digits
 from pl_sparse.tasks.models import vit_tiny
+from pl_sparse.updater import Updater
 
 CONF = Path(__file__).parent.parent / "conf"
 SCORERS = sorted(catalogue(Scorer))
 SCHEDULES = sorted(catalogue(Schedule))
-STRUCTURES = ["unstructured", "nm24", "nm14", "nm48", "block4x4", "channel", "kernel", "head"]
+STRUCTURES = ["unstructured", "nm24", "nm14", "nm48", "nm24t", "row", "block4x4", "channel", "kernel", "head"]
 STEPS = 12
 
 
@@ -44,7 +46,7 @@ def train(pruner: Pruner, data: tuple[torch.Tensor, torch.Tensor], half: bool) -
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     pruner.attach(model)
     x, y = data
-    pruner.prepare(STEPS)
+    pruner.prepare(STEPS, probe=Probe(model, [(x[:32], y[:32])], lambda b: F.cross_entropy(model(b[0]), b[1])))
     for step in range(STEPS):
         batch = slice(step * 32, step * 32 + 32)
         optimizer.zero_grad()
@@ -80,7 +82,9 @@ def test_every_scorer_structure_and_schedule(
         assert not param.weight[~param.mask].any()
         nonzero += int(param.mask.sum())
     assert nonzero == pruner.kept
-    assert abs(nonzero - exact) <= (0 if structure in ("unstructured", "nm24", "nm14", "nm48") else coarsest)
+    assert abs(nonzero - exact) <= (
+        0 if structure in ("unstructured", "row") or structure.startswith("nm") else coarsest
+    )
     pattern(named(structure), pruner)
 
     # the same seed gives the same masks; the weights load into the plain class, under its own names
@@ -100,6 +104,12 @@ def pattern(structure: Structure, pruner: Pruner) -> None:
             units = structure.pool(mask.double())
             if isinstance(structure, NM):
                 assert int(units.sum(-1).max()) <= structure.n
+            elif isinstance(structure, Transposable):
+                blocks = units.unflatten(-1, (structure.m, structure.m))
+                assert bool((blocks.sum(-1) == structure.n).all()) and bool((blocks.sum(-2) == structure.n).all())
+            elif isinstance(structure, Row):
+                rows = units.flatten(1).sum(1)
+                assert int(rows.max() - rows.min()) <= 1
             else:
                 assert bool(((units == 0) | (units == 1)).all())
 
@@ -166,7 +176,13 @@ def nodes(node: object) -> Iterator[DictConfig]:
 
 @pytest.mark.parametrize(
     ("group", "axis"),
-    [("scorer", Scorer), ("schedule", Schedule), ("allocation", Allocation), ("masking", Masking)],
+    [
+        ("scorer", Scorer),
+        ("schedule", Schedule),
+        ("allocation", Allocation),
+        ("masking", Masking),
+        ("updater", Updater),
+    ],
 )
 def test_every_class_of_an_axis_has_a_yaml(group: str, axis: type) -> None:
     assert set(catalogue(axis)) <= set(yamls(group))

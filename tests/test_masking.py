@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pl_sparse import Pruner
+from pl_sparse.masking import SRSTE, TopKAST
 from pl_sparse.schedule import Constant, Cyclic, OneShot
 
 OPTIMIZERS = {
@@ -168,3 +169,61 @@ def test_gradients_are_masked_before_clipping_for_hard_only() -> None:
         grads = torch.cat([param.weight.grad[~param.mask] for param in pruner.params])  # type: ignore[index]
         assert bool((grads == 0).all()) is zero
         pruner.after_step()
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_srste_adds_a_decay_of_what_is_masked(kind: str) -> None:
+    """The gradient of v is dL/d(mask v) + decay (1 - mask) v, and goes through momentum and moments."""
+    model, latent = net().double(), net().double()
+    pruner = Pruner("magnitude", OneShot(final=0.5), "nm24", masking=SRSTE(0.05))
+    pruner.attach(model)
+    pruner.prepare(20)
+    masks = {i: model[i].weight != 0 for i in (0, 2)}
+    optimizer, reference = OPTIMIZERS[kind](model.parameters()), OPTIMIZERS[kind](latent.parameters())
+    for step, x in enumerate(x.double() for x in batches(20)):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        pruner.before_step(step, 20, optimizer)
+        optimizer.step()
+        pruner.after_step()
+
+        sparse = {i: (latent[i].weight.detach() * masks[i]).requires_grad_() for i in (0, 2)}
+        biases = [latent[0].bias, latent[2].bias]
+        out = F.linear(torch.tanh(F.linear(x, sparse[0], biases[0])), sparse[2], biases[1])
+        grads = torch.autograd.grad(loss(out), [sparse[0], sparse[2], *biases])
+        for i, grad in zip((0, 2), grads, strict=False):
+            latent[i].weight.grad = grad + 0.05 * torch.where(masks[i], 0.0, latent[i].weight.detach())
+        biases[0].grad, biases[1].grad = grads[2:]
+        reference.step()
+        for param, i in zip(pruner.params, (0, 2), strict=True):
+            assert param.dense is not None
+            assert torch.allclose(param.dense, latent[i].weight, rtol=1e-5, atol=1e-7)
+            assert torch.equal(model[i].weight, param.dense * masks[i])
+
+
+def test_topkast_trains_more_than_it_uses() -> None:
+    model = net()
+    masking = TopKAST(exploration=0.25, reg=0.02)
+    pruner = Pruner("magnitude", Constant(final=0.75, every=4), allocation="uniform", masking=masking)
+    pruner.attach(model)
+    pruner.prepare(21)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    moved = False
+    for step, x in enumerate(batches(21)):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        weight, dense = model[0].weight, pruner.params[0].dense
+        assert weight.grad is not None and dense is not None
+        old, grad, before = dense.clone(), weight.grad.clone(), pruner.params[0].mask.clone()
+        pruner.before_step(step, 21, optimizer)
+        optimizer.step()
+        pruner.after_step()
+        # the paper with sorting: A the 32 largest of 128 when masks were last made, B the 64 largest
+        if step % 4 == 0:
+            order = old.abs().reshape(-1).argsort(descending=True)
+            a, b = (torch.zeros(128).index_fill(0, order[:n], 1.0).view(16, 8) for n in (32, 64))
+        moved |= not torch.equal(before, pruner.params[0].mask)
+        expected = old - (b * grad + 0.02 * (a * old + (b - a) * old / 0.25))
+        assert torch.allclose(dense, expected, atol=1e-6)
+        assert torch.equal(weight, dense * a)
+    assert moved

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pl_sparse.masked import Layout, find
-from pl_sparse.structure import NM, Block, Channel, Head, Kernel, Structure, Unstructured, structure
+from pl_sparse.structure import NM, Block, Channel, Head, Kernel, Row, Structure, Transposable, Unstructured, structure
 
 
 def masked(structure: Structure, scores: torch.Tensor, keep: int) -> torch.Tensor:
@@ -128,3 +128,36 @@ def test_names_and_bad_arguments() -> None:
         structure("kernels")
     assert "divisible by m=4" in (NM().misfit(torch.Size((8, 6))) or "")
     assert "output dimension 6" in (Block().misfit(torch.Size((6, 8))) or "")
+
+
+def test_transposable_is_the_best_of_all_masks() -> None:
+    pattern = Transposable(2, 4)
+    scores = torch.rand(8, 4, 2, generator=torch.Generator().manual_seed(0))
+    mask = pattern.expand(pattern.select(pattern.pool(scores), 0), scores.shape)
+    rows = [row for row in itertools.product((0, 1), repeat=4) if sum(row) == 2]
+    for block in range(2):
+        for position in range(2):
+            part = scores[4 * block : 4 * block + 4, :, position]
+            found = mask[4 * block : 4 * block + 4, :, position]
+            assert found.sum(0).tolist() == found.sum(1).tolist() == [2] * 4
+            best = max(
+                float((part * torch.tensor(candidate)).sum())
+                for candidate in itertools.product(rows, repeat=4)
+                if torch.tensor(candidate).sum(0).tolist() == [2] * 4
+            )
+            assert float(part[found].sum()) == pytest.approx(best)
+    assert structure("nm24t") == pattern
+    assert "output dimension 6" in str(pattern.misfit(torch.Size((6, 4)))) and pattern.fixed == 0.5
+    with pytest.raises(ValueError, match="m <= 4"):
+        Transposable(2, 8)
+
+
+def test_rows_keep_as_many_each() -> None:
+    scores = torch.rand(5, 7, generator=torch.Generator().manual_seed(0))
+    for keep in (0, 5, 12, 34, 35):
+        mask = Row().select(scores, keep)
+        assert int(mask.sum()) == keep
+        each = mask.sum(1)
+        assert int(each.max() - each.min()) <= 1
+        for row, kept in zip(scores, mask, strict=True):
+            assert not kept.any() or not (~kept).any() or row[kept].min() > row[~kept].max()

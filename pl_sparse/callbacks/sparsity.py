@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.allocation import Allocation
+from pl_sparse.callbacks.calibration import Calibration
 from pl_sparse.callbacks.judging import Judging
 from pl_sparse.cost import MacCounter, macs
 from pl_sparse.masked import Patterns
@@ -42,6 +43,8 @@ class Sparsity(Callback):
     table tells what is left of each layer.
 
     Args:
+        calibration_batches: how many training batches scorers see that look at the whole model (SNIP, GraSP, SynFlow).
+            Their loss is that of the module's own `training_step`; what it logs is not.
         report: whether to print the table at the end of training.
 
     All other arguments are those of `Pruner`.
@@ -67,8 +70,12 @@ class Sparsity(Callback):
         last: bool | None = None,
         overrides: Mapping[str, float] | None = None,
         misfit: str = "error",
+        ablation: str | None = None,
+        calibration_batches: int = 1,
         report: bool = True,
     ) -> None:
+        if calibration_batches < 1:
+            raise ValueError(f"calibration_batches={calibration_batches!r} must be 1 or more")
         self.pruner = Pruner(
             scorer,
             schedule,
@@ -83,7 +90,9 @@ class Sparsity(Callback):
             last=last,
             overrides=overrides,
             misfit=misfit,
+            ablation=ablation,
         )
+        self.calibration_batches = calibration_batches
         self.report = report
         self.sparsity = 0.0
         self.summary: Summary | None = None
@@ -153,7 +162,8 @@ class Sparsity(Callback):
         batches = trainer.num_training_batches
         accumulate = max(trainer.accumulate_grad_batches, 1)
         per_epoch = None if batches == float("inf") else max(-(-int(batches) // accumulate), 1)
-        pruner.prepare(trainer.estimated_stepping_batches, per_epoch)
+        probe = Calibration(trainer, pl_module, self.calibration_batches).probe() if pruner.scorer.calibrates else None
+        pruner.prepare(trainer.estimated_stepping_batches, per_epoch, probe)
         self._seen = -1
         self._look(trainer)
         if pruner.structure.fixed is not None and pruner.schedule.final not in (0.0, pruner.structure.fixed):
@@ -189,6 +199,8 @@ class Sparsity(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.pruner.after_step()  # where a gradient scaler skipped the step, its hook did not run
+        if self.pruner.num_updates != self._seen:
+            self._look(trainer)
         if self._counter is not None:
             counter, self._counter = self._counter, None
             counter.__exit__(None, None, None)

@@ -1,0 +1,175 @@
+"""What a scorer may ask of the whole model before it prunes: gradients of the loss on calibration batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pl_sparse.masked import find
+
+
+class Probe:
+    """A model, some batches, and how their loss is computed. It leaves the model as it found it.
+
+    Args:
+        model: what is called with inputs alone, as `model(x)`.
+        batches: calibration batches, or a function that fetches them when they are first needed.
+        loss: from a batch to the scalar loss, through the model's parameters.
+        reduce: the mean of a tensor over processes, where each has its own batches.
+
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> probe = Probe(net, [torch.ones(1, 2)], lambda batch: net(batch).sum())
+    >>> probe.gradients([net.weight])[0].tolist()
+    [[1.0, 1.0]]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any] | Callable[[], Sequence[Any]],
+        loss: Callable[[Any], Tensor],
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self.reduce = reduce
+        self._batches = batches
+        self._fetched: Sequence[Any] | None = None
+
+    @property
+    def batches(self) -> Sequence[Any]:
+        """The calibration batches.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self._fetched is None:
+            with torch.random.fork_rng(devices=[]):  # a shuffling loader draws its seed
+                self._fetched = self._batches() if callable(self._batches) else self._batches
+            if not self._fetched:
+                raise ValueError("there is no batch to calibrate scores on: the training data is empty")
+        return self._fetched
+
+    def release(self) -> None:
+        """Let go of batches that were fetched."""
+        if callable(self._batches):
+            self._fetched = None
+
+    def gradients(self, weights: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
+        """dL/dw of the sum of the batches' losses, L computed with logits / temperature; `.grad` is not touched."""
+        with self._calibrating(temperature):
+            return self._reduced(self._sum(weights, lambda batch: self.loss(batch)))
+
+    def hessian_gradients(self, weights: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
+        """H g with g = dL/dw and H = d2L/dw2, by double backpropagation, for the same L as `gradients`."""
+        with self._calibrating(temperature), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            fixed = self._reduced(self._sum(weights, lambda batch: self.loss(batch)))
+
+            def product(batch: Any) -> Tensor:
+                first = torch.autograd.grad(self.loss(batch), weights, create_graph=True, allow_unused=True)
+                terms = [(g * f).sum() for g, f in zip(first, fixed, strict=True) if g is not None]
+                return torch.stack(terms).sum()
+
+            return self._reduced(self._sum(weights, product))
+
+    def synaptic_flow(self, names: Sequence[str]) -> list[Tensor]:
+        """dR/d|w| for R = sum of model(1) with |w| for all parameters w and without biases, in float64.
+
+        Norms use their running statistics. Only an input of floats can be all ones.
+        """
+        x = _inputs(self.batches[0])
+        if not x.is_floating_point():
+            raise ValueError(
+                f"synflow feeds the model ones of the input's shape, but the batch's first tensor is of {x.dtype}: "
+                "use scorer=snip, grasp or magnitude for models of tokens"
+            )
+        parameters = {name: p.detach().abs().double() for name, p in self.model.named_parameters()}
+        for name, value in parameters.items():
+            if name.rpartition(".")[2] == "bias" or name.endswith("_bias"):
+                value.zero_()
+        buffers = {
+            name: b.detach().abs().double() if b.is_floating_point() else b.detach().clone()
+            for name, b in self.model.named_buffers()
+        }
+        weights = [parameters[name].requires_grad_() for name in names]
+        ones = torch.ones_like(x[:1], dtype=torch.float64)
+        with _undisturbed(self.model), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            self.model.eval()
+            out = functional_call(self.model, {**parameters, **buffers}, (ones,))
+            found = torch.autograd.grad(out.sum(), weights, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+
+    @torch.no_grad()
+    def activations(self, watch: dict[nn.Module, Callable[[Tensor], None]]) -> None:
+        """Run the batches' losses in evaluation mode; each module's first input goes to its function."""
+        handles = [
+            module.register_forward_pre_hook(lambda _, inputs, see=see: see(inputs[0].detach()))
+            for module, see in watch.items()
+        ]
+        try:
+            with _undisturbed(self.model):
+                self.model.eval()
+                for batch in self.batches:
+                    self.loss(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _sum(self, weights: Sequence[Tensor], scalar: Callable[[Any], Tensor]) -> list[Tensor]:
+        total = [torch.zeros_like(weight) for weight in weights]
+        for batch in self.batches:
+            for so_far, new in zip(total, torch.autograd.grad(scalar(batch), weights, allow_unused=True), strict=True):
+                if new is not None:
+                    so_far += new
+        return total
+
+    def _reduced(self, values: list[Tensor]) -> list[Tensor]:
+        return values if self.reduce is None else [self.reduce(value) for value in values]
+
+    @contextmanager
+    def _calibrating(self, temperature: float) -> Iterator[None]:
+        """Training mode; the outputs of the last layer, the logits, divided by `temperature`."""
+        handle = None
+        if temperature != 1:
+            last = find(self.model)[-1].module
+            handle = last.register_forward_hook(lambda _, args, out: out / temperature)
+        try:
+            with _undisturbed(self.model), torch.enable_grad():
+                self.model.train()
+                yield
+        finally:
+            if handle is not None:
+                handle.remove()
+
+
+def _inputs(batch: Any) -> Tensor:
+    """The first tensor of a batch."""
+    if isinstance(batch, Tensor):
+        return batch
+    parts = list(batch.values()) if isinstance(batch, dict) else list(batch)
+    if not parts:
+        raise ValueError("a calibration batch holds no tensor")
+    return _inputs(parts[0])
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Afterwards buffers (running statistics), training flags and random numbers are as before."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for module, mode in modes:
+                module.training = mode
