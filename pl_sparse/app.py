@@ -69,7 +69,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     data: LightningDataModule | None = _built(cfg, "data") if cfg.get("data") else None
     module, prefix = _module(cfg, data)
     history = History(folder / "history.csv")
-    trainer = _trainer(cfg, [sparsity, history, RandomState()])
+    before = [_built(cfg, "regularizer")] if cfg.get("regularizer") else []
+    after = [_built(cfg, "rewind")] if cfg.get("rewind") else []
+    trainer = _trainer(cfg, [*before, sparsity, *after, history, RandomState()])
     try:
         sparsity.pruner.attach(module)
     except ValueError as error:
@@ -296,6 +298,9 @@ _WRITTEN = {
     "history.csv": "a row an epoch",
     "layers.csv": "a row a layer",
     "model.safetensors": "the sparse weights",
+    "tickets.png": "accuracy of each round over the remaining weights",
+    "tickets.csv": "a row a round",
+    "levels": "mask and weights of each round",
     "checkpoints": "best at the target sparsity, and last",
 }
 

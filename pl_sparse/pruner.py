@@ -305,6 +305,16 @@ class Pruner:
     # Steps
 
     @torch.no_grad()
+    def advance(self) -> bool:
+        """Set the masks that are due at this step before its forward pass, instead of after its backward pass.
+
+        Returns:
+            Whether any was due, at the first call within a step.
+        """
+        self._require_attached()
+        return not self._open and self._update(self.step)
+
+    @torch.no_grad()
     def before_step(
         self,
         step: int | None,
@@ -392,7 +402,7 @@ class Pruner:
             scale = level / self.schedule.final if self.schedule.final else 1.0
             due = Update(
                 level=level if self.structure.fixed is None else scale * self.structure.fixed,
-                overrides=tuple(None if own is None else min(own * scale, 1.0) for own in self._overrides),
+                overrides=tuple(None if own is None else self.schedule.share(own, level) for own in self._overrides),
                 monotone=monotone,
                 progress=(step - self._span[0]) / max(self._span[1] - self._span[0], 1),
                 number=self.num_updates - 1,
@@ -412,8 +422,8 @@ class Pruner:
             param.state.pop("calibrated", None)
         if self._probe is not None:
             self._probe.release()
-        if self.ablation == "reinit" and self._model is not None:
-            self._reinitialize(self._model)
+        if self.ablation == "reinit":
+            self.reinitialize()
         return True
 
     def _shuffle(self) -> None:
@@ -425,12 +435,19 @@ class Pruner:
             order = torch.randperm(len(rows)).to(rows.device)
             units.assign(index, rows[order].reshape(alive.shape))
 
-    def _reinitialize(self, model: nn.Module) -> None:
-        """Draw all weights anew, under the masks there are."""
-        for module in model.modules():
+    @torch.no_grad()
+    def reinitialize(self) -> None:
+        """Draw all weights anew, by each layer's `reset_parameters`, under the masks there are."""
+        assert self._model is not None
+        for module in self._model.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+        self.written()
+
+    @torch.no_grad()
+    def written(self) -> None:
+        """After all weights were written from outside: they are the latent values too, and the masks hold."""
         for param in self.params:
             if param.dense is not None:
                 param.dense.copy_(param.weight)

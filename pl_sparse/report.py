@@ -272,6 +272,43 @@ def plot_training(history: Sequence[Mapping[str, float | None]], path: str | os.
     _save(figure, path)
 
 
+def plot_tickets(rows: Sequence[Mapping[str, float]], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw the validation accuracy (else loss) of each round over the remaining weights, the last and the best of a
+    round.
+
+    Args:
+        rows: with "remaining", a fraction, and any of val/acc, best/val/acc, val/loss, best/val/loss.
+        path: the picture; its suffix gives the format.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    kind = "acc" if any("val/acc" in row for row in rows) else "loss"
+    for key, label, colour, style in (
+        (f"val/{kind}", "end of the round", _BLUE, "-"),
+        (f"best/val/{kind}", "best of the round", _VERMILION, "--"),
+    ):
+        points = [(row["remaining"], row[key]) for row in rows if key in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=3.5, label=label)
+            if key.startswith("val"):
+                axis.axhline(points[0][1], color="0.6", linewidth=1)
+    axis.set_xscale("log")
+    axis.invert_xaxis()
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g} %"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("weights remaining")
+    axis.set_ylabel("validation accuracy" if kind == "acc" else "validation loss")
+    _plain(axis)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False)
+    if title:
+        figure.suptitle(title, x=0.02, ha="left")
+    _save(figure, path)
+
+
 def plot_layers(summary: Summary, path: str | os.PathLike[str], title: str = "") -> None:
     """Draw the density of each layer as a bar, first layer on top, and write it to `path`.
 

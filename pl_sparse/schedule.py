@@ -12,6 +12,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeAlias, TypeVar
 
 S = TypeVar("S", bound="Schedule")
@@ -116,6 +117,10 @@ class Schedule(ABC):
                 f"end={self.end!r} is step {end}"
             )
         return begin, end
+
+    def share(self, own: float, level: float) -> float:
+        """The sparsity of a tensor whose own final one is `own`, when the others are at `level`: in proportion."""
+        return min(own * level / self.final, 1.0) if self.final else own
 
     @staticmethod
     def _at(time: Time, what: str, total: int) -> int:
@@ -321,6 +326,93 @@ class Iterative(Schedule):
         if len(rounds) == 1:
             due = [end]
         return tuple(level for level, at in zip(rounds, due, strict=True) if at == step)
+
+    def share(self, own: float, level: float) -> float:
+        """As many rounds, each removing a fixed part of what remains, so that `own` comes with the last one."""
+        if own >= 1 or level in (0, self.final):
+            return min(level, own) if level == 0 else own
+        return 1 - (1 - level) ** (math.log(1 - own) / math.log(1 - self.final))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tickets(Schedule):
+    """Rounds of training of equal length: dense first, then one for each sparsity, each reached before its round
+    begins.
+
+    With a `Rewind` callback this is the search for lottery tickets. `begin`, `end` and `every` have no meaning here.
+
+    Args:
+        rate: the part of the remaining weights that each round removes, until `final`.
+        sparsities: instead of `rate`: the sparsity of each round, rising to `final`.
+        to: where in its round training starts again, as a fraction of the round: rewinding to a later point than the
+            initialization makes all rounds but the first so much shorter.
+
+    Sources: Frankle, Carbin, The lottery ticket hypothesis, 2018, arXiv:1803.03635, section 1 (iterative pruning).
+        Frankle et
+    al., Linear mode connectivity and the lottery ticket hypothesis, 2019, arXiv:1912.05671, Algorithm 2 (`to`).
+
+    >>> schedule = Tickets(final=0.5, rate=0.2)
+    >>> [round(level, 3) for level in schedule.rounds], schedule.starts(1000)
+    ([0.2, 0.36, 0.488, 0.5], [200, 400, 600, 800])
+    """
+
+    rate: float = 0.2
+    sparsities: tuple[float, ...] | None = None
+    to: float = 0.0
+    end: Time = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.rate < 1:
+            raise ValueError(
+                f"rate={self.rate!r} must be between 0 and 1: the part of the remaining weights removed a round"
+            )
+        if self.final == 1:
+            raise ValueError("final=1.0 is never reached by removing a part of what remains: choose final below 1")
+        if not 0 <= self.to < 1:
+            raise ValueError(f"to={self.to!r} must be in [0, 1): the part of a round that is not trained again")
+        if self.sparsities is not None:
+            rising = [0.0, *self.sparsities]
+            if any(a >= b for a, b in pairwise(rising)) or not self.sparsities or self.sparsities[-1] != self.final:
+                raise ValueError(f"sparsities={list(self.sparsities)} must rise from above 0 to final={self.final}")
+
+    @property
+    def rounds(self) -> tuple[float, ...]:
+        """The sparsity of each round after the dense one."""
+        if self.sparsities is not None:
+            return tuple(self.sparsities)
+        return Iterative(final=self.final, rate=self.rate).rounds
+
+    def length(self, total: int) -> float:
+        """Optimizer steps of a round, counted from the initialization."""
+        return total / (1 + len(self.rounds) * (1 - self.to))
+
+    def starts(self, total: int) -> list[int]:
+        """The step at which each round after the dense one begins."""
+        length = self.length(total)
+        return [round(length * (1 + k * (1 - self.to))) for k in range(len(self.rounds))]
+
+    def span(self, total: int) -> tuple[int, int]:
+        starts = self.starts(total)
+        if len({0, *starts}) <= len(starts):
+            raise ValueError(
+                f"{len(starts) + 1} rounds do not fit into {total} optimizer steps: train longer, or remove more a "
+                "round"
+            )
+        return starts[0], starts[-1]
+
+    def curve(self, x: float) -> float:
+        return self.rounds[min(int(x * len(self.rounds)), len(self.rounds) - 1)]
+
+    def levels(self, step: int, total: int) -> tuple[float, ...]:
+        starts = self.starts(total)
+        return (self.rounds[starts.index(step)],) if step in starts else ()
+
+    def share(self, own: float, level: float) -> float:
+        """As many rounds, each removing a fixed part of what remains, so that `own` comes with the last one."""
+        if own >= 1 or level in (0, self.final):
+            return min(level, own) if level == 0 else own
+        return 1 - (1 - level) ** (math.log(1 - own) / math.log(1 - self.final))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"report"},
     {"callbacks.judging", "callbacks.calibration"},
     {"callbacks.sparsity", "callbacks.random_state"},
-    {"callbacks.history"},
+    {"callbacks.history", "callbacks.rewind"},
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
     {"tasks.classifier"},

@@ -2,6 +2,7 @@
 
 from pl_sparse.callbacks.history import History
 from pl_sparse.callbacks.random_state import RandomState
+from pl_sparse.callbacks.rewind import Rewind
 from pl_sparse.callbacks.sparsity import Sparsity
 
-__all__ = ["History", "RandomState", "Sparsity"]
+__all__ = ["History", "RandomState", "Rewind", "Sparsity"]

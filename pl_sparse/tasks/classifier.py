@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from pl_sparse.callbacks.rewind import training_length
 from pl_sparse.tasks.lr import ConstantLR, LRSchedule
 
 __all__ = ["Classifier"]
@@ -79,7 +80,7 @@ class Classifier(LightningModule):
         groups: list[dict[str, Any]] = [{"params": decayed}] * bool(decayed)
         groups += [{"params": others, "weight_decay": 0.0}] * bool(others)
         optimizer = self.optimizer(groups)
-        total = self.trainer.estimated_stepping_batches
+        total = training_length(self.trainer)
         if total == float("inf"):
             if not isinstance(self.lr_schedule, ConstantLR):
                 raise ValueError(

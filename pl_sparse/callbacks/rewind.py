@@ -1,0 +1,173 @@
+"""Lottery tickets: after each pruning training starts again from earlier weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.files import replacing, write_csv, write_json
+from pl_sparse.report import plot_tickets
+from pl_sparse.schedule import Tickets
+
+__all__ = ["Rewind", "training_length"]
+
+
+class Rewind(Callback):
+    """Searches for lottery tickets: train, prune, rewind, again and again.
+
+    It needs a `Sparsity(schedule=Tickets(...))` callback before it: `Trainer(max_epochs=120,
+    callbacks=[Sparsity(schedule= Tickets(final=0.9)), Rewind()])` trains 12 rounds of 10 epochs. Before each round but
+    the first the masks are made sparser by the weights that were trained, and then all parameters, buffers, the
+    optimizer and the learning-rate schedule are what they were at the rewinding point, but for the masks.
+
+    Each round leaves `levels/level_00/`, ...: `ticket.safetensors` (the masks, and the trained sparse weights),
+    `metrics.json`; and `tickets.csv`, `tickets.png` have all of them. A training that was interrupted goes on from its
+    last checkpoint.
+
+    Args:
+        weights: "rewind" to those at the rewinding point (`Tickets.to`: 0 is the initialization); "keep" the trained
+            ones and rewind the learning rate alone; "reinit" draws new ones, the control.
+        dirpath: where to write; None for the trainer's `default_root_dir`.
+
+    Sources: Frankle, Carbin, The lottery ticket hypothesis, 2018, arXiv:1803.03635. Frankle et al., Linear mode
+        connectivity and
+    the lottery ticket hypothesis, 2019, arXiv:1912.05671 (late rewinding). Renda, Frankle, Carbin, Comparing rewinding
+    and fine-tuning in neural network pruning, 2020, arXiv:2003.02389 (learning-rate rewinding).
+
+    Raises:
+        ValueError: there is no Sparsity callback before it, or its schedule is another one.
+    """
+
+    def __init__(self, weights: Literal["rewind", "keep", "reinit"] = "rewind", dirpath: str | None = None) -> None:
+        if weights not in ("rewind", "keep", "reinit"):
+            raise ValueError(f"weights={weights!r} is none of rewind, keep, reinit")
+        self.weights = weights
+        self.dirpath = dirpath
+        self.rows: list[dict[str, Any]] = []
+        self._saved: dict[str, Any] | None = None
+        self._best: dict[str, float] = {}
+
+    # The rewinding point
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._schedule(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        pruner = Sparsity.of(trainer).pruner
+        schedule = self._schedule(trainer)
+        if self._saved is None and pruner.step >= round(schedule.to * schedule.length(self._total(trainer))):
+            self._saved = self._snapshot(trainer, pl_module)
+        if pruner.step not in schedule.starts(self._total(trainer)):
+            return
+        weights, masks = self._weights(pl_module), self._masks(trainer)
+        if pruner.advance():
+            self._write(trainer, weights, masks)
+            self._rewind(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        for name, value in _floats(trainer.callback_metrics).items():
+            better = min if "loss" in name else max
+            self._best[name] = better(self._best.get(name, value), value)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, self._weights(pl_module), self._masks(trainer))
+
+    def _schedule(self, trainer: Trainer) -> Tickets:
+        sparsity = Sparsity.of(trainer)
+        schedule = sparsity.pruner.schedule
+        if not isinstance(schedule, Tickets):
+            raise ValueError(
+                f"Rewind needs the rounds of schedule=tickets, not schedule={type(schedule).__name__.lower()}"
+            )
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if callbacks.index(self) < callbacks.index(sparsity):
+            raise ValueError("Rewind comes after Sparsity: Trainer(callbacks=[Sparsity(...), Rewind()])")
+        return schedule
+
+    @staticmethod
+    def _total(trainer: Trainer) -> int:
+        return int(trainer.estimated_stepping_batches)
+
+    def _snapshot(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        return {
+            "module": self._weights(module),
+            "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers],
+            "schedulers": [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
+        }
+
+    @torch.no_grad()
+    def _rewind(self, trainer: Trainer, module: LightningModule) -> None:
+        pruner = Sparsity.of(trainer).pruner
+        assert self._saved is not None
+        if self.weights == "rewind":
+            module.load_state_dict(self._saved["module"])
+            pruner.written()
+        elif self.weights == "reinit":
+            pruner.reinitialize()
+        for optimizer, state in zip(trainer.optimizers, self._saved["optimizers"], strict=True):
+            optimizer.load_state_dict(copy.deepcopy(state))
+        for config, state in zip(trainer.lr_scheduler_configs, self._saved["schedulers"], strict=True):
+            config.scheduler.load_state_dict(copy.deepcopy(state))
+
+    # What is left of a round
+
+    @staticmethod
+    def _weights(module: LightningModule) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+    def _masks(self, trainer: Trainer) -> dict[str, Tensor]:
+        return {f"mask:{param.name}": param.mask.cpu().clone() for param in Sparsity.of(trainer).pruner.params}
+
+    def _write(self, trainer: Trainer, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+        total = sum(mask.numel() for mask in masks.values())
+        kept = sum(int(mask.sum()) for mask in masks.values())
+        row: dict[str, Any] = {"level": len(self.rows), "remaining": kept / total, "weights": kept}
+        row |= {name: value for name, value in _floats(trainer.callback_metrics).items() if name != "sparsity"}
+        row |= {f"best/{name}": value for name, value in self._best.items() if name.startswith("val")}
+        self._best = {}
+        self.rows.append(row)
+        if not trainer.is_global_zero:
+            return
+        folder = Path(self.dirpath or trainer.default_root_dir)
+        level = folder / "levels" / f"level_{row['level']:02d}"
+        level.mkdir(parents=True, exist_ok=True)
+        with replacing(level / "ticket.safetensors") as temporary:
+            save_file({**weights, **masks}, temporary)
+        write_json(level / "metrics.json", row)
+        write_csv(folder / "tickets.csv", self.rows)
+        plot_tickets(self.rows, folder / "tickets.png")
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"saved": self._saved, "rows": self.rows, "best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict["saved"]
+        self.rows = [dict(row) for row in state_dict["rows"]]
+        self._best = dict(state_dict["best"])
+
+
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def training_length(trainer: Trainer) -> float:
+    """Optimizer steps that a learning-rate schedule is made for: those of a round, where there is `Rewind`."""
+    total = trainer.estimated_stepping_batches
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if total != float("inf") and any(isinstance(callback, Rewind) for callback in callbacks):
+        schedule = Sparsity.of(trainer).pruner.schedule
+        if isinstance(schedule, Tickets):
+            return round(schedule.length(int(total)))
+    return total
