@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench clean
+.PHONY: help install demo test test-slow lint format bench reproduce clean
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,7 +35,10 @@ format: install ## Format the code and mend what ruff can
 	$(BIN)/ruff check --fix .
 
 bench: install ## Run the benchmarks
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/topk.py benchmarks/step.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+reproduce: install ## Run the published experiments (resumable; MNIST=folder of its idx files) and write docs/reproductions.md
+	$(BIN)/python benchmarks/reproduce.py $(if $(MNIST),--mnist $(MNIST))
 
 clean: ## Remove the virtual environment, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
