@@ -121,6 +121,35 @@ class Probe:
             for handle in handles:
                 handle.remove()
 
+    @torch.no_grad()
+    def following_scales(self, modules: Sequence[nn.Module]) -> dict[nn.Module, Tensor]:
+        """The scales of the batch norm that takes the output of each of the modules, where one does."""
+        norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        outputs: list[tuple[Tensor, nn.Module]] = []  # the tensors are held, so that none takes another's place
+        found: dict[nn.Module, Tensor] = {}
+
+        def made(module: nn.Module, args: Any, out: Any) -> None:
+            if isinstance(out, Tensor):
+                outputs.append((out, module))
+
+        def taken(module: nn.Module, args: Any) -> None:
+            for out, source in outputs:
+                if out is args[0] and isinstance(module.weight, Tensor):
+                    found[source] = module.weight.detach()
+
+        handles = [module.register_forward_hook(made) for module in modules]
+        handles += [
+            module.register_forward_pre_hook(taken) for module in self.model.modules() if isinstance(module, norms)
+        ]
+        try:
+            with _undisturbed(self.model):
+                self.model.eval()
+                self.loss(self.batches[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
     def _sum(self, weights: Sequence[Tensor], scalar: Callable[[Any], Tensor]) -> list[Tensor]:
         total = [torch.zeros_like(weight) for weight in weights]
         for batch in self.batches:

@@ -278,6 +278,35 @@ class SynFlow(Scorer):
 
 
 @dataclass(frozen=True)
+class Slimming(Scorer):
+    """|gamma| of the batch norm that takes a layer's output, the same for all weights of an output channel.
+
+    Which norm that is, is seen in a forward pass. Layers that no norm follows score highest, so that one threshold
+    leaves them alone: leave them out by `exclude`. For `structure=channel allocation=global`, after training with the
+    penalty `regularizer=slimming`.
+
+    Source: Liu et al., Learning efficient convolutional networks through network slimming, 2017, arXiv:1708.06519,
+    section 3.
+    """
+
+    calibrates: ClassVar[bool] = True
+
+    def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
+        scales = probe.following_scales([param.module for param in params])
+        for param in params:
+            scale = scales.get(param.module)
+            shape = param.layout.view(torch.empty(param.shape, device="meta")).shape
+            if scale is None or len(scale) != shape[0]:
+                param.state["calibrated"] = torch.full_like(param.values, torch.finfo(param.values.dtype).max / 4)
+                continue
+            each = scale.abs().view(-1, *(1,) * (len(shape) - 1)).expand(shape)
+            param.state["calibrated"] = param.layout.restore(each, param.shape).to(param.values.dtype).clone()
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        return _observed(param, "calibrated")
+
+
+@dataclass(frozen=True)
 class Ticket(Scorer):
     """1 for what a mask on disk keeps, 0 for what it removes: to train with a mask that was found before.
 

@@ -2,7 +2,9 @@
 
 import copy
 import inspect
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import hydra
@@ -10,10 +12,12 @@ import pytest
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from pl_sparse import Pruner
 from pl_sparse.allocation import Allocation, kept
+from pl_sparse.masked import find
 from pl_sparse.masking import Masking
 from pl_sparse.naming import build, catalogue
 from pl_sparse.probe import Probe
@@ -37,6 +41,21 @@ STEPS = 12
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     (x, y), _, _ = Digits().load()
     return x, y
+
+
+@cache
+def ticket() -> str:
+    """A file of random masks for the model that is trained here."""
+    path = Path(tempfile.mkdtemp()) / "ticket.safetensors"
+    model = vit_tiny(shape=(1, 8, 8), classes=12, dim=16, depth=1, heads=4, patch=2)
+    generator = torch.Generator().manual_seed(0)
+    save_file({f"mask:{p.name}": torch.rand(p.shape, generator=generator) < 0.5 for p in find(model)}, path)
+    return str(path)
+
+
+def scoring(name: str) -> Scorer:
+    """A scorer with what it cannot do without."""
+    return build(Scorer, name, **({"path": ticket()} if name == "ticket" else {}))
 
 
 def train(pruner: Pruner, data: tuple[torch.Tensor, torch.Tensor], half: bool) -> Iterator[torch.nn.Module]:
@@ -70,7 +89,7 @@ def test_every_scorer_structure_and_schedule(
     def made() -> Pruner:
         options = {} if schedule in ("constant", "oneshot") else {"end": 0.75}
         timed = build(Schedule, schedule, final=0.5, every=2, **options)
-        return Pruner(scorer, timed, structure, "uniform", misfit="dense")
+        return Pruner(scoring(scorer), timed, structure, "uniform", misfit="dense")
 
     pruner = made()
     *_, model = train(pruner, digits, half=False)
@@ -117,11 +136,11 @@ def pattern(structure: Structure, pruner: Pruner) -> None:
 @pytest.mark.parametrize("masking", sorted(catalogue(Masking)))
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_every_state_survives(scorer: str, masking: str, digits: tuple[torch.Tensor, torch.Tensor]) -> None:
-    if build(Scorer, scorer).needs_dense and not build(Masking, masking).remembers:
+    if scoring(scorer).needs_dense and not build(Masking, masking).remembers:
         pytest.skip("the masking forgets what the scorer needs")
 
     def made() -> Pruner:
-        return Pruner(scorer, build(Schedule, "linear", final=0.6, every=2), masking=masking)
+        return Pruner(scoring(scorer), build(Schedule, "linear", final=0.6, every=2), masking=masking)
 
     pruner = made()
     middle = next(train(pruner, digits, half=True))
@@ -150,6 +169,8 @@ def test_every_yaml_composes(group: str, option: str) -> None:
     overrides = [f"{group}={option}"]
     if (group, option) == ("data", "image_folder"):
         overrides.append("data.root=.")
+    if (group, option) == ("scorer", "ticket"):
+        overrides.append("scorer.path=somewhere")
     cfg = compose(overrides)
     check(cfg)
     for node in nodes(cfg):

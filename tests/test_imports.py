@@ -12,20 +12,21 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"probe"},
     {"structure", "schedule", "cost", "scorer"},
     {"allocation", "hardware", "masking"},
-    {"updater"},
+    {"updater", "regularizer"},
     {"pruner"},
     {"report"},
     {"callbacks.judging", "callbacks.calibration"},
-    {"callbacks.sparsity", "callbacks.random_state"},
+    {"callbacks.sparsity", "callbacks.random_state", "callbacks.regularize"},
     {"callbacks.history", "callbacks.rewind"},
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
     {"tasks.classifier"},
     {"settings"},
     {"app"},
+    {"cli"},
 ]
-WITH_LIGHTNING = ("callbacks", "tasks", "app")
-WITH_HYDRA = ("settings", "app")
+WITH_LIGHTNING = ("callbacks", "tasks", "app", "cli")
+WITH_HYDRA = ("settings", "app", "cli")
 
 
 def modules() -> dict[str, Path]:

@@ -1,0 +1,40 @@
+"""The `pl-sparse` command: a subcommand, or the settings of one run as `python train.py` takes them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from pl_sparse.naming import suggestion
+
+__all__ = ["main"]
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("pl_sparse.app:main", "train one model, or several with -m: the settings are those of train.py"),
+}
+"""What each subcommand calls, imported when it is asked for, and a line of help."""
+
+
+def main() -> None:
+    """Run the subcommand that the arguments name; without one they are settings of a training."""
+    first = sys.argv[1] if len(sys.argv) > 1 else "train"
+    if first in ("-h", "--help", "help"):
+        print(_help())
+        return
+    if first in COMMANDS:
+        del sys.argv[1:2]
+    elif "=" in first or first.startswith(("-", "+", "~")):
+        first = "train"
+    else:
+        print(f"error: {first!r} is no command. {suggestion(first, COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    module, _, function = COMMANDS[first][0].partition(":")
+    command: Callable[[], object] = getattr(import_module(module), function)
+    command()
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: pl-sparse COMMAND ...", "", *lines, "", "pl-sparse COMMAND --help tells more."])
