@@ -37,8 +37,8 @@ format: install ## Format the code and mend what ruff can
 bench: install ## Run the benchmarks
 	@for script in benchmarks/topk.py benchmarks/step.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-reproduce: install ## Run the published experiments (resumable; MNIST=folder of its idx files) and write docs/reproductions.md
-	$(BIN)/python benchmarks/reproduce.py $(if $(MNIST),--mnist $(MNIST))
+reproduce: install ## Run the published experiments (resumable) and write docs/reproductions.md
+	$(BIN)/python -m benchmarks.reproduce
 
 clean: ## Remove the virtual environment, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

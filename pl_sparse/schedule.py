@@ -336,8 +336,7 @@ class Iterative(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Tickets(Schedule):
-    """Rounds of training of equal length: dense first, then one for each sparsity, each reached before its round
-    begins.
+    """Rounds of equal length: dense first, then one for each sparsity, which is reached before its round begins.
 
     With a `Rewind` callback this is the search for lottery tickets. `begin`, `end` and `every` have no meaning here.
 
@@ -348,8 +347,8 @@ class Tickets(Schedule):
             initialization makes all rounds but the first so much shorter.
 
     Sources: Frankle, Carbin, The lottery ticket hypothesis, 2018, arXiv:1803.03635, section 1 (iterative pruning).
-        Frankle et
-    al., Linear mode connectivity and the lottery ticket hypothesis, 2019, arXiv:1912.05671, Algorithm 2 (`to`).
+    Frankle et al., Linear mode connectivity and the lottery ticket hypothesis, 2019, arXiv:1912.05671, Algorithm 2
+    (`to`).
 
     >>> schedule = Tickets(final=0.5, rate=0.2)
     >>> [round(level, 3) for level in schedule.rounds], schedule.starts(1000)

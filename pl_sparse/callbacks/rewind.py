@@ -23,14 +23,14 @@ __all__ = ["Rewind", "training_length"]
 class Rewind(Callback):
     """Searches for lottery tickets: train, prune, rewind, again and again.
 
-    It needs a `Sparsity(schedule=Tickets(...))` callback before it: `Trainer(max_epochs=120,
-    callbacks=[Sparsity(schedule= Tickets(final=0.9)), Rewind()])` trains 12 rounds of 10 epochs. Before each round but
+    It needs a `Sparsity(schedule=Tickets(...))` callback before it:
+    `Trainer(max_epochs=120, callbacks=[Sparsity(schedule=Tickets(final=0.9)), Rewind()])` trains 12 rounds of 10 epochs. Before each round but
     the first the masks are made sparser by the weights that were trained, and then all parameters, buffers, the
     optimizer and the learning-rate schedule are what they were at the rewinding point, but for the masks.
 
     Each round leaves `levels/level_00/`, ...: `ticket.safetensors` (the masks, and the trained sparse weights),
-    `metrics.json`; and `tickets.csv`, `tickets.png` have all of them. A training that was interrupted goes on from its
-    last checkpoint.
+    `metrics.json`; `levels/rewind.safetensors` holds the weights that the rounds go back to; `tickets.csv`,
+    `tickets.png` have all rounds. A training that was interrupted goes on from its last checkpoint.
 
     Args:
         weights: "rewind" to those at the rewinding point (`Tickets.to`: 0 is the initialization); "keep" the trained
@@ -38,8 +38,7 @@ class Rewind(Callback):
         dirpath: where to write; None for the trainer's `default_root_dir`.
 
     Sources: Frankle, Carbin, The lottery ticket hypothesis, 2018, arXiv:1803.03635. Frankle et al., Linear mode
-        connectivity and
-    the lottery ticket hypothesis, 2019, arXiv:1912.05671 (late rewinding). Renda, Frankle, Carbin, Comparing rewinding
+    connectivity and the lottery ticket hypothesis, 2019, arXiv:1912.05671 (late rewinding). Renda, Frankle, Carbin, Comparing rewinding
     and fine-tuning in neural network pruning, 2020, arXiv:2003.02389 (learning-rate rewinding).
 
     Raises:
@@ -65,6 +64,8 @@ class Rewind(Callback):
         schedule = self._schedule(trainer)
         if self._saved is None and pruner.step >= round(schedule.to * schedule.length(self._total(trainer))):
             self._saved = self._snapshot(trainer, pl_module)
+            if trainer.is_global_zero:
+                self._save(self._folder(trainer) / "levels" / "rewind.safetensors", self._saved["module"])
         if pruner.step not in schedule.starts(self._total(trainer)):
             return
         weights, masks = self._weights(pl_module), self._masks(trainer)
@@ -138,14 +139,20 @@ class Rewind(Callback):
         self.rows.append(row)
         if not trainer.is_global_zero:
             return
-        folder = Path(self.dirpath or trainer.default_root_dir)
+        folder = self._folder(trainer)
         level = folder / "levels" / f"level_{row['level']:02d}"
-        level.mkdir(parents=True, exist_ok=True)
-        with replacing(level / "ticket.safetensors") as temporary:
-            save_file({**weights, **masks}, temporary)
+        self._save(level / "ticket.safetensors", {**weights, **masks})
         write_json(level / "metrics.json", row)
         write_csv(folder / "tickets.csv", self.rows)
         plot_tickets(self.rows, folder / "tickets.png")
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.dirpath or trainer.default_root_dir)
+
+    @staticmethod
+    def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary)
 
     # State
 

@@ -1,0 +1,1 @@
+"""Published claims, run again: `python -m benchmarks.reproduce` writes docs/reproductions.md."""

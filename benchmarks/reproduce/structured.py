@@ -1,0 +1,73 @@
+"""N:M patterns during training, and channels by regularization."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.reproduce.runs import Experiment, Run, accuracy, section, spread, table
+
+# N:M
+
+_NM = "experiment=fashion_nm_lenet5"
+NM_DENSE = Run("nm_dense", f"{_NM} method=dense", seeds=2)
+NM = {
+    (method, pattern): Run(f"nm_{method}_{pattern}", f"{_NM} method={method} structure={pattern}", seeds=2)
+    for pattern in ("nm24", "nm14")
+    for method in ("srste", "ste", "asp")
+}
+
+
+def nm(seeds: Sequence[int]) -> str:
+    rows = [["dense", "", NM_DENSE.spread(seeds, accuracy), _last(NM_DENSE, seeds), str(len(NM_DENSE.done(seeds)))]]
+    for (method, pattern), run in NM.items():
+        label = f"{pattern[2]}:{pattern[3]}"
+        rows.append([method, label, run.spread(seeds, accuracy), _last(run, seeds), str(len(run.done(seeds)))])
+    return section(
+        "N:M during training",
+        """
+        Claim (Zhou et al. 2021, table 2; ImageNet): SR-STE keeps the dense accuracy at 2:4 and loses about a point at
+        1:4; plain STE is below it. ASP prunes the dense network halfway and trains on. LeNet-5 on Fashion-MNIST, 6
+        epochs; the first convolution has one input channel and stays dense.
+        """,
+        table(["method", "pattern", "test accuracy %, best", "last epoch", "seeds"], rows),
+        f"`python train.py {_NM} method=srste structure=nm24`",
+    )
+
+
+def _last(run: Run, seeds: Sequence[int]) -> str:
+    return spread(run.last(seeds, "lenet5", "FashionMNIST"), 2)
+
+
+# Channels
+
+_CHANNELS = "experiment=fashion_channels_resnet20"
+CHANNELS_DENSE = Run("channels_dense", f"{_CHANNELS} method=dense", seeds=2)
+CHANNELS = {
+    method: Run(f"channels_{method}", f"{_CHANNELS} method={method} model=resnet20 model.width=8", seeds=2)
+    for method in ("slimming", "group_lasso", "gmp")
+}
+
+
+def channels(seeds: Sequence[int]) -> str:
+    rows = [["dense", "0 %", CHANNELS_DENSE.spread(seeds, accuracy), "", str(len(CHANNELS_DENSE.done(seeds)))]]
+    for method, run in CHANNELS.items():
+        sparsity = run.spread(seeds, lambda metrics: float(metrics["sparsity"]), 1)
+        cost = run.spread(seeds, lambda metrics: metrics["macs_sparse"] / metrics["macs_dense"], 1)
+        rows.append([method, f"{sparsity} %", run.spread(seeds, accuracy), f"{cost} %", str(len(run.done(seeds)))])
+    return section(
+        "Channels by regularization",
+        """
+        Claim (Liu et al. 2017, table 1; CIFAR-10): with 40 % of the channels of a ResNet removed by the scales of its
+        batch norms, accuracy is that of the dense network after fine-tuning. ResNet-20 of width 8 on 10,000 images of
+        Fashion-MNIST, half the weights in whole channels, 12 epochs; penalty until 60 %, then removal and
+        fine-tuning. `gmp` removes channels by magnitude without a penalty.
+        """,
+        table(["method", "sparsity", "test accuracy %", "MACs left", "seeds"], rows),
+        f"`python train.py {_CHANNELS} method=slimming model=resnet20 model.width=8`",
+    )
+
+
+EXPERIMENTS = {
+    "nm": Experiment([NM_DENSE, *NM.values()], nm),
+    "channels": Experiment([CHANNELS_DENSE, *CHANNELS.values()], channels),
+}
