@@ -62,10 +62,9 @@ class Pruner:
         overrides: sparsities of single weights by pattern. They are outside of the budget that the others share; the
             first pattern that matches counts. Before the schedule ends they are scaled as its level is.
         misfit: "error", or "dense" to leave weights dense whose shape the structure does not divide.
-        ablation: a sanity check of a method (Frankle et al., Pruning neural networks at initialization: why are we
-        missing the
-            mark?, 2021, arXiv:2009.08576): "shuffle" the masks within each tensor, "reinit" the weights under them, or
-            "invert" the scores.
+        ablation: a sanity check of a method: "shuffle" the masks within each tensor, "reinit" the weights under them, or
+            "invert" the scores. Source: Frankle et al., Pruning neural networks at initialization: why are we missing
+            the mark?, 2021, arXiv:2009.08576.
 
     Attributes:
         params: the weights, once attached.
@@ -123,8 +122,7 @@ class Pruner:
         if self.updater.needs_zeros and self.masking.remembers:
             raise ValueError(
                 f"updater={_name(self.updater)} grows weights from zero, but masking={_name(self.masking)} remembers "
-                "what "
-                "they were: use masking=hard or auto"
+                "what they were: use masking=hard or auto"
             )
         if self.updater.needs_training and not self.masking.trains_pruned:
             raise ValueError(
@@ -272,8 +270,7 @@ class Pruner:
         if self.scorer.calibrates and self._probe is None:
             raise ValueError(
                 f"scorer={_name(self.scorer)} is calibrated on batches: give prepare(total, probe=Probe(model, "
-                "batches, "
-                "loss)); the Sparsity callback does so by itself"
+                "batches, loss)); the Sparsity callback does so by itself"
             )
         if total == float("inf"):
             if self.schedule.fractional:

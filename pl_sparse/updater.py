@@ -177,9 +177,9 @@ class DropGrow(Updater):
     def refusal(self, structure: Structure) -> str | None:
         if structure.fixed is not None:
             return (
-                f"updater=dropgrow moves weights freely within a tensor, which the pattern of "
-                f"structure={structure.label} "
-                "does not allow: use updater=prune with masking=srste, whose pruned weights can return"
+                "updater=dropgrow moves weights freely within a tensor, which the pattern of "
+                f"structure={structure.label} does not allow: use updater=prune with masking=srste, whose pruned "
+                "weights can return"
             )
         return None
 
