@@ -62,9 +62,9 @@ class Pruner:
         overrides: sparsities of single weights by pattern. They are outside of the budget that the others share; the
             first pattern that matches counts. Before the schedule ends they are scaled as its level is.
         misfit: "error", or "dense" to leave weights dense whose shape the structure does not divide.
-        ablation: a sanity check of a method: "shuffle" the masks within each tensor, "reinit" the weights under them, or
-            "invert" the scores. Source: Frankle et al., Pruning neural networks at initialization: why are we missing
-            the mark?, 2021, arXiv:2009.08576.
+        ablation: a sanity check of a method: "shuffle" the masks within each tensor, "reinit" the weights under them,
+            or "invert" the scores. Source: Frankle et al., Pruning neural networks at initialization: why are we
+            missing the mark?, 2021, arXiv:2009.08576.
 
     Attributes:
         params: the weights, once attached.

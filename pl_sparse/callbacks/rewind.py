@@ -24,9 +24,10 @@ class Rewind(Callback):
     """Searches for lottery tickets: train, prune, rewind, again and again.
 
     It needs a `Sparsity(schedule=Tickets(...))` callback before it:
-    `Trainer(max_epochs=120, callbacks=[Sparsity(schedule=Tickets(final=0.9)), Rewind()])` trains 12 rounds of 10 epochs. Before each round but
-    the first the masks are made sparser by the weights that were trained, and then all parameters, buffers, the
-    optimizer and the learning-rate schedule are what they were at the rewinding point, but for the masks.
+    `Trainer(max_epochs=120, callbacks=[Sparsity(schedule=Tickets(final=0.9)), Rewind()])` trains 12
+    rounds of 10 epochs. Before each round but the first the masks are made sparser by the weights that were trained,
+    and then all parameters, buffers, the optimizer and the learning-rate schedule are what they were at the rewinding
+    point, but for the masks.
 
     Each round leaves `levels/level_00/`, ...: `ticket.safetensors` (the masks, and the trained sparse weights),
     `metrics.json`; `levels/rewind.safetensors` holds the weights that the rounds go back to; `tickets.csv`,
@@ -38,8 +39,9 @@ class Rewind(Callback):
         dirpath: where to write; None for the trainer's `default_root_dir`.
 
     Sources: Frankle, Carbin, The lottery ticket hypothesis, 2018, arXiv:1803.03635. Frankle et al., Linear mode
-    connectivity and the lottery ticket hypothesis, 2019, arXiv:1912.05671 (late rewinding). Renda, Frankle, Carbin, Comparing rewinding
-    and fine-tuning in neural network pruning, 2020, arXiv:2003.02389 (learning-rate rewinding).
+    connectivity and the lottery ticket hypothesis, 2019, arXiv:1912.05671 (late rewinding). Renda, Frankle,
+    Carbin, Comparing rewinding and fine-tuning in neural network pruning, 2020, arXiv:2003.02389 (learning-rate
+    rewinding).
 
     Raises:
         ValueError: there is no Sparsity callback before it, or its schedule is another one.
