@@ -114,7 +114,7 @@ def _built(cfg: DictConfig, key: str) -> Any:
 def _sparsity(cfg: DictConfig) -> Sparsity:
     """The callback, its axes checked against each other and the hardware."""
     for what in ("sparsity", "label_smoothing"):
-        if not 0 <= cfg[what] <= 1:
+        if cfg[what] is not None and not 0 <= cfg[what] <= 1:
             raise ConfigError(f"{what}={cfg[what]} must be in [0, 1]")
     axes = {axis: _built(cfg, axis) for axis in _AXES}
     refusal = _built(cfg, "hardware").refusal(axes["structure"])
@@ -255,6 +255,7 @@ def _write(
         "sparsity": 1 - nonzero / count,
         "sparsity_model": summary.sparsity_model,
         "at_target": pruner.at_target,
+        **pruner.scorer.facts(pruner.groups),
         "params_total": summary.params_total,
         "params_prunable": count,
         "params_nonzero": summary.params_nonzero,

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pl_sparse.naming import near_misses
+
+if TYPE_CHECKING:
+    from pl_sparse.gate import Gate
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -66,7 +70,7 @@ class MaskedParameter:
         weight: the parameter; between optimizer steps it *is* `mask * values`.
         mask: bool, the weight's shape, True = kept.
         dense: the values behind the mask, for methods that remember pruned weights (latent weights), else None.
-        gate: a learned gate, for methods that have one, else None.
+        gate: what is learned of its units, shared with the other weights of its group, else None.
         state: what the scorer gathers, tensors by name.
         layout: how the weight is seen as (out, in, *kernel).
         pruned: whether the mask was ever set; until then it is all True and masking has nothing to do.
@@ -77,7 +81,7 @@ class MaskedParameter:
     weight: nn.Parameter
     mask: Tensor
     dense: Tensor | None = None
-    gate: Tensor | None = None
+    gate: Gate | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     layout: Layout = field(default_factory=Layout)
     pruned: bool = False
@@ -131,7 +135,7 @@ class MaskedParameter:
         if self.dense is not None:
             self.dense = self.dense.to(device)
         if self.gate is not None:
-            self.gate = self.gate.to(device)
+            self.gate.to(device)
         self.state = {key: value.to(device) for key, value in self.state.items()}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -139,8 +143,8 @@ class MaskedParameter:
         named = {"mask": self.mask, **{f"state.{key}": value for key, value in self.state.items()}}
         if self.dense is not None:
             named["dense"] = self.dense
-        if self.gate is not None:
-            named["gate"] = self.gate
+        if self.gate is not None and self.gate.last(self):
+            named |= {f"gate.{key}": value for key, value in self.gate.tensors().items()}
         return named
 
 

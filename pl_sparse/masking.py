@@ -11,11 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from pl_sparse.gate import Gate, stretched
 from pl_sparse.masked import MaskedParameter
+from pl_sparse.scorer import HardConcrete, Scorer, SoftThreshold
 from pl_sparse.topk import top_k
 
 Params = Sequence[MaskedParameter]
@@ -29,11 +32,17 @@ class Masking(ABC):
         remembers: whether the values behind the mask are kept, in `MaskedParameter.dense`, so that weights can return.
         trains_pruned: whether the values behind the mask are trained.
         clears_state: whether the optimizer's state (momentum and the like) of pruned weights is set to zero.
+        transforms: whether kept weights too differ from the values behind them.
+        samples: whether the model computes with a sample in training, drawn by `before_forward`.
+        rests_on: the scorer it needs, if it needs one.
     """
 
     remembers: ClassVar[bool] = False
     trains_pruned: ClassVar[bool] = False
     clears_state: ClassVar[bool] = True
+    transforms: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
+    rests_on: ClassVar[type[Scorer] | None] = None
 
     def changed(self, params: Params) -> None:
         """After the masks changed: write the sparse weights into the parameters."""
@@ -47,6 +56,17 @@ class Masking(ABC):
 
     def on_change(self, params: Params) -> None:
         """After the masks changed and the sparse weights are written; by default nothing is done."""
+        return
+
+    def before_forward(self, params: Params, step: int) -> None:
+        """Before the forward pass of training, where it `samples`: write the sample of this step into the parameters.
+
+        It may be called again within a step (accumulation), and then writes the same sample.
+        """
+        return
+
+    def after_forward(self, params: Params) -> None:
+        """Where it `samples`: write the sparse weights into the parameters again."""
         return
 
     @abstractmethod
@@ -231,3 +251,111 @@ class TopKAST(Masking):
         torch._foreach_lerp_(_latent(params), weights, [param.state["trained"] for param in params])
         torch._foreach_copy_(weights, _latent(params))
         torch._foreach_mul_(weights, _factors(params))
+
+
+@dataclass(frozen=True)
+class Gated(Masking):
+    """Weights are z v, z a hard concrete gate for each unit: a sample in training, deterministic everywhere else.
+
+    The gradient of v is z times that of the weight; pruned v are trained too. Each optimizer step has one sample, the
+    same for all examples, all micro-batches of an accumulation and all processes, as its random numbers depend on
+    `seed`, the step and the weight's name alone. Once the schedule is over the gates are fixed and no longer sampled.
+
+    Source: Louizos, Welling, Kingma, Learning sparse neural networks through L0 regularization, 2017, arXiv:1712.01312,
+    equations 10 to 13. There evaluation averages the parameters over time, for which there is `callbacks=ema`.
+
+    Args:
+        seed: of the samples.
+    """
+
+    seed: int = 0
+    remembers: ClassVar[bool] = True
+    trains_pruned: ClassVar[bool] = True
+    clears_state: ClassVar[bool] = False
+    transforms: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
+    rests_on: ClassVar[type[Scorer] | None] = HardConcrete
+
+    def on_change(self, params: Params) -> None:
+        self.after_forward(params)
+
+    def before_forward(self, params: Params, step: int) -> None:
+        for gate in {id(gate): gate for gate in map(_gate, params)}.values():
+            mixed = (self.seed * 0x9E3779B1 + crc32(gate.group.name.encode()) * 0x85EBCA6B + step * 0xC2B2AE35) % 2**63
+            generator = torch.Generator(gate.value.device).manual_seed(mixed)
+            uniform = torch.rand(gate.value.shape, generator=generator, device=gate.value.device)
+            gate.noise = (uniform * (1 - 2e-6) + 1e-6).to(gate.value.dtype)
+            gate.sample = stretched(gate.value.detach(), gate.noise).clamp_(0, 1)
+        torch._foreach_copy_(_weights(params), _latent(params))
+        torch._foreach_mul_(_weights(params), self._factors(params))
+
+    def after_forward(self, params: Params) -> None:
+        for param in params:
+            _gate(param).noise = _gate(param).sample = None
+        torch._foreach_copy_(_weights(params), _latent(params))
+        torch._foreach_mul_(_weights(params), self._factors(params))
+
+    def shape_gradients(self, params: Params) -> None:
+        ready = [param for param in params if param.weight.grad is not None]
+        gradients = [param.weight.grad for param in ready if param.weight.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, self._factors(ready))
+
+    def before_step(self, params: Params) -> None:
+        torch._foreach_copy_(_weights(params), _latent(params))
+
+    def after_step(self, params: Params) -> None:
+        torch._foreach_copy_(_latent(params), _weights(params))
+        self.after_forward(params)
+
+    def _factors(self, params: Params) -> list[Tensor]:
+        """z for each weight; where it is no sample, masked."""
+        factors = []
+        for param in params:
+            gate = _gate(param)
+            if gate.sample is None:
+                z = stretched(gate.value.detach()).clamp_(0, 1)
+                factors.append(gate.spread(z, param) * param.factor)
+            else:
+                factors.append(gate.spread(gate.sample, param))
+        return factors
+
+
+def _gate(param: MaskedParameter) -> Gate:
+    assert param.gate is not None
+    return param.gate
+
+
+@dataclass(frozen=True)
+class Shrunk(Masking):
+    """Weights are mask * sign(v) relu(|v| - sigmoid(s)), s the learned threshold of the tensor.
+
+    Gradients reach v where the weight is not zero; the optimizer's momentum and weight decay go on everywhere, as
+    they do where the reparameterization is part of the model.
+
+    Source: Kusupati et al., Soft threshold weight reparameterization for learnable sparsity, 2020, arXiv:2002.03231,
+    equation 3.
+    """
+
+    remembers: ClassVar[bool] = True
+    trains_pruned: ClassVar[bool] = True
+    clears_state: ClassVar[bool] = False
+    transforms: ClassVar[bool] = True
+    rests_on: ClassVar[type[Scorer] | None] = SoftThreshold
+
+    def on_change(self, params: Params) -> None:
+        for param, latent in zip(params, _latent(params), strict=True):
+            threshold = param.state["threshold"].sigmoid().to(latent.dtype)
+            param.weight.copy_(latent.sign() * (latent.abs() - threshold).clamp_min_(0) * param.factor)
+
+    def shape_gradients(self, params: Params) -> None:
+        for param in params:
+            if param.weight.grad is not None:
+                param.weight.grad.mul_(param.weight.detach() != 0)
+
+    def before_step(self, params: Params) -> None:
+        torch._foreach_copy_(_weights(params), _latent(params))
+
+    def after_step(self, params: Params) -> None:
+        torch._foreach_copy_(_latent(params), _weights(params))
+        self.on_change(params)

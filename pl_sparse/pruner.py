@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from pl_sparse import structure as structures
 from pl_sparse.allocation import LAMP, Allocation, Units
 from pl_sparse.masked import Group, MaskedParameter, Patterns, find, select
-from pl_sparse.masking import STE, Frozen, Hard, Masking
+from pl_sparse.masking import STE, Frozen, Gated, Hard, Masking, Shrunk
 from pl_sparse.naming import build, suggestion
 from pl_sparse.probe import Probe
 from pl_sparse.schedule import Constant, OneShot, Schedule
@@ -38,6 +38,9 @@ _VERSION = 1
 
 def auto(scorer: Scorer, updater: Updater) -> Masking:
     """The masking that scorer and updater need: hard, if pruned weights need neither be trained nor remembered."""
+    for masking in (Gated, Shrunk):
+        if masking.rests_on is not None and isinstance(scorer, masking.rests_on):
+            return masking()
     if getattr(updater, "needs_training", False):
         return STE()
     return Frozen() if getattr(scorer, "needs_dense", False) else Hard()
@@ -51,9 +54,9 @@ class Pruner:
         schedule: when to prune and how much, e.g. "cubic" or `OneShot(final=0.8, begin=0.2)`.
         structure: what is pruned together, e.g. "unstructured", "nm24", "block4x4", `Channel()`.
         allocation: how the kept weights are shared among tensors: "global", "uniform", "erk", "lamp".
-        updater: the new masks from the old: "prune", "splice", "dropgrow".
-        masking: how a mask acts on training: "hard", "ste", "frozen", "srste", "topkast", or "auto" for what scorer
-            and updater need.
+        updater: the new masks from the old: "prune", "threshold", "splice", "dropgrow".
+        masking: how a mask acts on training: "hard", "ste", "frozen", "srste", "topkast", "gated", "shrunk", or "auto"
+            for what scorer and updater need.
         sparsity: the final sparsity in [0, 1], for a schedule given by name.
         include: patterns of the weights to prune; None for all that are pruned by default (see `masked.find`).
         exclude: patterns of weights that stay dense.
@@ -119,6 +122,14 @@ class Pruner:
                 f"scorer={_name(self.scorer)} scores pruned weights by the values they had, which "
                 f"masking={_name(self.masking)} forgets: use masking=frozen, ste or auto"
             )
+        needed = self.masking.rests_on
+        if needed is not None and not isinstance(self.scorer, needed):
+            raise ValueError(
+                f"masking={_name(self.masking)} applies what scorer={needed.__name__.lower()} learns, not "
+                f"scorer={_name(self.scorer)}: use masking=auto"
+            )
+        if overrides and not self.updater.targets_sparsity:
+            raise ValueError(f"overrides are sparsities, which updater={_name(self.updater)} does not aim at")
         if self.updater.needs_zeros and self.masking.remembers:
             raise ValueError(
                 f"updater={_name(self.updater)} grows weights from zero, but masking={_name(self.masking)} remembers "
@@ -173,6 +184,7 @@ class Pruner:
         self._span = (0, 0)
         self._overrides: tuple[float | None, ...] = ()
         self._pending: Mapping[str, Any] | None = None
+        self._sampled = False  # whether the parameters are a sample
         self._open: dict[int, list[MaskedParameter]] = {}  # what each optimizer's step has opened
         self._clock: int | None = None  # the optimizer whose open step is counted
         self._owned: dict[int, tuple[Optimizer, list[MaskedParameter]]] = {}
@@ -223,6 +235,7 @@ class Pruner:
         self._overrides = self._match_overrides(groups, model)
         self.groups = groups
         self.params = [param for group in groups for param, _ in group.members]
+        self.scorer.start(groups, self.structure)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             try:
@@ -294,10 +307,12 @@ class Pruner:
 
     @property
     def at_target(self) -> bool:
-        """Whether the schedule has reached its final sparsity."""
-        return self._total is not None and (
-            self._timed.reached(self.step, self._total) or 0 <= self._span[1] <= self._updated
-        )
+        """Whether the schedule has reached its final sparsity; where sparsity is learned, whether it is over."""
+        if self._total is None:
+            return False
+        if 0 <= self._span[1] <= self._updated or self.step > self._span[1]:
+            return True
+        return self.updater.targets_sparsity and self._timed.reached(self.step, self._total)
 
     # Steps
 
@@ -310,6 +325,28 @@ class Pruner:
         """
         self._require_attached()
         return not self._open and self._update(self.step)
+
+    @torch.no_grad()
+    def before_forward(self) -> None:
+        """Call before each forward pass of training if masks or gates are learned (`updater=threshold`,
+        `masking=gated`): sets the masks that are due, and draws the sample that the model computes with.
+
+        `after_step()` turns the parameters into the sparse weights again. With other methods it does nothing.
+
+        Raises:
+            ValueError: the length of training is not known.
+        """
+        if self.updater.targets_sparsity and not self.masking.samples:
+            return
+        self._require_attached()
+        if self._total is None:
+            raise ValueError("the length of training is not known: call prepare(total) first")
+        if not self.updater.targets_sparsity:
+            self.advance()
+        if self.masking.samples and self.step <= self._span[1]:
+            self._sampled = True
+            if pruned := [param for param in self.params if param.pruned]:
+                self.masking.before_forward(pruned, self.step)
 
     @torch.no_grad()
     def before_step(
@@ -340,6 +377,10 @@ class Pruner:
             self.masking.shape_gradients(self._open[key])
             return
         if observe and (self.step if step is None else step) <= self._span[1]:
+            if self.masking.samples and not self._sampled and any(param.pruned for param in live):
+                raise ValueError(
+                    f"masking={_name(self.masking)} samples its gates: call before_forward() before each forward pass"
+                )
             for param in live:
                 self.scorer.observe(param)
                 self.updater.observe(param)
@@ -363,7 +404,7 @@ class Pruner:
         """Call after `optimizer.step`. Without a `before_step` since the last call it does nothing.
 
         Args:
-            optimizer: the one that stepped; None closes every open one.
+            optimizer: the one that stepped; None closes every open one, and ends a sample that no step followed.
         """
         keys = list(self._open) if optimizer is None else [id(optimizer)] * (id(optimizer) in self._open)
         for key in keys:
@@ -374,6 +415,10 @@ class Pruner:
                 self.step += 1
                 if self.step == self._total:  # a level due at the very end
                     self._update(self.step)
+        if optimizer is None and self._sampled:
+            self._sampled = False
+            if pruned := [param for param in self.params if param.pruned]:
+                self.masking.after_forward(pruned)
 
     def _skip(self, weights: Sequence[MaskedParameter | Tensor]) -> None:
         """Let the optimizer leave this step out: it passes over what has no gradient."""
@@ -482,7 +527,7 @@ class Pruner:
         for param in self.params:
             param.to_weight()
             if param.pruned:
-                if param.dense is not None:
+                if param.dense is not None and not self.masking.transforms:
                     param.dense.copy_(torch.where(param.mask, param.weight, param.dense))
                 param.weight.mul_(param.factor)
 
@@ -507,8 +552,13 @@ class Pruner:
         return list(zip(self.groups, self._overrides, strict=True))
 
     @property
-    def target(self) -> float:
-        """The sparsity asked for at the end: of the pattern (N:M), else of the schedule, overrides included."""
+    def target(self) -> float | None:
+        """The sparsity asked for at the end: of the pattern (N:M), else of the schedule, overrides included.
+
+        None where none is asked for, as it comes out of training.
+        """
+        if not self.updater.targets_sparsity:
+            return self.updater.target(self.schedule.final)
         shared = self.schedule.final if self.structure.fixed is None else self.structure.fixed
         if not self.groups or not self.schedule.final:
             return self.schedule.final
@@ -569,7 +619,9 @@ class Pruner:
             param.set_mask(tensors.pop("mask"))
             param.pruned = tensors.pop("pruned")
             param.dense = tensors.pop("dense", None)
-            param.gate = tensors.pop("gate", None)
+            gate = {key.removeprefix("gate."): tensors.pop(key) for key in list(tensors) if key.startswith("gate.")}
+            if param.gate is not None and gate:
+                param.gate.load(gate)
             param.state = {key.removeprefix("state."): value.clone() for key, value in tensors.items()}
             if param.dense is not None:
                 param.dense = param.dense.to(param.weight.dtype, copy=True)

@@ -81,7 +81,7 @@ class Summary:
 
     Attributes:
         layers: the prunable weights, in model order.
-        requested: the sparsity asked for, 0..1, over the prunable weights.
+        requested: the sparsity asked for, 0..1, over the prunable weights; None where it comes out of training.
         params_total: number of all parameters, prunable or not.
         params_nonzero: how many of them are not zero.
         macs_dense: multiply-accumulates a sample with all weights (0: not counted).
@@ -91,7 +91,7 @@ class Summary:
     """
 
     layers: tuple[LayerRow, ...]
-    requested: float
+    requested: float | None
     params_total: int
     params_nonzero: int
     macs_dense: float = 0.0
@@ -388,8 +388,9 @@ def _scaled(amount: float, unit: str = "", base: float = 1000.0) -> str:
 
 def _totals(summary: Summary) -> str:
     """The lines below the table."""
+    requested = "learned" if summary.requested is None else f"requested {_percent(summary.requested)}"
     lines = [
-        f"sparsity: requested {_percent(summary.requested)}, actual {_percent(summary.sparsity)}",
+        f"sparsity: {requested}, actual {_percent(summary.sparsity)}",
         f"all parameters: {_percent(summary.sparsity_model)} zero "
         f"({summary.params_nonzero:,} of {summary.params_total:,} left)",
     ]

@@ -22,7 +22,7 @@ from pl_sparse.naming import suggestion
 __all__ = ["ConfigError", "check", "target"]
 
 _TOP: dict[str, Any] = {
-    "sparsity": float,
+    "sparsity": float | None,
     "seed": int,
     "method": str | None,
     "include": list[str] | None,

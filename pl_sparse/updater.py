@@ -12,10 +12,10 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from pl_sparse.allocation import Allocation, Units, choose
+from pl_sparse.allocation import Allocation, Global, Units, choose, kept
 from pl_sparse.masked import Group, MaskedParameter
 from pl_sparse.scorer import Momentum, Random, Scorer
-from pl_sparse.structure import Structure
+from pl_sparse.structure import Row, Structure
 from pl_sparse.topk import top_k
 
 
@@ -54,11 +54,17 @@ class Updater(ABC):
         needs_training: whether it rests on masking that trains pruned weights on.
         fixed_count: whether the number of kept weights never changes, so that a schedule other than a constant one
             makes no sense.
+        targets_sparsity: whether the schedule's level is a sparsity that it meets.
     """
 
     needs_zeros: ClassVar[bool] = False
     needs_training: ClassVar[bool] = False
     fixed_count: ClassVar[bool] = False
+    targets_sparsity: ClassVar[bool] = True
+
+    def target(self, scheduled: float) -> float | None:
+        """The final sparsity it is asked for, given the schedule's; None where it comes out of training."""
+        return scheduled
 
     @property
     def replaces_step(self) -> bool:
@@ -88,6 +94,69 @@ class Prune(Updater):
         self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update
     ) -> None:
         choose(due.units(groups, scorer, structure), allocation, due.level, due.overrides)
+
+
+@dataclass(frozen=True)
+class Threshold(Updater):
+    """Keep what scores above a threshold: how much that is comes out of training.
+
+    The schedule's level is no sparsity here but the part of the threshold, and of the penalty of a learned score,
+    that is in force: with `final=1` it ends at all of it. The masks are those of the scores when it ends.
+
+    Sources: Louizos, Welling, Kingma, Learning sparse neural networks through L0 regularization, 2017,
+    arXiv:1712.01312 (gates above 0). Sanh, Wolf, Rush, Movement pruning, 2020, arXiv:2005.07683, section 4
+    (sigmoid(S) above tau). Kusupati et al., Soft threshold weight reparameterization, 2020, arXiv:2002.03231.
+
+    Args:
+        tau: the threshold.
+        minimum: the fraction of the units of each tensor that is kept in any case, the best of them.
+        at_least: a sparsity that the last update makes sure of, by removing the lowest scores of all tensors; None to
+            take what comes. It cannot bring weights back: a model that is sparser already stays so.
+    """
+
+    tau: float = 0.0
+    minimum: float = 0.0
+    at_least: float | None = None
+    targets_sparsity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for what in ("minimum", "at_least"):
+            value = getattr(self, what)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{what}={value!r} must be in [0, 1]")
+
+    def target(self, scheduled: float) -> float | None:
+        return self.at_least
+
+    def refusal(self, structure: Structure) -> str | None:
+        if structure.fixed is not None or isinstance(structure, Row):
+            return (
+                f"updater=threshold keeps what scores high, which knows nothing of the pattern of "
+                f"structure={structure.label}: use updater=prune"
+            )
+        return None
+
+    def update(
+        self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update
+    ) -> None:
+        units = due.units(groups, scorer, structure)
+        left = 0
+        for index, group in enumerate(groups):
+            for param, _ in group.members:
+                if param.gate is not None:
+                    param.gate.level = due.level
+            scores = units[index]
+            if bool(scores.isnan().any()):
+                raise ValueError(f"the scores of {group.name} hold NaN: its weights, gradients or gates diverged")
+            chosen = scores > self.tau * due.level
+            least = math.ceil(self.minimum * scores.numel())
+            if int(chosen.sum()) < least:
+                chosen |= top_k(scores, least)
+            units.assign(index, chosen)
+            left += int(chosen.sum()) * units.weights[index]
+        most = math.inf if self.at_least is None else kept(self.at_least, sum(group.numel for group in groups))
+        if due.progress >= 1 and left > most:
+            choose(units, Global(), float(self.at_least or 0))
 
 
 @dataclass(frozen=True)

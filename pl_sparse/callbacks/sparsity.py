@@ -177,6 +177,7 @@ class Sparsity(Callback):
     # Steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.pruner.before_forward()
         if self._counted is None and self._counter is None:
             compiled = any(hasattr(module, "_orig_mod") for module in pl_module.modules())
             if compiled or getattr(pl_module, "_compiler_ctx", None) is not None:
@@ -198,7 +199,7 @@ class Sparsity(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.pruner.after_step()  # where a gradient scaler skipped the step, its hook did not run
+        self.pruner.after_step()  # where a gradient scaler skipped the step, its hook did not run; ends a sample
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
         if self._counter is not None:
@@ -212,15 +213,19 @@ class Sparsity(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.log("sparsity", self.sparsity, sync_dist=True)
+        for name, value in self.pruner.scorer.facts(self.pruner.groups).items():
+            pl_module.log(name, value, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pruner.after_step()
         self._mask_averages(trainer)
         judged = self._judging is not None and self._judging.judges
         if not self.pruner.at_target:
+            target = self.pruner.target
+            aim = "its end" if target is None else f"a sparsity of {target:g}"
             rank_zero_warn(
-                f"training ended after {self.pruner.step} optimizer steps, before the schedule reached a sparsity of "
-                f"{self.pruner.target:g}: it is {self.sparsity:.4f}."
+                f"training ended after {self.pruner.step} optimizer steps, before the schedule reached {aim}: the "
+                f"sparsity is {self.sparsity:.4f}."
                 + (" No checkpoint was judged the best, and none stopped it early." if judged else "")
                 + " Train longer, or let the schedule end earlier."
             )
