@@ -79,7 +79,8 @@ class NM(Structure):
 
     A convolution is seen with its channels last, so that a group lies in the input channels at one kernel position, as
     sparse tensor cores want it. The pattern prescribes the final sparsity 1 - n / m, whatever the schedule's final one;
-    on the way there a level s keeps max(n, ceil((1 - s) m)) of each group.
+    on the way there a level s keeps max(n, ceil((1 - s) m)) of each group, so that with a gradual schedule the pattern
+    tightens from dense over (m - 1):m to n:m: gradual N:M is `structure=nm24 schedule=cubic`.
 
     Source: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378, section 3.
 
@@ -271,6 +272,23 @@ class Channel(Structure):
 
     def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
         return chosen.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape)
+
+
+@dataclass(frozen=True)
+class Feature(Structure):
+    """Whole features: the filters of a convolution (its output channels), the input units of a linear layer (columns).
+
+    Without its column an input unit is of no use, bias or not, so that the unit can be removed from the layer before.
+
+    Source: Louizos, Welling, Kingma, Learning sparse neural networks through L0 regularization, 2017, arXiv:1712.01312,
+    section 4.1. There a filter's gate is on its bias too, which here stays.
+    """
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores.flatten(1).mean(1) if scores.dim() > 2 else scores.mean(0)
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        return chosen.reshape(-1, *(1,) * (len(shape) - 1) if len(shape) > 2 else ()).expand(shape)
 
 
 @dataclass(frozen=True)
