@@ -15,7 +15,8 @@ from itertools import combinations, product
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.masked import Group, Layout, MaskedParameter
+from pl_sparse.attention import LOOKED_FOR, Unknown, attentions
+from pl_sparse.masked import Group, MaskedParameter
 from pl_sparse.naming import build
 from pl_sparse.topk import top_k
 
@@ -50,6 +51,11 @@ class Structure(ABC):
     def fixed(self) -> float | None:
         """The sparsity that the pattern itself prescribes (N:M), or None."""
         return None
+
+    @property
+    def least(self) -> int:
+        """How many units of each tensor are kept whatever they score, as long as the sparsity is below 1."""
+        return 0
 
     @property
     def removes_outputs(self) -> bool:
@@ -288,32 +294,53 @@ class Kernel(Structure):
 class Head(Structure):
     """Whole attention heads: a head's rows of the query, key and value projections and its columns of the output one.
 
-    Only `nn.MultiheadAttention` weights are pruned under it; all other weights stay dense.
+    Attention layers are recognised by what they consist of (see `attention.attentions`): nn.MultiheadAttention, fused
+    projections, those of Hugging Face's models. Query heads that share a key/value head are pruned with it. All other
+    weights stay dense.
+
+    Biases keep their values: with its columns of the output projection zero, a head adds nothing to the output, its
+    value bias included, and its biases have no gradient. The score of a head is the mean over its weights. With
+    scorer=taylor that is the mean of |w g|, where Michel et al. take |sum w g| over the head's output columns, which is
+    |dL/dgate| for a gate on the head.
 
     Source: Michel, Levy, Neubig, Are sixteen heads really better than one?, 2019, arXiv:1905.10650.
+
+    Args:
+        empty: whether ranking over all layers may take the last head of one. Else each keeps its best head, and where
+            there are more layers than heads to keep, the model is denser than asked for. A sparsity of 1 takes all.
     """
+
+    empty: bool = False
+
+    @property
+    def least(self) -> int:
+        return 0 if self.empty else 1
 
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
         by_weight = {id(param.weight): param for param in params}
         groups = []
-        for path, module in model.named_modules():
-            if not isinstance(module, nn.MultiheadAttention):
+        for found in attentions(model):
+            weights = [getattr(module, name) for module, name, *_ in found.weights]
+            known = [by_weight.get(id(weight)) for weight in weights]
+            if not any(known):  # left dense by include and exclude
                 continue
-            members = []
-            for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-                param = by_weight.get(id(getattr(module, name)))
-                if param is not None:
-                    parts = 3 if name == "in_proj_weight" else 1
-                    members.append((param, Layout("heads", heads=module.num_heads, parts=parts)))
-            param = by_weight.get(id(module.out_proj.weight))
-            if param is not None:
-                members.append((param, Layout("heads", heads=module.num_heads, columns=True)))
-            if members:
-                groups.append(Group(path or "attention", tuple(members)))
+            if isinstance(found, Unknown):
+                raise ValueError(
+                    f"structure=head cannot tell the heads of {found.name}: {found.reason}. Leave it dense by "
+                    f"exclude=[{found.name!r}]"
+                )
+            missing = [name for param, (_, name, _) in zip(known, found.weights, strict=True) if param is None]
+            if missing:
+                raise ValueError(
+                    f"structure=head removes heads whole, but include and exclude leave {len(missing)} of the "
+                    f"{len(weights)} weights of {found.name} dense: name all of them or none, {found.name!r}"
+                )
+            members = ((param, layout) for param, (*_, layout) in zip(known, found.weights, strict=True) if param)
+            groups.append(Group(found.name, tuple(members)))
         if not groups:
             raise ValueError(
-                "structure=head found no attention layer to prune: it needs nn.MultiheadAttention modules. "
-                "structure=channel prunes the outputs of any layer"
+                f"structure=head found no attention layer to prune in {type(model).__name__}. It looks for "
+                f"{LOOKED_FOR}. structure=channel prunes the outputs of any layer"
             )
         return groups
 

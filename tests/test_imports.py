@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "pl_sparse"
 FLOORS = [  # a module imports from the floors above it in this list only
     {"naming", "topk", "files"},
     {"masked"},
-    {"probe"},
+    {"probe", "attention"},
     {"structure", "schedule", "cost", "scorer"},
     {"allocation", "hardware", "masking"},
     {"updater", "regularizer"},
