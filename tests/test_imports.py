@@ -16,7 +16,7 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"pruner"},
     {"report"},
     {"callbacks.judging", "callbacks.calibration"},
-    {"callbacks.sparsity", "callbacks.random_state", "callbacks.regularize"},
+    {"callbacks.sparsity", "callbacks.random_state", "callbacks.regularize", "callbacks.distill"},
     {"callbacks.history", "callbacks.rewind"},
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
