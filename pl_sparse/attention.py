@@ -1,7 +1,8 @@
-"""Where the heads of a model's attention layers are: which rows and columns of which weights belong to a head.
+"""The units of transformers: which rows and columns of which weights belong to an attention head, or to a neuron.
 
 Layers are recognised by what they consist of, not by their class: three linear layers side by side that are named as
-query, key and value, or one that holds all three; an output layer; and a number of heads.
+query, key and value, or one that holds all three; an output layer; and a number of heads. A feed-forward network is two
+linear layers, the first perhaps with a gate, that are named as such.
 """
 
 from __future__ import annotations
@@ -27,6 +28,18 @@ _INTERLEAVED = ("query_key_value",)
 _OUTPUT = {"out_proj", "o_proj", "proj", "dense", "c_proj", "out_lin", "to_out", "wo", "o", "out", "fc_out"}
 _COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "heads", "nhead")
 _SIZES = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim", "d_kv")
+_FEED_FORWARD = (
+    (("intermediate.dense",), "output.dense"),
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("w1", "w3"), "w2"),
+    (("wi_0", "wi_1"), "wo"),
+    (("wi",), "wo"),
+    (("lin1",), "lin2"),
+    (("fc1",), "fc2"),
+    (("c_fc",), "c_proj"),
+    (("linear1",), "linear2"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+)
 
 LOOKED_FOR = (
     "nn.MultiheadAttention, or modules that hold linear layers named like query, key and value "
@@ -43,7 +56,8 @@ class Attention:
     Attributes:
         name: its path in the model.
         heads: how many can be removed on their own: with grouped queries, the key/value heads.
-        weights: module and name of each of its weights, and how it is seen as (heads, weights of a head).
+        weights: module and name of each of its weights, and how it is seen as (heads, weights of a head); the output
+            projection comes last.
     """
 
     name: str
@@ -81,6 +95,34 @@ def attentions(model: nn.Module) -> Iterator[Attention | Unknown]:
             names = next(((name,) for name in _STACKED + _INTERLEAVED if name in children), None)
         if names is not None:
             yield _read(path, module, modules, {name: children[name] for name in names})
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A feed-forward network: its path, and its weights, each seen as (neurons, weights of a neuron)."""
+
+    name: str
+    weights: tuple[tuple[nn.Module, str, Layout], ...]
+
+
+def feed_forwards(model: nn.Module) -> Iterator[FeedForward]:
+    """The feed-forward networks of a model: a neuron is a row of the first layer(s) and a column of the last."""
+    modules = dict(model.named_modules())
+    for path in modules:
+        prefix = f"{path}." if path else ""
+        for firsts, last in _FEED_FORWARD:
+            layers = [modules.get(prefix + name) for name in (*firsts, last)]
+            found = [layer for layer in layers if layer is not None and _linear(layer)]
+            if len(found) < len(layers):
+                continue
+            sizes = {_sizes(layer)[0] for layer in found[:-1]} | {_sizes(found[-1])[1]}
+            if len(sizes) == 1:
+                neurons = sizes.pop()
+                columns = [_keeps_inputs_first(layer) != (layer is found[-1]) for layer in found]
+                layouts = [Layout("heads", heads=neurons, columns=each) for each in columns]
+                names = ["weight"] * len(found)
+                yield FeedForward(path or "feed_forward", tuple(zip(found, names, layouts, strict=True)))
+                break
 
 
 def _torch(path: str, module: nn.MultiheadAttention) -> Attention:

@@ -1,5 +1,6 @@
 """Heads of attention layers, against models whose heads are silenced by a hook."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from pl_sparse import Pruner
-from pl_sparse.attention import Attention, Unknown, attentions
+from pl_sparse.attention import Attention, Unknown, attentions, feed_forwards
 from pl_sparse.masked import Group, find
 from pl_sparse.schedule import OneShot
-from pl_sparse.scorer import Taylor
+from pl_sparse.scorer import Movement, Taylor
 from pl_sparse.structure import Head
 from pl_sparse.tasks.models import vit_tiny
 
@@ -265,3 +266,90 @@ def test_what_is_not_understood_is_named() -> None:
         Head().groups(find(model, exclude=["second", "o_proj"]), model)
     with pytest.raises(ValueError, match=r"no attention layer to prune in Linear\. It looks for nn\.M.*query/key"):
         Head().groups(find(nn.Linear(2, 2)), nn.Linear(2, 2))
+
+
+NETWORKS = {  # the layer that takes a feed-forward network's neurons
+    "BERT": "0.output.dense",
+    "DistilBERT": "lin2",
+    "ViT": "fc2",
+    "GPT-2": "mlp.c_proj",
+    "Llama": "down_proj",
+    "GPT-NeoX": "dense_4h_to_h",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", NETWORKS)
+def test_a_pruned_neuron_adds_nothing(case: str) -> None:
+    make, inputs, *_ = CASES[case]
+    model = make().eval()
+    for name, value in model.named_parameters():
+        if name.endswith("bias"):
+            value.normal_()
+    x = inputs()
+    dense = output(model, x)
+    network, *_ = feed_forwards(model)
+    *_, (last, _, _) = network.weights
+    assert next(n for n, m in model.named_modules() if m is last).endswith(NETWORKS[case])
+    neurons = network.weights[0][2].heads
+    kept = torch.arange(neurons) % 3 > 0
+    handle = last.register_forward_pre_hook(lambda module, args: (args[0] * kept,))
+    expected = output(model, x)
+    handle.remove()
+    params = {id(param.weight): param for param in find(model)}
+    prune(Group(network.name, tuple((params[id(m.weight)], layout) for m, _, layout in network.weights)), kept)
+    pruned = output(model, x)
+    assert not torch.allclose(pruned, dense, atol=1e-3)
+    torch.testing.assert_close(pruned, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["BERT", "GPT-2", "Llama", "fused"])
+def test_block_movement_against_loops(case: str) -> None:
+    make, inputs, *_ = CASES[case]
+    model = make().train()
+    pruner = Pruner(Movement(), OneShot(final=0.5, begin="3 steps"), "hybrid8x4", "uniform")
+    pruner.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    scores = {param.name: torch.zeros(param.shape) for param in pruner.params}
+    for step in range(4):
+        optimizer.zero_grad()
+        output(model, inputs()).square().sum().backward()
+        for param in pruner.params:
+            scores[param.name] -= param.weight.grad * param.weight.detach()
+        pruner.before_step(step, 4, optimizer)
+        if step < 3:
+            optimizer.step()
+        pruner.after_step()
+
+    found, expected = [], []
+    for group in pruner.groups:
+        units: dict[tuple[int, ...], list[tuple[str, int, int]]] = {}
+        for param, _ in group.members:
+            gpt = type(param.module).__name__ == "Conv1D"
+            last = any(word in param.name for word in ("attention.output", "attn.c_proj", "o_proj", "proj.weight"))
+            last &= "qkv" not in param.name and not any(w in param.name for w in ("q_proj", "k_proj", "v_proj"))
+            into = len(group.members) > 1 and param is group.members[-1][0]
+            for row, column in itertools.product(range(param.shape[0]), range(param.shape[1])):
+                out, inner = (column, row) if gpt else (row, column)
+                if len(group.members) > 1:
+                    unit: tuple[int, ...] = (inner if into else out,)
+                else:
+                    unit = (out // 4, inner // 8) if last else (out // 8, inner // 4)
+                units.setdefault(unit, []).append((param.name, row, column))
+        masks = {param.name: param.mask for param, _ in group.members}
+        mean = {u: sum(float(scores[n][r, c]) for n, r, c in where) / len(where) for u, where in units.items()}
+        kept = {u for u, where in units.items() if all(bool(masks[n][r, c]) for n, r, c in where)}
+        assert all(u in kept or not any(bool(masks[n][r, c]) for n, r, c in where) for u, where in units.items())
+        assert len(kept) == len(units) // 2
+        best = set(sorted(units, key=lambda u: -mean[u])[: len(kept)])
+        found.append(kept)
+        expected.append(best)
+    assert found == expected
+    assert len(found) == {"BERT": 10, "GPT-2": 6, "Llama": 10, "fused": 2}[case]
+
+
+def test_hybrid_needs_transformers_and_whole_blocks() -> None:
+    with pytest.raises(ValueError, match="neither attention nor feed-forward layers to prune in Linear"):
+        Pruner("magnitude", "oneshot", "hybrid", sparsity=0.5).attach(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"qkv.weight of shape 48x16 is not made of blocks of 5x4: .*exclude"):
+        Pruner("magnitude", "oneshot", "hybrid5x4", sparsity=0.5).attach(Fused())

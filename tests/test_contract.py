@@ -167,6 +167,9 @@ GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 REQUIRED = {
     ("data", "image_folder"): ["data.root=."],
     ("scorer", "ticket"): ["scorer.path=somewhere"],
+    ("data", "movie_reviews"): ["data.root=.", "data.tokenizer=somewhere"],
+    ("model", "transformer"): ["model.path=somewhere"],
+    ("experiment", "movie_reviews_movement"): ["data.root=.", "model.path=somewhere"],
     ("distill", "teacher"): ["distill.teacher=somewhere"],
 }
 

@@ -20,7 +20,7 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"callbacks.history", "callbacks.rewind"},
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
-    {"tasks.classifier"},
+    {"tasks.classifier", "tasks.text"},
     {"settings"},
     {"app"},
     {"cli"},

@@ -102,6 +102,7 @@ def test_separate_projections_of_attention() -> None:
         (Layout("heads", heads=2, parts=(3, 1, 1)), (20, 5)),
         (Layout("heads", heads=2, parts=(3, 1, 1), columns=True), (5, 20)),
         (Layout("heads", heads=4, columns=True), (5, 8)),
+        (Layout("blocks", block=(2, 3)), (4, 9)),
     ],
 )
 def test_layouts_go_there_and_back(layout: Layout, shape: tuple[int, ...]) -> None:
