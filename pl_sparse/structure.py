@@ -417,7 +417,7 @@ class Hybrid(Structure):
 
 
 def structure(name: str) -> Structure:
-    """The structure a string stands for: a class name, "nm24" or "2:4", "nm24t" (transposed too), "block4x4", "hybrid4x4".
+    """The structure a string stands for: a class name, "nm24" or "2:4", "nm24t" (transposable), "block4x4", ...
 
     >>> structure("nm14"), structure("2:4"), structure("block2x8")
     (NM(n=1, m=4), NM(n=2, m=4), Block(h=2, w=8))
