@@ -295,7 +295,7 @@ class ERK(Allocation):
 
 def _erk(group: Group) -> float:
     """sum(shape) / prod(shape) of a group: over its weights together."""
-    shapes = [layout.view(torch.empty(param.shape, device="meta")).shape for param, layout in group.members]
+    shapes = [param.layout.view(torch.empty(param.shape, device="meta")).shape for param, _ in group.members]
     return sum(sum(shape) for shape in shapes) / sum(math.prod(shape) for shape in shapes)
 
 

@@ -168,7 +168,7 @@ def _read(
     rows = [_sizes(layer)[0] for layer in inputs.values()]
     outputs = _outputs(module, list(inputs.values())) or _outputs(parent, list(module.modules()))
     if len(rows) == 3:
-        size = size or rows[0] // count
+        size = size or max(rows[0] // count, 1)
         heads, shared = rows[0] // size, rows[1] // size
         fits = rows[0] == heads * size and rows[1] == shared * size > 0 and rows[2] % shared == heads % shared == 0
         width = heads * (rows[2] // shared) if fits else 0
