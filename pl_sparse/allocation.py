@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pl_sparse.masked import Group, MaskedParameter
 from pl_sparse.structure import Structure
-from pl_sparse.topk import threshold
+from pl_sparse.topk import threshold, top_k
 
 
 def kept(sparsity: float, count: int) -> int:
@@ -169,7 +169,7 @@ class Uniform(Allocation):
 
 @dataclass(frozen=True)
 class _Ranked(Allocation):
-    """One threshold over all tensors; none of them is sure to keep anything."""
+    """One threshold over all tensors; none of them is sure to keep more than `structure.least`."""
 
     @abstractmethod
     def ranks(self, units: Units) -> Sequence[Tensor]:
@@ -177,7 +177,8 @@ class _Ranked(Allocation):
 
     def keep(self, groups: Sequence[Group], units: Units, sparsity: float) -> list[int]:
         ranks = self.ranks(units)
-        scores = [ranks[i].reshape(-1) for i in range(len(groups))]
+        least = units.structure.least if sparsity < 1 else 0
+        scores = [_raised(ranks[i].reshape(-1), least) for i in range(len(groups))]
         device = scores[0].device
         owner = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(units.sizes)).to(device)
         order = torch.cat([score.to(device) for score in scores]).sort(descending=True, stable=True).indices
@@ -188,7 +189,13 @@ class _Ranked(Allocation):
         before = int(taken[count - 1]) if count else 0
         if count < len(taken) and int(taken[count]) - target <= target - before and before < target:
             count += 1
-        return torch.bincount(owner[:count], minlength=len(groups)).tolist()
+        counts: list[int] = torch.bincount(owner[:count], minlength=len(groups)).tolist()
+        return [max(count, min(least, limit)) for count, limit in zip(counts, units.limits, strict=True)]
+
+
+def _raised(scores: Tensor, count: int) -> Tensor:
+    """The scores with the best `count` of them above all others anywhere."""
+    return scores.masked_fill(top_k(scores, count), torch.finfo(scores.dtype).max) if count else scores
 
 
 @dataclass(frozen=True)
@@ -288,7 +295,7 @@ class ERK(Allocation):
 
 def _erk(group: Group) -> float:
     """sum(shape) / prod(shape) of a group: over its weights together."""
-    shapes = [layout.view(torch.empty(param.shape, device="meta")).shape for param, layout in group.members]
+    shapes = [param.layout.view(torch.empty(param.shape, device="meta")).shape for param, _ in group.members]
     return sum(sum(shape) for shape in shapes) / sum(math.prod(shape) for shape in shapes)
 
 
@@ -313,7 +320,7 @@ def choose(units: Units, allocation: Allocation, level: float, overrides: Sequen
     elif free:
         ranks = allocation.ranks(shared)
         try:
-            if ranks is not None and len(set(shared.weights)) == 1:
+            if ranks is not None and len(set(shared.weights)) == 1 and not units.structure.least:
                 found = threshold(ranks, kept(level, sum(shared.sizes)))
                 for i, chosen in zip(free, found.masks(ranks), strict=True):
                     units.assign(i, chosen)

@@ -70,7 +70,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     module, prefix = _module(cfg, data)
     history = History(folder / "history.csv")
     before = [_built(cfg, "regularizer")] if cfg.get("regularizer") else []
-    after = [_built(cfg, "rewind")] if cfg.get("rewind") else []
+    after = [_built(cfg, key) for key in ("rewind", "distill") if cfg.get(key)]
     trainer = _trainer(cfg, [*before, sparsity, *after, history, RandomState()])
     try:
         sparsity.pruner.attach(module)

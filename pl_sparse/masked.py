@@ -25,27 +25,35 @@ class Layout:
     """How a weight is seen as (out, in, *kernel), and back.
 
     `kind` is "plain" (Linear, Conv, LSTM: already so), "transposed" (ConvTranspose: (in, out / groups, *kernel) per
-    group; and layers that keep (in, out), such as the Conv1D of GPT-2), or "heads" (attention: (heads, weights of a
-    head)).
+    group; and layers that keep (in, out), such as the Conv1D of GPT-2), "heads" (attention: (heads, weights of a
+    head)), or "blocks" (of shape `block`: (blocks, weights of a block)).
+
+    A head is a run of rows; with `columns`, of columns of the tensor as it is kept. `parts` are the shares of query,
+    key and value where they are stacked in one tensor: (1, 1, 1), or (4, 1, 1) if four queries share a key.
     """
 
     kind: str = "plain"
     groups: int = 1
     heads: int = 1
-    parts: int = 1
+    parts: tuple[int, ...] = (1,)
     columns: bool = False
+    block: tuple[int, int] = (1, 1)
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The tensor as (out, in, *kernel), or as (heads, rest) for the heads of an attention layer."""
+        """The tensor as (out, in, *kernel), or as (units, rest) for heads and blocks."""
         if self.kind == "plain":
             return tensor
         if self.kind == "transposed":
             split = tensor.unflatten(0, (self.groups, -1)).transpose(1, 2)
             return split.flatten(0, 1)
-        if self.columns:  # the output projection: a head is a run of columns
-            return tensor.t().unflatten(0, (self.heads, -1)).flatten(1)
-        # query, key and value stacked: a head is a run of rows in each of them
-        return tensor.unflatten(0, (self.parts, self.heads, -1)).transpose(0, 1).flatten(1)
+        if self.kind == "blocks":
+            h, w = self.block
+            return tensor.unflatten(1, (-1, w)).unflatten(0, (-1, h)).transpose(1, 2).flatten(2).flatten(0, 1)
+        rows = tensor.t() if self.columns else tensor
+        if self.parts == (1,):
+            return rows.unflatten(0, (self.heads, -1)).flatten(1)
+        runs = rows.split([len(rows) // sum(self.parts) * part for part in self.parts])
+        return torch.cat([run.unflatten(0, (self.heads, -1)) for run in runs], dim=1).flatten(1)
 
     def restore(self, viewed: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `view`, for a tensor of the weight's shape."""
@@ -54,10 +62,17 @@ class Layout:
         if self.kind == "transposed":
             split = viewed.unflatten(0, (self.groups, -1)).transpose(1, 2)
             return split.reshape(shape)
-        if self.columns:
-            return viewed.reshape(shape[1], shape[0]).t()
-        rows = viewed.unflatten(1, (self.parts, -1)).transpose(0, 1)
-        return rows.reshape(shape)
+        if self.kind == "blocks":
+            h, w = self.block
+            return viewed.reshape(shape[0] // h, shape[1] // w, h, w).transpose(1, 2).reshape(shape)
+        total, inner = (shape[1], shape[0]) if self.columns else (shape[0], shape[1])
+        runs = viewed.reshape(self.heads, -1, inner)
+        if self.parts != (1,):
+            each = total // self.heads // sum(self.parts)
+            rows = torch.cat([run.flatten(0, 1) for run in runs.split([each * part for part in self.parts], dim=1)])
+        else:
+            rows = runs.flatten(0, 1)
+        return rows.t() if self.columns else rows
 
 
 @dataclass(eq=False)

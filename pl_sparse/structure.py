@@ -15,6 +15,7 @@ from itertools import combinations, product
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.attention import LOOKED_FOR, Attention, Unknown, attentions, feed_forwards
 from pl_sparse.masked import Group, Layout, MaskedParameter
 from pl_sparse.naming import build
 from pl_sparse.topk import top_k
@@ -50,6 +51,11 @@ class Structure(ABC):
     def fixed(self) -> float | None:
         """The sparsity that the pattern itself prescribes (N:M), or None."""
         return None
+
+    @property
+    def least(self) -> int:
+        """How many units of each tensor are kept whatever they score, as long as the sparsity is below 1."""
+        return 0
 
     @property
     def removes_outputs(self) -> bool:
@@ -306,32 +312,53 @@ class Kernel(Structure):
 class Head(Structure):
     """Whole attention heads: a head's rows of the query, key and value projections and its columns of the output one.
 
-    Only `nn.MultiheadAttention` weights are pruned under it; all other weights stay dense.
+    Attention layers are recognised by what they consist of (see `attention.attentions`): nn.MultiheadAttention, fused
+    projections, those of Hugging Face's models. Query heads that share a key/value head are pruned with it. All other
+    weights stay dense.
+
+    Biases keep their values: with its columns of the output projection zero, a head adds nothing to the output, its
+    value bias included, and its biases have no gradient. The score of a head is the mean over its weights. With
+    scorer=taylor that is the mean of |w g|, where Michel et al. take |sum w g| over the head's output columns, which is
+    |dL/dgate| for a gate on the head.
 
     Source: Michel, Levy, Neubig, Are sixteen heads really better than one?, 2019, arXiv:1905.10650.
+
+    Args:
+        empty: whether ranking over all layers may take the last head of one. Else each keeps its best head, and where
+            there are more layers than heads to keep, the model is denser than asked for. A sparsity of 1 takes all.
     """
+
+    empty: bool = False
+
+    @property
+    def least(self) -> int:
+        return 0 if self.empty else 1
 
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
         by_weight = {id(param.weight): param for param in params}
         groups = []
-        for path, module in model.named_modules():
-            if not isinstance(module, nn.MultiheadAttention):
+        for found in attentions(model):
+            weights = [getattr(module, name) for module, name, *_ in found.weights]
+            known = [by_weight.get(id(weight)) for weight in weights]
+            if not any(known):  # left dense by include and exclude
                 continue
-            members = []
-            for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-                param = by_weight.get(id(getattr(module, name)))
-                if param is not None:
-                    parts = 3 if name == "in_proj_weight" else 1
-                    members.append((param, Layout("heads", heads=module.num_heads, parts=parts)))
-            param = by_weight.get(id(module.out_proj.weight))
-            if param is not None:
-                members.append((param, Layout("heads", heads=module.num_heads, columns=True)))
-            if members:
-                groups.append(Group(path or "attention", tuple(members)))
+            if isinstance(found, Unknown):
+                raise ValueError(
+                    f"structure=head cannot tell the heads of {found.name}: {found.reason}. Leave it dense by "
+                    f"exclude=[{found.name!r}]"
+                )
+            missing = [name for param, (_, name, _) in zip(known, found.weights, strict=True) if param is None]
+            if missing:
+                raise ValueError(
+                    f"structure=head removes heads whole, but include and exclude leave {len(missing)} of the "
+                    f"{len(weights)} weights of {found.name} dense: name all of them or none, {found.name!r}"
+                )
+            members = ((param, layout) for param, (*_, layout) in zip(known, found.weights, strict=True) if param)
+            groups.append(Group(found.name, tuple(members)))
         if not groups:
             raise ValueError(
-                "structure=head found no attention layer to prune: it needs nn.MultiheadAttention modules. "
-                "structure=channel prunes the outputs of any layer"
+                f"structure=head found no attention layer to prune in {type(model).__name__}. It looks for "
+                f"{LOOKED_FOR}. structure=channel prunes the outputs of any layer"
             )
         return groups
 
@@ -342,8 +369,73 @@ class Head(Structure):
         return chosen.unsqueeze(1).expand(shape)
 
 
+@dataclass(frozen=True)
+class Hybrid(Structure):
+    """Blocks of `h` outputs by `w` inputs in the attention layers of a transformer, neurons in the feed-forward ones.
+
+    A neuron is a row of a feed-forward network's first layer, of its gate's too, and a column of its last, with one
+    score. In the output projection of attention a block has `w` outputs and `h` inputs, so that a head whose blocks are
+    all gone in query, key and value can be gone there. All other weights stay dense. With scorer=movement it is block
+    movement pruning; there the sparsity comes from a threshold and a penalty, here it is asked for.
+
+    Source: Lagunas et al., Block pruning for faster transformers, 2021, arXiv:2109.04838, section 3 (Hybrid).
+
+    Args:
+        h: outputs of a block.
+        w: inputs of a block.
+    """
+
+    h: int = 32
+    w: int = 32
+
+    def __post_init__(self) -> None:
+        if self.h < 1 or self.w < 1:
+            raise ValueError(f"h={self.h}, w={self.w}: a block has at least one row and one column")
+
+    @property
+    def label(self) -> str:
+        return f"hybrid {self.h}x{self.w}"
+
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
+        by_weight = {id(param.weight): param for param in params}
+        groups = []
+        for found in attentions(model):
+            for module, name, *layout in found.weights:
+                param = by_weight.pop(id(getattr(module, name)), None)
+                if param is None:
+                    continue
+                turned = param.layout.kind == "transposed"  # GPT-2 keeps (in, out)
+                last = isinstance(found, Attention) and (module, name, *layout) == found.weights[-1]
+                block = (self.w, self.h) if turned != last else (self.h, self.w)
+                if param.shape[0] % block[0] or param.shape[1] % block[1]:
+                    raise ValueError(
+                        f"{param.name} of shape {param.shape[0]}x{param.shape[1]} is not made of blocks of "
+                        f"{block[0]}x{block[1]}: choose other h and w, or leave it dense by exclude=[{param.name!r}]"
+                    )
+                groups.append(Group(param.name, ((param, Layout("blocks", block=block)),)))
+        for network in feed_forwards(model):
+            members = [(by_weight.pop(id(getattr(m, name)), None), layout) for m, name, layout in network.weights]
+            known = tuple((param, layout) for param, layout in members if param is not None)
+            if known:
+                groups.append(Group(network.name, known))
+        if not groups:
+            raise ValueError(
+                f"structure=hybrid found neither attention nor feed-forward layers to prune in {type(model).__name__}. "
+                f"It looks for {LOOKED_FOR}; and for pairs of linear layers named like "
+                "intermediate.dense/output.dense, fc1/fc2, up_proj/down_proj"
+            )
+        order = {param.name: index for index, param in enumerate(params)}
+        return sorted(groups, key=lambda group: order[group.members[0][0].name])
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores.mean(1)
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        return chosen.unsqueeze(1).expand(shape)
+
+
 def structure(name: str) -> Structure:
-    """The structure a string stands for: a class name, "nm24" or "2:4", "nm24t" (transposable), "block4x4".
+    """The structure a string stands for: a class name, "nm24" or "2:4", "nm24t" (transposable), "block4x4", ...
 
     >>> structure("nm14"), structure("2:4"), structure("block2x8")
     (NM(n=1, m=4), NM(n=2, m=4), Block(h=2, w=8))
@@ -352,6 +444,6 @@ def structure(name: str) -> Structure:
         return NM(int(match[1] or match[3]), int(match[2] or match[4]))
     if match := re.fullmatch(r"nm(\d)(\d)t", name):
         return Transposable(int(match[1]), int(match[2]))
-    if match := re.fullmatch(r"block(\d+)x(\d+)", name):
-        return Block(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"(block|hybrid)(\d+)x(\d+)", name):
+        return (Block if match[1] == "block" else Hybrid)(int(match[2]), int(match[3]))
     return build(Structure, name)

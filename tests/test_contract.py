@@ -180,13 +180,20 @@ def yamls(group: str) -> list[str]:
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 
 
+REQUIRED = {
+    ("data", "image_folder"): ["data.root=."],
+    ("scorer", "ticket"): ["scorer.path=somewhere"],
+    ("data", "movie_reviews"): ["data.root=.", "data.tokenizer=somewhere"],
+    ("model", "transformer"): ["model.path=somewhere"],
+    ("experiment", "movie_reviews_movement"): ["data.root=.", "model.path=somewhere"],
+    ("distill", "teacher"): ["distill.teacher=somewhere"],
+}
+
+
 @pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in yamls(group)])
 def test_every_yaml_composes(group: str, option: str) -> None:
     overrides = [f"{group}={option}"]
-    if (group, option) == ("data", "image_folder"):
-        overrides.append("data.root=.")
-    if (group, option) == ("scorer", "ticket"):
-        overrides.append("scorer.path=somewhere")
+    overrides += REQUIRED.get((group, option), [])
     cfg = compose(overrides)
     check(cfg)
     for node in nodes(cfg):

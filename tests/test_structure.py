@@ -84,8 +84,6 @@ def test_heads_are_rows_of_three_projections_and_columns_of_the_output() -> None
         rows = masks[0][projection * 8 : (projection + 1) * 8].all(1).tolist()
         assert rows == [True, True, False, False] * 2
     assert masks[1].all(0).tolist() == [True, True, False, False] * 2
-    with pytest.raises(ValueError, match="no attention layer"):
-        Head().groups(find(nn.Linear(2, 2)), nn.Linear(2, 2))
 
 
 def test_separate_projections_of_attention() -> None:
@@ -100,8 +98,11 @@ def test_separate_projections_of_attention() -> None:
         (Layout(), (4, 6)),
         (Layout("transposed", groups=2), (4, 3, 2, 2)),
         (Layout("transposed"), (5, 7)),
-        (Layout("heads", heads=4, parts=3), (24, 5)),
+        (Layout("heads", heads=4, parts=(1, 1, 1)), (24, 5)),
+        (Layout("heads", heads=2, parts=(3, 1, 1)), (20, 5)),
+        (Layout("heads", heads=2, parts=(3, 1, 1), columns=True), (5, 20)),
         (Layout("heads", heads=4, columns=True), (5, 8)),
+        (Layout("blocks", block=(2, 3)), (4, 9)),
     ],
 )
 def test_layouts_go_there_and_back(layout: Layout, shape: tuple[int, ...]) -> None:

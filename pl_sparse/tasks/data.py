@@ -161,7 +161,7 @@ class InMemory(LightningDataModule):
         return self._batches(2)
 
 
-def _hold_out(x: Tensor, y: Tensor, count: int) -> tuple[Split, Split]:
+def hold_out(x: Tensor, y: Tensor, count: int) -> tuple[Split, Split]:
     """Split `count` samples off, always the same ones."""
     if not 0 < count < len(x):
         raise ValueError(f"validation={count} must leave some of the {len(x)} training samples")
@@ -234,7 +234,7 @@ class MNIST1D(InMemory):
             x = torch.from_numpy(np.asarray(made["x" + part])).float()
             return x, torch.from_numpy(np.asarray(made["y" + part])).long()
 
-        train, val = _hold_out(*split(""), self.validation)
+        train, val = hold_out(*split(""), self.validation)
         return train, val, split("_test")
 
 
@@ -347,7 +347,7 @@ class _Idx(InMemory):
         def split(x: Tensor, y: Tensor) -> Split:
             return x.unsqueeze(1).float().div_(255).sub_(self.mean).div_(self.std), y.long()
 
-        train, val = _hold_out(train_x, train_y, self.validation)
+        train, val = hold_out(train_x, train_y, self.validation)
         return split(*train), split(*val), split(test_x, test_y)
 
 
@@ -435,7 +435,7 @@ class ImageFolder(InMemory):
             val_x, val_y = self._read("val")
         else:
             count = max(round(self.validation * len(train_x)), 1)
-            (train_x, train_y), (val_x, val_y) = _hold_out(train_x, train_y, count)
+            (train_x, train_y), (val_x, val_y) = hold_out(train_x, train_y, count)
         test_x, test_y = self._read("test") if (self.root / "test").is_dir() else (val_x, val_y)
         mean = train_x.mean(dim=(0, 2, 3), keepdim=True)
         std = train_x.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-3)
