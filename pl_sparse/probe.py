@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pl_sparse.masked import find
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 class Probe:
     """A model, some batches, and how their loss is computed. It leaves the model as it found it.
@@ -122,11 +124,10 @@ class Probe:
                 handle.remove()
 
     @torch.no_grad()
-    def following_scales(self, modules: Sequence[nn.Module]) -> dict[nn.Module, Tensor]:
-        """The scales of the batch norm that takes the output of each of the modules, where one does."""
-        norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    def following_norms(self, modules: Sequence[nn.Module]) -> dict[nn.Module, nn.Module]:
+        """The batch norm with scales that takes the output of each of the modules, where one does."""
         outputs: list[tuple[Tensor, nn.Module]] = []  # the tensors are held, so that none takes another's place
-        found: dict[nn.Module, Tensor] = {}
+        found: dict[nn.Module, nn.Module] = {}
 
         def made(module: nn.Module, args: Any, out: Any) -> None:
             if isinstance(out, Tensor):
@@ -135,11 +136,11 @@ class Probe:
         def taken(module: nn.Module, args: Any) -> None:
             for out, source in outputs:
                 if out is args[0] and isinstance(module.weight, Tensor):
-                    found[source] = module.weight.detach()
+                    found[source] = module
 
         handles = [module.register_forward_hook(made) for module in modules]
         handles += [
-            module.register_forward_pre_hook(taken) for module in self.model.modules() if isinstance(module, norms)
+            module.register_forward_pre_hook(taken) for module in self.model.modules() if isinstance(module, NORMS)
         ]
         try:
             with _undisturbed(self.model):

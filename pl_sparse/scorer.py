@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pl_sparse.masked import MaskedParameter
-from pl_sparse.probe import Probe
+from pl_sparse.probe import NORMS, Probe
 
 
 @dataclass(frozen=True)
@@ -281,26 +281,36 @@ class SynFlow(Scorer):
 class Slimming(Scorer):
     """|gamma| of the batch norm that takes a layer's output, the same for all weights of an output channel.
 
-    Which norm that is, is seen in a forward pass. Layers that no norm follows score highest, so that one threshold
-    leaves them alone: leave them out by `exclude`. For `structure=channel allocation=global`, after training with the
-    penalty `regularizer=slimming`.
+    Which norm that is, is seen in a forward pass. Layers that no norm follows score above all others, so that one
+    threshold leaves them alone as long as it can: leave them out by `exclude`. So does the channel with the largest
+    scale of each layer, which keeps layers from being removed whole. For `structure=channel allocation=global`, after
+    training with the penalty `regularizer=slimming`.
 
     Source: Liu et al., Learning efficient convolutional networks through network slimming, 2017, arXiv:1708.06519,
-    section 3.
+    section 3. There is no such guard.
     """
 
     calibrates: ClassVar[bool] = True
 
     def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
-        scales = probe.following_scales([param.module for param in params])
-        for param in params:
-            scale = scales.get(param.module)
-            shape = param.layout.view(torch.empty(param.shape, device="meta")).shape
-            if scale is None or len(scale) != shape[0]:
-                param.state["calibrated"] = torch.full_like(param.values, torch.finfo(param.values.dtype).max / 4)
-                continue
-            each = scale.abs().view(-1, *(1,) * (len(shape) - 1)).expand(shape)
-            param.state["calibrated"] = param.layout.restore(each, param.shape).to(param.values.dtype).clone()
+        if not any(isinstance(module, NORMS) for module in probe.model.modules()):
+            raise ValueError(
+                "scorer=slimming ranks channels by the batch norm after their layer, and the model has none: use a "
+                "model with batch norm, or scorer=magnitude"
+            )
+        norms = probe.following_norms([param.module for param in params])
+        shapes = [param.layout.view(torch.empty(param.shape, device="meta")).shape for param in params]
+        scales: list[Tensor | None] = []
+        for param, shape in zip(params, shapes, strict=True):
+            scale = getattr(norms.get(param.module), "weight", None)
+            scales.append(scale.detach().abs() if scale is not None and len(scale) == shape[0] else None)
+        top = 1 + max((float(scale.max()) for scale in scales if scale is not None), default=0.0)
+        for param, shape, scale in zip(params, shapes, scales, strict=True):
+            each = torch.full((shape[0],), 2 * top, device=param.weight.device) if scale is None else scale.clone()
+            if scale is not None:
+                each[each.argmax()] = 3 * top
+            spread = each.view(-1, *(1,) * (len(shape) - 1)).expand(shape)
+            param.state["calibrated"] = param.layout.restore(spread, param.shape).to(param.values.dtype).clone()
 
     def score(self, param: MaskedParameter) -> Tensor:
         return _observed(param, "calibrated")
