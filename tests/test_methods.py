@@ -14,7 +14,7 @@ from test_app import config
 from pl_sparse.allocation import kept
 from pl_sparse.app import CONF, train
 from pl_sparse.masked import find
-from pl_sparse.structure import NM, Unstructured
+from pl_sparse.structure import NM, Row, Unstructured
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 QUICK = ["trainer.max_epochs=8", "optimizer.lr=0.003"]
@@ -75,7 +75,7 @@ def check_masks(cfg: Any, tensors: dict[str, torch.Tensor]) -> None:
             assert int(units.sum(-1).max()) <= structure.n
     if sparsity == 0:
         assert alive > 0.998 * total
-    elif isinstance(structure, (NM, Unstructured)):
+    elif isinstance(structure, (NM, Row, Unstructured)):
         # a kept weight may be zero too: what was grown last and has not been trained, or has no gradient
         assert 0 <= kept(sparsity, total) - alive <= 0.02 * kept(sparsity, total)
     else:
