@@ -395,6 +395,7 @@ class Pruner:
         if not levels:
             return False
         self._updated = step
+        before = [param.weight.detach().clone() for param in self.params] if self.ablation == "shuffle" else []
         for level in levels:
             level = max(level, self._floor)
             monotone = not self.masking.remembers and level >= self.level
@@ -418,6 +419,8 @@ class Pruner:
             self.updater.update(self.groups, self.scorer, self.structure, self.allocation, due)
             if level == levels[-1] and self.ablation == "shuffle":
                 self._shuffle()
+                for param, value in zip(self.params, before, strict=True):  # earlier rounds have zeroed weights
+                    param.weight.copy_(value)
             pruned = [param for param in self.params if param.pruned]
             self.masking.changed(pruned)
             if self.masking.clears_state:
