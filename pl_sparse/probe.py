@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pl_sparse.masked import find
+from pl_sparse.masked import MaskedParameter, find
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Probe:
@@ -64,19 +67,19 @@ class Probe:
     def gradients(self, weights: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
         """dL/dw of the sum of the batches' losses, L computed with logits / temperature; `.grad` is not touched."""
         with self._calibrating(temperature):
-            return self._reduced(self._sum(weights, lambda batch: self.loss(batch)))
+            return self.reduced(self._sum(weights, lambda batch: self.loss(batch)))
 
     def hessian_gradients(self, weights: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
         """H g with g = dL/dw and H = d2L/dw2, by double backpropagation, for the same L as `gradients`."""
         with self._calibrating(temperature), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            fixed = self._reduced(self._sum(weights, lambda batch: self.loss(batch)))
+            fixed = self.reduced(self._sum(weights, lambda batch: self.loss(batch)))
 
             def product(batch: Any) -> Tensor:
                 first = torch.autograd.grad(self.loss(batch), weights, create_graph=True, allow_unused=True)
                 terms = [(g * f).sum() for g, f in zip(first, fixed, strict=True) if g is not None]
                 return torch.stack(terms).sum()
 
-            return self._reduced(self._sum(weights, product))
+            return self.reduced(self._sum(weights, product))
 
     def synaptic_flow(self, names: Sequence[str]) -> list[Tensor]:
         """dR/d|w| for R = sum of model(1) with |w| for all parameters w and without biases, in float64.
@@ -106,12 +109,24 @@ class Probe:
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
 
     @torch.no_grad()
-    def activations(self, watch: dict[nn.Module, Callable[[Tensor], None]]) -> None:
-        """Run the batches' losses in evaluation mode; each module's first input goes to its function."""
-        handles = [
-            module.register_forward_pre_hook(lambda _, inputs, see=see: see(inputs[0].detach()))
-            for module, see in watch.items()
-        ]
+    def activations(self, params: Sequence[MaskedParameter], see: Callable[[MaskedParameter, Tensor], None]) -> None:
+        """Run the batches' losses in evaluation mode; what each weight is multiplied with goes to `see` on the way.
+
+        It comes in the order in which the layers are called, a batch at a time, as (groups, positions, in / groups,
+        *kernel): a convolution's inputs are unfolded. Nothing comes from layers that are not called, and from those
+        whose weight does not multiply their input: transposed convolutions, recurrent layers, the output projection
+        of `nn.MultiheadAttention`.
+        """
+
+        def watch(param: MaskedParameter) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                found = _columns(param, args[0] if args else next(iter(kwargs.values())))
+                if found is not None:
+                    see(param, found.detach().to(torch.promote_types(found.dtype, torch.float32)))
+
+            return hook
+
+        handles = [param.module.register_forward_pre_hook(watch(param), with_kwargs=True) for param in params]
         try:
             with _undisturbed(self.model):
                 self.model.eval()
@@ -122,11 +137,10 @@ class Probe:
                 handle.remove()
 
     @torch.no_grad()
-    def following_scales(self, modules: Sequence[nn.Module]) -> dict[nn.Module, Tensor]:
-        """The scales of the batch norm that takes the output of each of the modules, where one does."""
-        norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    def following_norms(self, modules: Sequence[nn.Module]) -> dict[nn.Module, nn.Module]:
+        """The batch norm with scales that takes the output of each of the modules, where one does."""
         outputs: list[tuple[Tensor, nn.Module]] = []  # the tensors are held, so that none takes another's place
-        found: dict[nn.Module, Tensor] = {}
+        found: dict[nn.Module, nn.Module] = {}
 
         def made(module: nn.Module, args: Any, out: Any) -> None:
             if isinstance(out, Tensor):
@@ -135,11 +149,11 @@ class Probe:
         def taken(module: nn.Module, args: Any) -> None:
             for out, source in outputs:
                 if out is args[0] and isinstance(module.weight, Tensor):
-                    found[source] = module.weight.detach()
+                    found[source] = module
 
         handles = [module.register_forward_hook(made) for module in modules]
         handles += [
-            module.register_forward_pre_hook(taken) for module in self.model.modules() if isinstance(module, norms)
+            module.register_forward_pre_hook(taken) for module in self.model.modules() if isinstance(module, NORMS)
         ]
         try:
             with _undisturbed(self.model):
@@ -158,7 +172,8 @@ class Probe:
                     so_far += new
         return total
 
-    def _reduced(self, values: list[Tensor]) -> list[Tensor]:
+    def reduced(self, values: list[Tensor]) -> list[Tensor]:
+        """Their means over processes."""
         return values if self.reduce is None else [self.reduce(value) for value in values]
 
     @contextmanager
@@ -185,6 +200,24 @@ def _inputs(batch: Any) -> Tensor:
     if not parts:
         raise ValueError("a calibration batch holds no tensor")
     return _inputs(parts[0])
+
+
+def _columns(param: MaskedParameter, x: Tensor) -> Tensor | None:
+    """What a weight is multiplied with, as (groups, positions, in / groups, *kernel), for an input of its layer."""
+    module = param.module
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        dims = len(module.kernel_size)
+        x = x if x.dim() == dims + 2 else x.unsqueeze(0)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode)
+        for i, (size, step, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+            x = x.unfold(2 + i, gap * (size - 1) + 1, step)[..., ::gap]
+        x = x.unflatten(1, (module.groups, -1)).movedim(1, 0)  # (groups, batch, in / groups, *out, *kernel)
+        return x.movedim(2, 2 + dims).flatten(1, 1 + dims)
+    projects = isinstance(module, nn.MultiheadAttention) and param.name.endswith("in_proj_weight")
+    if projects or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return x.reshape(1, -1, x.shape[-1])
+    return None
 
 
 @contextmanager

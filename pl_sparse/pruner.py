@@ -132,8 +132,8 @@ class Pruner:
             raise ValueError(f"overrides are sparsities, which updater={_name(self.updater)} does not aim at")
         if self.updater.needs_zeros and self.masking.remembers:
             raise ValueError(
-                f"updater={_name(self.updater)} grows weights from zero, but masking={_name(self.masking)} remembers "
-                "what they were: use masking=hard or auto"
+                f"updater={_name(self.updater)} works on sparse weights alone, but masking={_name(self.masking)} keeps "
+                "what was behind the mask: use masking=hard or auto"
             )
         if self.updater.needs_training and not self.masking.trains_pruned:
             raise ValueError(
@@ -262,6 +262,11 @@ class Pruner:
             raise ValueError(f"overrides {list(self.overrides)} match no weight that is pruned: {', '.join(used)}")
         return tuple(next((own[p.name] for p, _ in group.members if p.name in own), None) for group in groups)
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether scorer or updater look at the whole model on calibration batches."""
+        return self.scorer.calibrates or self.updater.calibrates
+
     # Time
 
     def prepare(self, total: float, steps_per_epoch: int | None = None, probe: Probe | None = None) -> None:
@@ -273,17 +278,18 @@ class Pruner:
         Args:
             total: optimizer steps of the whole training.
             steps_per_epoch: optimizer steps of an epoch, for times in epochs.
-            probe: what scorers are calibrated with that look at the whole model (SNIP, GraSP, SynFlow).
+            probe: what scorers are calibrated with that look at the whole model (SNIP, Wanda, SparseGPT).
 
         Raises:
             ValueError: the schedule does not fit, or has fractions of a length that is not known; or a probe is
                 missing.
         """
         self._probe = probe or self._probe
-        if self.scorer.calibrates and self._probe is None:
+        if self.calibrates and self._probe is None:
+            who = f"scorer={_name(self.scorer)}" if self.scorer.calibrates else f"updater={_name(self.updater)}"
             raise ValueError(
-                f"scorer={_name(self.scorer)} is calibrated on batches: give prepare(total, probe=Probe(model, "
-                "batches, loss)); the Sparsity callback does so by itself"
+                f"{who} is calibrated on batches: give prepare(total, probe=Probe(model, batches, loss)); the Sparsity "
+                "callback does so by itself"
             )
         if total == float("inf"):
             if self.schedule.fractional:
@@ -434,6 +440,7 @@ class Pruner:
         if not levels:
             return False
         self._updated = step
+        before = [param.weight.detach().clone() for param in self.params] if self.ablation == "shuffle" else []
         for level in levels:
             level = max(level, self._floor)
             monotone = not self.masking.remembers and level >= self.level
@@ -449,6 +456,7 @@ class Pruner:
                 progress=(step - self._span[0]) / max(self._span[1] - self._span[0], 1),
                 number=self.num_updates - 1,
                 invert=self.ablation == "invert",
+                probe=self._probe,
             )
             if self.scorer.calibrates:
                 assert self._probe is not None
@@ -456,6 +464,8 @@ class Pruner:
             self.updater.update(self.groups, self.scorer, self.structure, self.allocation, due)
             if level == levels[-1] and self.ablation == "shuffle":
                 self._shuffle()
+                for param, value in zip(self.params, before, strict=True):  # earlier rounds have zeroed weights
+                    param.weight.copy_(value)
             pruned = [param for param in self.params if param.pruned]
             self.masking.changed(pruned)
             if self.masking.clears_state:

@@ -2,23 +2,28 @@
 
 A penalty either adds its gradient to that of the loss, or is left to a proximal step after the optimizer's: the exact
 minimizer of |w - v|^2 / (2 eta) + penalty(w), which makes weights exactly zero. eta is the learning rate, and with
-Adam the learning rate of each coordinate, lr / (sqrt(v_hat) + eps), as its step is one in that metric.
+Adam the learning rate of each coordinate, lr / (sqrt(v_hat) + eps), as its step is one in that metric. Weight decay has
+been applied by then. Momentum is that of the loss alone.
+
+A proximal step acts on the values that the optimizer wrote: on the latent ones where masking trains those (ste, srste,
+topkast), else on the sparse weights. A gradient is added at the sparse weights, so that pruned ones get none.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pl_sparse.allocation import Global, Units, choose
+from pl_sparse.allocation import Allocation, Global, Units, choose
 from pl_sparse.masked import Group, MaskedParameter
+from pl_sparse.probe import NORMS, Probe
 from pl_sparse.scorer import Magnitude
-from pl_sparse.structure import NM, Channel, Structure, Transposable, Unstructured
+from pl_sparse.structure import NM, Row, Structure, Transposable, Unstructured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +40,21 @@ class Regularizer(ABC):
         if not self.strength >= 0:
             raise ValueError(f"strength={self.strength!r} must not be negative")
 
-    def start(self, groups: Sequence[Group], model: nn.Module) -> None:
-        """Before training; by default nothing is done."""
+    @property
+    def removes_outputs(self) -> bool:
+        """Whether whole outputs of a layer become zero, which the last layer cannot spare."""
+        return False
+
+    def prepare(self, groups: Sequence[Group], model: nn.Module, probe: Probe | None) -> None:
+        """Before training, also before one that is resumed; by default nothing is done.
+
+        Args:
+            probe: a forward pass of the model; None where its `training_step` cannot be called for that.
+        """
+        return
+
+    def start(self, groups: Sequence[Group]) -> None:
+        """When the penalty begins: what is decided once; by default nothing is."""
         return
 
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
@@ -52,27 +70,35 @@ class Regularizer(ABC):
         return
 
     @abstractmethod
-    def penalty(self, groups: Sequence[Group]) -> Tensor:
-        """The value of the penalty, a scalar."""
+    def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
+        """The value of the penalty, a scalar, `step` optimizer steps after its beginning."""
 
 
 def step_sizes(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor | float]:
-    """How far a gradient moves each weight: the learning rate, for Adam and its kin that of each coordinate."""
+    """How far a gradient moves each weight: the learning rate, for Adam and its kin that of each coordinate.
+
+    With v the moving average of g^2: lr / (sqrt(v / (1 - beta2^t)) + eps) for Adam, AdamW, NAdam (with amsgrad the
+    largest v so far), lr / (sqrt(v) + eps) for RMSprop. For all other optimizers it is lr; 0 for a weight that did not
+    step.
+    """
     by_weight = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
     sizes: list[Tensor | float] = []
     for weight in weights:
         group = by_weight.get(id(weight))
-        if group is None:
+        if group is None or weight.grad is None:
             sizes.append(0.0)
             continue
-        state = optimizer.state.get(weight, {})
-        square = state.get("exp_avg_sq")
-        if square is None:
-            sizes.append(float(group["lr"]))
+        lr, state = float(group["lr"]), optimizer.state.get(weight, {})
+        if "exp_avg_sq" in state:
+            square = state.get("max_exp_avg_sq", state["exp_avg_sq"]) / (1 - group["betas"][1] ** float(state["step"]))
+        elif "square_avg" in state and "alpha" in group:
+            square = state["square_avg"].clone()
+            if "grad_avg" in state:  # centered
+                square.addcmul_(state["grad_avg"], state["grad_avg"], value=-1).clamp_min_(0)
+        else:
+            sizes.append(lr)
             continue
-        square = state.get("max_exp_avg_sq", square)
-        correction = 1 - group["betas"][1] ** float(state["step"])
-        sizes.append(float(group["lr"]) / ((square / correction).sqrt_().add_(group["eps"])))
+        sizes.append(lr / square.sqrt_().add_(group["eps"]))
     return sizes
 
 
@@ -81,7 +107,7 @@ class L1(Regularizer):
     """strength * sum |w|.
 
     Proximal: w <- sign(w) max(|w| - eta strength, 0), which makes weights exactly zero. Else by the subgradient
-    sign(w), which does not.
+    sign(w), which does not. With Adam, weights that never had a gradient have a huge eta, and go first.
 
     Sources: Tibshirani, Regression shrinkage and selection via the lasso, 1996; the proximal step: Parikh, Boyd,
     Proximal algorithms, 2014, section 6.5.2.
@@ -101,7 +127,7 @@ class L1(Regularizer):
             for weight, eta in zip(weights, step_sizes(optimizer, weights), strict=True):
                 weight.copy_(weight.sign() * (weight.abs() - eta * self.strength).clamp_min_(0))
 
-    def penalty(self, groups: Sequence[Group]) -> Tensor:
+    def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
         return self.strength * torch.stack([param.weight.abs().sum() for param in _params(groups)]).sum()
 
 
@@ -109,58 +135,118 @@ class L1(Regularizer):
 class GroupLasso(Regularizer):
     """strength * sum over groups sqrt(size) |w_group|_2, by its proximal step: groups become zero as a whole.
 
-    w_group <- w_group max(1 - eta strength sqrt(size) / |w_group|, 0), eta the mean step size of the group. Groups are
-    the units of a structure: output channels, attention heads, blocks, kernels. The bias of a channel that is zero
-    becomes zero.
+    With c = strength sqrt(size) and one step size eta for the group, w <- w max(1 - eta c / |w|, 0). With a step size
+    eta_i for each weight (Adam), w is 0 if sum (w_i / (eta_i c))^2 <= 1, else w_i <- w_i t / (t + eta_i c), where t,
+    the norm of the result, solves sum (w_i / (t + eta_i c))^2 = 1.
 
-    Source: Yuan, Lin, Model selection and estimation in regression with grouped variables, 2006; Wen et al., Learning
-    structured sparsity in deep neural networks, 2016, arXiv:1608.03665.
+    Groups are the units of a structure: output channels, attention heads, blocks, kernels. Of an output channel that
+    is zero the bias becomes zero, and so do scale and shift of the batch norm that takes the layer's output (as seen in
+    a forward pass), or it would still emit a constant. Once the penalty has ended, bias and shift are trained again.
+
+    Sources: Yuan, Lin, Model selection and estimation in regression with grouped variables, 2006; Wen et al., Learning
+    structured sparsity in deep neural networks, 2016, arXiv:1608.03665; for a step size of each weight Deleu, Bengio,
+    Structured sparsity inducing adaptive optimizers for deep learning, 2021, arXiv:2102.03869, section 4.
 
     Args:
         structure: what a group is.
+
+    Raises:
+        ValueError: the structure has no groups, or does not divide a weight.
     """
 
     structure: Structure
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.structure, (NM, Transposable, Unstructured)):
+        if isinstance(self.structure, (NM, Row, Transposable, Unstructured)):
             raise ValueError(
-                f"structure={self.structure.label} has no groups that could be zero as a whole: use channel"
+                f"structure={self.structure.label} has no groups that could be zero as a whole: use channel, head, "
+                "kernel or block4x4"
             )
 
-    def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
-        return self.structure.groups(params, model)
+    @property
+    def removes_outputs(self) -> bool:
+        return self.structure.removes_outputs
 
-    def _norms(self, group: Group) -> tuple[Tensor, int]:
-        """The norm of each unit of a group, and how many weights it has."""
-        total, size = torch.zeros(()), 0
-        for param, layout in group.members:
-            mean = self.structure.pool(layout.view(param.weight.detach().square()))
-            count = param.numel // mean.numel()
-            total = total.to(mean.device) + mean * count
-            size += count
-        return total.sqrt(), size
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
+        return _groups(self.structure, params, model)
+
+    def prepare(self, groups: Sequence[Group], model: nn.Module, probe: Probe | None) -> None:
+        if not self.structure.removes_outputs:
+            return
+        following: dict[nn.Module, nn.Module] = {}
+        if any(isinstance(module, NORMS) for module in model.modules()):
+            if probe is None:
+                raise ValueError(
+                    "group lasso on channels looks for the batch norm after each layer by calling training_step, which "
+                    "with manual optimization would train the module: use structure=kernel or block4x4"
+                )
+            following = probe.following_norms([param.module for param in _params(groups)])
+        for param in _params(groups):
+            norm = following.get(param.module)
+            found = [getattr(param.module, "bias", None), getattr(norm, "weight", None), getattr(norm, "bias", None)]
+            outputs = param.layout.view(torch.empty(param.shape, device="meta")).shape[0]
+            param.state = {
+                str(i): each for i, each in enumerate(found) if isinstance(each, Tensor) and len(each) == outputs
+            }
+
+    def _sum(self, group: Group, values: Sequence[Tensor]) -> Tensor:
+        """The sum over each unit of tensors that have the shapes of the group's weights."""
+        total = torch.zeros(())
+        for (param, layout), value in zip(group.members, values, strict=True):
+            mean = self.structure.pool(layout.view(value))
+            total = total.to(mean.device) + mean * (param.numel / mean.numel())
+        return total
+
+    def _spread(self, group: Group, units: Tensor) -> list[Tensor]:
+        """For each weight of the group a tensor of its shape with the values of its units."""
+        shapes = [layout.view(torch.empty(param.shape, device="meta")).shape for param, layout in group.members]
+        return [
+            layout.restore(self.structure.expand(units, shape), param.shape)
+            for (param, layout), shape in zip(group.members, shapes, strict=True)
+        ]
+
+    def _norms(self, group: Group) -> tuple[Tensor, float]:
+        """The norm of each unit of a group, and the root of its size."""
+        norms = self._sum(group, [param.weight.detach().square() for param, _ in group.members]).sqrt()
+        return norms, (group.numel / norms.numel()) ** 0.5
 
     def shrink(self, groups: Sequence[Group], optimizer: Optimizer) -> None:
         for group in groups:
-            norms, size = self._norms(group)
-            etas = step_sizes(optimizer, [param.weight for param, _ in group.members])
-            eta: Tensor | float = 0.0
-            for (param, layout), own in zip(group.members, etas, strict=True):
-                mean = self.structure.pool(layout.view(own)) if isinstance(own, Tensor) else own
-                eta = eta + mean * (param.numel / group.numel)
-            factor = (1 - eta * self.strength * size**0.5 / norms.clamp_min(1e-30)).clamp_min_(0)
-            for param, layout in group.members:
-                shape = layout.view(torch.empty(param.shape, device="meta")).shape
-                param.weight.mul_(layout.restore(self.structure.expand(factor, shape), param.shape))
-                bias = getattr(param.module, "bias", None)
-                if isinstance(self.structure, Channel) and isinstance(bias, Tensor) and bias.shape == factor.shape:
-                    bias.mul_(factor > 0)
+            weights = [param.weight for param, _ in group.members]
+            etas = step_sizes(optimizer, weights)
+            norms, root = self._norms(group)
+            c = self.strength * root
+            if c == 0 or not any(isinstance(eta, Tensor) or eta for eta in etas):
+                continue
+            if all(eta == etas[0] for eta in etas if not isinstance(eta, Tensor)) and not isinstance(etas[0], Tensor):
+                norm = (norms - float(etas[0]) * c).clamp_min_(0)
+            else:
+                norm = self._solve(group, weights, etas, c)
+            for weight, eta, each in zip(weights, etas, self._spread(group, norm), strict=True):
+                weight.mul_(torch.where(each > 0, each / (each + eta * c), 0))
+            for param, _ in group.members:
+                for companion in param.state.values():
+                    companion.mul_(norm > 0)
 
-    def penalty(self, groups: Sequence[Group]) -> Tensor:
+    def _solve(self, group: Group, weights: Sequence[Tensor], etas: Sequence[Tensor | float], c: float) -> Tensor:
+        """The norm of each unit after the step: the root t of sum (w_i / (t + eta_i c))^2 = 1, or 0.
+
+        Newton's method on 1 / sqrt(sum), which is nearly linear in t and concave, so that it comes from below.
+        """
+        t = torch.zeros(())
+        for _ in range(12):
+            at = self._spread(group, t) if t.dim() else [t] * len(weights)
+            below = [a + eta * c for a, eta in zip(at, etas, strict=True)]
+            ratios = [(w / b.clamp_min(1e-30)).square() for w, b in zip(weights, below, strict=True)]
+            total = self._sum(group, ratios)
+            slope = self._sum(group, [r / b.clamp_min(1e-30) for r, b in zip(ratios, below, strict=True)])
+            t = torch.where(total > 1, t + (total.sqrt() - 1) * total / slope.clamp_min(1e-30), t)
+        return t
+
+    def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
         found = [self._norms(group) for group in groups]
-        return self.strength * torch.stack([norms.sum() * size**0.5 for norms, size in found]).sum()
+        return self.strength * torch.stack([norms.sum() * root for norms, root in found]).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,31 +254,36 @@ class Slimming(Regularizer):
     """strength * sum |gamma| over the scales of all batch norms, by its subgradient; `scorer=slimming` then prunes by
     them.
 
+    The subgradient makes no scale exactly zero: pruning does, of the weights. What the norm of a removed channel still
+    emits, (0 - mean) gamma / std + beta, is a constant: it stays in the model until the channel is cut out.
+
     Source: Liu et al., Learning efficient convolutional networks through network slimming, 2017, arXiv:1708.06519,
     equation 1.
+
+    Raises:
+        ValueError: the model has no batch norm.
     """
 
-    def _scales(self, groups: Sequence[Group]) -> list[Tensor]:
-        return [param.weight for param in _params(groups)]
-
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
-        norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
         found = [
             MaskedParameter(f"{path}.weight", module, module.weight, torch.ones_like(module.weight, dtype=torch.bool))
             for path, module in model.named_modules()
-            if isinstance(module, norms) and module.affine
+            if isinstance(module, NORMS) and module.affine
         ]
         if not found:
-            raise ValueError("network slimming penalizes the scales of batch norms, and the model has none")
+            raise ValueError(
+                "network slimming penalizes the scales of batch norms, and the model has none: use a model with batch "
+                "norm, or regularizer=group_lasso"
+            )
         return super().groups(found, model)
 
     def add_gradient(self, groups: Sequence[Group], step: int) -> None:
-        for scale in self._scales(groups):
-            if scale.grad is not None:
-                scale.grad.add_(scale.detach().sign(), alpha=self.strength)
+        for param in _params(groups):
+            if param.weight.grad is not None:
+                param.weight.grad.add_(param.weight.detach().sign(), alpha=self.strength)
 
-    def penalty(self, groups: Sequence[Group]) -> Tensor:
-        return self.strength * torch.stack([scale.abs().sum() for scale in self._scales(groups)]).sum()
+    def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
+        return self.strength * torch.stack([param.weight.abs().sum() for param in _params(groups)]).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,18 +291,23 @@ class GrowingL2(Regularizer):
     """lambda / 2 sum w^2 over the weights of least magnitude, with a lambda that grows: they fade out before they are
     pruned.
 
-    lambda = min(strength * (1 + step // every), ceiling). Which weights, `sparsity` of all by one threshold, is
-    decided once, at the start.
+    lambda = min(strength * (1 + step // every), ceiling), with `step` counted from where the penalty begins. Which
+    weights is decided once, there: those that magnitude pruning with this structure and allocation would remove.
 
-    Source: Wang et al., Neural pruning via growing regularization, 2020, arXiv:2012.09243, Algorithm 1 (GReg-1).
+    Source: Wang et al., Neural pruning via growing regularization, 2020, arXiv:2012.09243, Algorithm 1 (GReg-1), which
+    begins with a trained model and takes the same fraction of every layer.
 
     Args:
         sparsity: the fraction of the weights that is penalized.
+        structure: what is penalized together.
+        allocation: how the weights that are not penalized are shared among tensors.
         every: optimizer steps between two raises.
         ceiling: the largest lambda.
     """
 
     sparsity: float
+    structure: Structure = field(default_factory=Unstructured)
+    allocation: Allocation = field(default_factory=Global)
     every: int = 10
     ceiling: float = 1.0
 
@@ -222,11 +318,23 @@ class GrowingL2(Regularizer):
         if self.every < 1:
             raise ValueError(f"every={self.every!r} must be 1 or more optimizer steps")
 
-    def start(self, groups: Sequence[Group], model: nn.Module) -> None:
-        choose(Units(groups, Unstructured(), Magnitude().score), Global(), self.sparsity)
+    @property
+    def removes_outputs(self) -> bool:
+        return self.structure.removes_outputs
+
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
+        return _groups(self.structure, params, model)
+
+    def start(self, groups: Sequence[Group]) -> None:
+        level = self.sparsity if self.structure.fixed is None else self.structure.fixed
+        choose(Units(groups, self.structure, Magnitude().score), self.allocation, level)
 
     def factor(self, step: int) -> float:
-        """lambda at an optimizer step."""
+        """lambda at an optimizer step.
+
+        >>> [GrowingL2(strength=0.1, sparsity=0.5, every=2, ceiling=0.25).factor(step) for step in range(5)]
+        [0.1, 0.1, 0.2, 0.2, 0.25]
+        """
         return min(self.strength * (1 + step // self.every), self.ceiling)
 
     def add_gradient(self, groups: Sequence[Group], step: int) -> None:
@@ -234,9 +342,22 @@ class GrowingL2(Regularizer):
             if param.weight.grad is not None:
                 param.weight.grad.addcmul_(param.weight.detach(), 1 - param.factor, value=self.factor(step))
 
-    def penalty(self, groups: Sequence[Group]) -> Tensor:
-        return torch.stack([(param.weight * (1 - param.factor)).square().sum() / 2 for param in _params(groups)]).sum()
+    def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
+        squares = [(param.weight * (1 - param.factor)).square().sum() for param in _params(groups)]
+        return self.factor(step) / 2 * torch.stack(squares).sum()
 
 
 def _params(groups: Sequence[Group]) -> list[MaskedParameter]:
     return [param for group in groups for param, _ in group.members]
+
+
+def _groups(structure: Structure, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
+    """The groups of a structure, if it divides all the weights."""
+    for param in params:
+        reason = structure.misfit(param.layout.view(torch.empty(param.shape, device="meta")).shape)
+        if reason is not None:
+            raise ValueError(
+                f"{param.name} cannot be penalized by structure={structure.label}: {reason}. Leave it out by "
+                f"exclude=[{param.name!r}]"
+            )
+    return structure.groups(params, model)

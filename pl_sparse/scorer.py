@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pl_sparse.gate import GAMMA, ZETA, Gate, open_probability, slope, stretched
 from pl_sparse.masked import Group, MaskedParameter
-from pl_sparse.probe import Probe
+from pl_sparse.probe import NORMS, Probe
 from pl_sparse.structure import Structure
 
 
@@ -292,26 +292,70 @@ class SynFlow(Scorer):
 class Slimming(Scorer):
     """|gamma| of the batch norm that takes a layer's output, the same for all weights of an output channel.
 
-    Which norm that is, is seen in a forward pass. Layers that no norm follows score highest, so that one threshold
-    leaves them alone: leave them out by `exclude`. For `structure=channel allocation=global`, after training with the
-    penalty `regularizer=slimming`.
+    Which norm that is, is seen in a forward pass. Layers that no norm follows score above all others, so that one
+    threshold leaves them alone as long as it can: leave them out by `exclude`. So does the channel with the largest
+    scale of each layer, which keeps layers from being removed whole. For `structure=channel allocation=global`, after
+    training with the penalty `regularizer=slimming`.
 
     Source: Liu et al., Learning efficient convolutional networks through network slimming, 2017, arXiv:1708.06519,
-    section 3.
+    section 3. There is no such guard.
     """
 
     calibrates: ClassVar[bool] = True
 
     def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
-        scales = probe.following_scales([param.module for param in params])
+        if not any(isinstance(module, NORMS) for module in probe.model.modules()):
+            raise ValueError(
+                "scorer=slimming ranks channels by the batch norm after their layer, and the model has none: use a "
+                "model with batch norm, or scorer=magnitude"
+            )
+        norms = probe.following_norms([param.module for param in params])
+        shapes = [param.layout.view(torch.empty(param.shape, device="meta")).shape for param in params]
+        scales: list[Tensor | None] = []
+        for param, shape in zip(params, shapes, strict=True):
+            scale = getattr(norms.get(param.module), "weight", None)
+            scales.append(scale.detach().abs() if scale is not None and len(scale) == shape[0] else None)
+        top = 1 + max((float(scale.max()) for scale in scales if scale is not None), default=0.0)
+        for param, shape, scale in zip(params, shapes, scales, strict=True):
+            each = torch.full((shape[0],), 2 * top, device=param.weight.device) if scale is None else scale.clone()
+            if scale is not None:
+                each[each.argmax()] = 3 * top
+            spread = each.view(-1, *(1,) * (len(shape) - 1)).expand(shape)
+            param.state["calibrated"] = param.layout.restore(spread, param.shape).to(param.values.dtype).clone()
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        return _observed(param, "calibrated")
+
+
+@dataclass(frozen=True)
+class Wanda(Scorer):
+    """|w_ij| |x_j|_2, with x_j the j-th input of the layer over all calibration samples and positions.
+
+    For `structure=row`, which compares weights within each output, and `allocation=uniform`, on a trained model. A
+    convolution's inputs are unfolded, so that j counts (in, *kernel). Weights whose inputs are not seen (see
+    `Probe.activations`) score |w|.
+
+    Source: Sun et al., A simple and effective pruning approach for large language models, 2023, arXiv:2306.11695,
+    equation 1. There a transformer block sees the outputs of the blocks before it as they are once pruned; here all
+    layers see those of the model as it is.
+    """
+
+    calibrates: ClassVar[bool] = True
+
+    def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
+        squares: dict[str, Tensor] = {}
+
+        def see(param: MaskedParameter, x: Tensor) -> None:
+            more = x.square().sum(1)
+            squares[param.name] = squares[param.name] + more if param.name in squares else more
+
+        probe.activations(params, see)
         for param in params:
-            scale = scales.get(param.module)
-            shape = param.layout.view(torch.empty(param.shape, device="meta")).shape
-            if scale is None or len(scale) != shape[0]:
-                param.state["calibrated"] = torch.full_like(param.values, torch.finfo(param.values.dtype).max / 4)
-                continue
-            each = scale.abs().view(-1, *(1,) * (len(shape) - 1)).expand(shape)
-            param.state["calibrated"] = param.layout.restore(each, param.shape).to(param.values.dtype).clone()
+            score = param.layout.view(param.values.abs())
+            if param.name in squares:
+                norms = probe.reduced([squares[param.name]])[0].sqrt()
+                score = score * norms.repeat_interleave(len(score) // len(norms), 0).to(score.dtype)
+            param.state["calibrated"] = param.layout.restore(score, param.shape).clone()
 
     def score(self, param: MaskedParameter) -> Tensor:
         return _observed(param, "calibrated")

@@ -3,17 +3,21 @@
 import copy
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from safetensors.torch import load_file
+from test_app import config
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from pl_sparse import Pruner, Sparsity
+from pl_sparse.app import train
 from pl_sparse.probe import Probe
 from pl_sparse.schedule import OneShot
 from pl_sparse.scorer import SNIP, GraSP, SynFlow
@@ -307,3 +311,24 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
     pruner.attach(model)
     with pytest.raises(ValueError, match="models of tokens"):
         pruner.prepare(10, probe=Probe(model, [torch.zeros(2, 3, dtype=torch.long)], lambda b: model(b).sum()))
+
+
+@pytest.mark.filterwarnings("ignore:.*kept no weight")  # what inverted scores leave is not meant to work
+@pytest.mark.parametrize("method", ["snip", "grasp", "synflow", "random"])
+def test_ablations_of_the_presets(method: str, tmp_path: Path) -> None:
+    def weights(ablation: str) -> dict[str, torch.Tensor]:
+        folder = tmp_path / ablation
+        more = ["schedule.rounds=10"] if method == "synflow" else []
+        metrics = train(config(folder, f"method={method}", f"ablation={ablation}", "trainer.max_epochs=1", *more))
+        assert metrics["sparsity"] == pytest.approx(0.9, abs=1e-3) and metrics["at_target"]
+        return {name: w for name, w in load_file(folder / "model.safetensors").items() if name.endswith("weight")}
+
+    plain, shuffled, drawn, inverted = map(weights, ("null", "shuffle", "reinit", "invert"))
+    for name, weight in plain.items():
+        kept = weight != 0
+        assert abs(int((shuffled[name] != 0).sum()) - int(kept.sum())) <= 0.01 * weight.numel()
+        assert not torch.equal(shuffled[name] != 0, kept)
+        assert ((drawn[name] != 0) == kept).float().mean() > 0.999  # the same mask on other weights
+        assert not (drawn[name] == weight)[kept].any()
+    overlap = sum(int(((inverted[name] != 0) & (plain[name] != 0)).sum()) for name in plain)
+    assert overlap < 0.02 * sum(int((weight != 0).sum()) for weight in plain.values())

@@ -55,11 +55,18 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
+def network() -> torch.nn.Module:
+    """A transformer with convolution, attention and linear layers, and one batch norm."""
+    model = vit_tiny(shape=(1, 8, 8), classes=12, dim=16, depth=1, heads=4, patch=2)
+    model.patches = torch.nn.Sequential(model.patches, torch.nn.BatchNorm2d(16))
+    return model
+
+
 @cache
 def ticket() -> str:
     """A file of random masks for the model that is trained here."""
     path = Path(tempfile.mkdtemp()) / "ticket.safetensors"
-    model = vit_tiny(shape=(1, 8, 8), classes=12, dim=16, depth=1, heads=4, patch=2)
+    model = network()
     generator = torch.Generator().manual_seed(0)
     save_file({f"mask:{p.name}": torch.rand(p.shape, generator=generator) < 0.5 for p in find(model)}, path)
     return str(path)
@@ -71,9 +78,9 @@ def scoring(name: str) -> Scorer:
 
 
 def train(pruner: Pruner, data: tuple[torch.Tensor, torch.Tensor], half: bool) -> Iterator[torch.nn.Module]:
-    """Train a transformer with convolution, attention and linear layers; yields it in the middle and at the end."""
+    """Train the network; yields it in the middle and at the end."""
     torch.manual_seed(0)
-    model = vit_tiny(shape=(1, 8, 8), classes=12, dim=16, depth=1, heads=4, patch=2)
+    model = network()
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     pruner.attach(model)
     x, y = data
@@ -124,7 +131,7 @@ def test_every_scorer_structure_and_schedule(
     list(train(twin, digits, half=False))
     for a, b in zip(pruner.params, twin.params, strict=True):
         assert torch.equal(a.mask, b.mask) and torch.equal(a.weight, b.weight)
-    plain = vit_tiny(shape=(1, 8, 8), classes=12, dim=16, depth=1, heads=4, patch=2)
+    plain = network()
     plain.load_state_dict(model.state_dict(), strict=True)
 
 

@@ -11,9 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from pl_sparse.callbacks.calibration import Calibration
+from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.masked import Group, Patterns, find
 from pl_sparse.regularizer import Regularizer
-from pl_sparse.schedule import OneShot
+from pl_sparse.schedule import OneShot, Time
 
 __all__ = ["Regularize"]
 
@@ -22,50 +24,74 @@ class Regularize(Callback):
     """Adds a penalty to the loss of any LightningModule: `Trainer(callbacks=[Regularize(L1(strength=1e-4)),
     Sparsity(...)])`.
 
-    It comes before `Sparsity`, if there is one, so that a proximal step acts on the values that the optimizer wrote.
-    The value of the penalty is logged as "penalty" at the end of each epoch. Weights that a proximal step makes zero
-    are zero in checkpoints.
+    It comes before `Sparsity`, if there is one, so that a proximal step acts on the values that the optimizer wrote:
+    latent ones, where masking trains them. Gradients that scorers observe are those with the penalty's. A proximal step
+    is done once for each optimizer step, with the learning rate of that step; a step that a gradient scaler leaves
+    out has none. Weights that it makes zero are zero in checkpoints.
+
+    The value of the penalty is logged as "penalty" at the end of each epoch.
 
     Args:
         regularizer: the penalty.
-        until: when it ends, as a fraction of training, "500 steps" or "3 epochs".
+        begin: when it begins: a fraction of training, "500 steps" or "3 epochs".
+        until: when it ends.
         include: patterns of the weights; None for all that are pruned by default.
         exclude: patterns of weights that are left out.
+        first: whether the first convolution is penalized.
+        last: whether the last layer is penalized; None for yes, unless whole outputs would become zero.
+
+    Raises:
+        ValueError: before training starts: a time that is none or beyond training, patterns that match nothing, a
+            Sparsity callback before this one, no optimizer that trains a weight, or what the penalty refuses.
     """
 
     def __init__(
         self,
         regularizer: Regularizer,
+        begin: float | str = 0.0,
         until: float | str = 1.0,
         include: Patterns | None = None,
         exclude: Patterns = (),
+        first: bool = True,
+        last: bool | None = None,
     ) -> None:
         self.regularizer = regularizer
+        self.begin = begin
         self.until = until
         self.include = include
         self.exclude = exclude
+        self.first = first
+        self.last = not regularizer.removes_outputs if last is None else last
         self.groups: list[Group] = []
         self._marked: Mapping[str, torch.Tensor] | None = None
         self._handles: list[RemovableHandle] = []
-        self._end = 0
+        self._span = (_at("begin", begin), _at("until", until))
+        self._started = False
         self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        params = find(pl_module, self.include, self.exclude)
-        self.groups = self.regularizer.groups(params, pl_module)
-        with torch.no_grad():
-            self.regularizer.start(self.groups, pl_module)
-            for group in self.groups:
-                for param, _ in group.members:
-                    if self._marked is not None and param.name in self._marked:
-                        param.set_mask(self._marked[param.name].to(param.weight.device))
-        batches = trainer.num_training_batches
-        per_epoch = None if batches == float("inf") else -(-int(batches) // max(trainer.accumulate_grad_batches, 1))
-        total = trainer.estimated_stepping_batches
-        if total == float("inf"):
-            self._end = 2**62
-        else:
-            self._end = OneShot(final=0.0, begin=self.until).resolved(per_epoch).span(int(total))[0]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, Sparsity) for callback in callbacks[: callbacks.index(self)]):
+            raise ValueError("the Regularize callback must come before Sparsity: callbacks=[Regularize, Sparsity]")
+        self._span = self._spans(trainer)
+        self._step = trainer.global_step // max(len(trainer.optimizers), 1)
+        self.groups = self.regularizer.groups(
+            find(pl_module, self.include, self.exclude, self.first, self.last), pl_module
+        )
+        if not any(self._of(optimizer) for optimizer in trainer.optimizers):
+            raise ValueError(
+                "no optimizer trains a weight that is to be penalized: "
+                + ", ".join(group.name for group in self.groups[:5])
+                + ". Unfreeze them, or choose others by `include`"
+            )
+        probe = Calibration(trainer, pl_module, 1).probe() if pl_module.automatic_optimization else None
+        self.regularizer.prepare(self.groups, pl_module, probe)
+        self._started = self._marked is not None
+        for group in self.groups:
+            for param, _ in group.members:
+                if self._marked is not None and param.name in self._marked:
+                    param.set_mask(self._marked[param.name].to(param.weight.device))
+        self._marked = None
         me = weakref.ref(self)
 
         def stepped(optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -76,9 +102,29 @@ class Regularize(Callback):
 
         self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in trainer.optimizers]
 
+    def _spans(self, trainer: Trainer) -> tuple[int, int]:
+        """The first step with the penalty, and the first without it again."""
+        batches = trainer.num_training_batches
+        per_epoch = None if batches == float("inf") else -(-int(batches) // max(trainer.accumulate_grad_batches, 1))
+        total = trainer.estimated_stepping_batches
+        for what, time in (("begin", self.begin), ("until", self.until)):
+            if total == float("inf") and not isinstance(time, str) and 0 < time < 1:
+                raise ValueError(
+                    f"penalty: {what}={time!r} is a fraction of training, whose length is not known: set max_epochs or "
+                    "max_steps, or give the time in steps or epochs"
+                )
+        steps = 2**62 if total == float("inf") else int(total)
+        begin, until = _at("begin", self.begin, per_epoch, steps), _at("until", self.until, per_epoch, steps)
+        if until < begin:
+            raise ValueError(
+                f"the penalty ends before it begins: begin={self.begin!r} is step {begin}, until={self.until!r} is "
+                f"step {until}"
+            )
+        return begin, until
+
     @property
     def _active(self) -> bool:
-        return self._step < self._end
+        return self._span[0] <= self._step < self._span[1]
 
     def _of(self, optimizer: Optimizer) -> list[Group]:
         own = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
@@ -86,13 +132,18 @@ class Regularize(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._step = trainer.global_step // max(len(trainer.optimizers), 1)
-        if self._active:
-            with torch.no_grad():
-                self.regularizer.add_gradient(self._of(optimizer), self._step)
+        if not self._active:
+            return
+        with torch.no_grad():
+            if not self._started:
+                self.regularizer.start(self.groups)
+                self._started = True
+            self.regularizer.add_gradient(self._of(optimizer), self._step - self._span[0])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.no_grad():
-            pl_module.log("penalty", self.regularizer.penalty(self.groups), sync_dist=True)
+            value = self.regularizer.penalty(self.groups, max(self._step - self._span[0], 0))
+        pl_module.log("penalty", value, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release()
@@ -106,8 +157,21 @@ class Regularize(Callback):
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        marked = {p.name: p.mask.cpu() for group in self.groups for p, _ in group.members if p.pruned}
-        return {"marked": marked}
+        if not self._started:
+            return {"marked": None}
+        return {"marked": {p.name: p.mask.cpu() for group in self.groups for p, _ in group.members if p.pruned}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._marked = state_dict["marked"] or None
+        self._marked = state_dict["marked"]
+
+
+def _at(what: str, time: Time, per_epoch: int | None = 1, total: int = 2**62) -> int:
+    """A time in optimizer steps.
+
+    Raises:
+        ValueError: it is none, or beyond training.
+    """
+    try:
+        return OneShot(final=0.0, begin=time).resolved(per_epoch).span(total)[0]
+    except ValueError as error:
+        raise ValueError(f"penalty: {error}".replace("begin=", f"{what}=")) from None

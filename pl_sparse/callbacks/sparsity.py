@@ -43,7 +43,8 @@ class Sparsity(Callback):
     table tells what is left of each layer.
 
     Args:
-        calibration_batches: how many training batches scorers see that look at the whole model (SNIP, GraSP, SynFlow).
+        calibration_batches: how many training batches scorers and updaters see that look at the whole
+            model (SNIP, GraSP, Wanda, SparseGPT).
             Their loss is that of the module's own `training_step`; what it logs is not.
         report: whether to print the table at the end of training.
 
@@ -162,7 +163,7 @@ class Sparsity(Callback):
         batches = trainer.num_training_batches
         accumulate = max(trainer.accumulate_grad_batches, 1)
         per_epoch = None if batches == float("inf") else max(-(-int(batches) // accumulate), 1)
-        probe = Calibration(trainer, pl_module, self.calibration_batches).probe() if pruner.scorer.calibrates else None
+        probe = Calibration(trainer, pl_module, self.calibration_batches).probe() if pruner.calibrates else None
         pruner.prepare(trainer.estimated_stepping_batches, per_epoch, probe)
         self._seen = -1
         self._look(trainer)
