@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pl_sparse.masked import Group, MaskedParameter
+from pl_sparse.masked import Group, Layout, MaskedParameter, size_of
 from pl_sparse.structure import Structure
 from pl_sparse.topk import threshold, top_k
 
@@ -53,6 +53,7 @@ class Units(Sequence[Tensor]):
         structure: Structure,
         score: Callable[[MaskedParameter], Tensor],
         monotone: bool = False,
+        unfed: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.groups = groups
         self.structure = structure
@@ -60,6 +61,7 @@ class Units(Sequence[Tensor]):
         self.monotone = monotone
         self.sizes = [structure.pool(torch.empty(group.shape, device="meta")).numel() for group in groups]
         self.weights = [group.numel // size for group, size in zip(groups, self.sizes, strict=True)]
+        self.unfed = self._unfed() if unfed is None else unfed
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -73,22 +75,42 @@ class Units(Sequence[Tensor]):
             return [self[i] for i in range(*index.indices(len(self)))]
         group = self.groups[index]
         if len(group.members) == 1:
-            param, layout = group.members[0]
-            units = self.structure.pool(layout.view(self.score(param)))
+            units = self._pooled(*group.members[0])
         else:
             units = torch.zeros(())
             for param, layout in group.members:
-                pooled = self.structure.pool(layout.view(self.score(param)))
-                units = units.to(pooled.device) + pooled * (param.numel / group.numel)
+                pooled = self._pooled(param, layout)
+                units = units.to(pooled.device) + pooled * (size_of(param, layout).numel() / group.numel)
         if self.monotone and any(param.pruned for param, _ in group.members):
             units = torch.where(self.alive(index), units, torch.finfo(units.dtype).min)
         return units
+
+    def _pooled(self, param: MaskedParameter, layout: Layout) -> Tensor:
+        scores = param.fill(self.score(param))
+        unfed = self.unfed.get(param.name)
+        if unfed is not None:
+            seen = param.layout.view(scores)
+            scores = param.layout.restore(seen.masked_fill(_columns(unfed, seen), 0), scores.shape)
+        return self.structure.pool(layout.view(scores))
+
+    def _unfed(self) -> dict[str, Tensor]:
+        """By the name of a weight, which of its inputs nothing feeds any more."""
+        found: dict[str, Tensor] = {}
+        for index, group in enumerate(self.groups):
+            if not group.feeds or not any(param.pruned for param, _ in group.members):
+                continue
+            dead = ~self.alive(index).reshape(-1)
+            for param, units in group.feeds:
+                units = units.to(dead.device)
+                gone = (units >= 0) & dead[units.clamp_min(0)]
+                found[param.name] = found[param.name] | gone if param.name in found else gone
+        return found
 
     def alive(self, index: int) -> Tensor:
         """Which units of a group have a weight left, a bool tensor of the units' shape."""
         alive: Tensor | None = None
         for param, layout in self.groups[index].members:
-            mask = layout.view(param.mask)
+            mask = layout.view(param.fill(param.mask))
             if self.weights[index] > 1:
                 mask = self.structure.pool(mask.to(param.weight.dtype)) > 0
             else:
@@ -98,10 +120,11 @@ class Units(Sequence[Tensor]):
         return alive
 
     def assign(self, index: int, chosen: Tensor) -> None:
-        """Give the weights of a group the mask that keeps the chosen units."""
-        for param, layout in self.groups[index].members:
-            shape = layout.view(torch.empty(param.shape, device="meta")).shape
-            param.set_mask(layout.restore(self.structure.expand(chosen, shape), param.shape))
+        """Give the weights of a group, and what follows them, the mask that keeps the chosen units."""
+        group = self.groups[index]
+        for param, layout in (*group.members, *group.followers):
+            mask = self.structure.expand(chosen, size_of(param, layout))
+            param.set_mask(param.take(layout.write(param.fill(param.mask), mask)))
 
     @property
     def limits(self) -> list[int]:
@@ -115,7 +138,12 @@ class Units(Sequence[Tensor]):
 
     def among(self, indices: Sequence[int]) -> Units:
         """The units of some of the groups."""
-        return Units([self.groups[i] for i in indices], self.structure, self.score, self.monotone)
+        return Units([self.groups[i] for i in indices], self.structure, self.score, self.monotone, self.unfed)
+
+
+def _columns(unfed: Tensor, weight: Tensor) -> Tensor:
+    """A bool over inputs as one that broadcasts over (out, in, *kernel)."""
+    return unfed.reshape(1, -1, *(1,) * (weight.dim() - 2))
 
 
 def apportion(units: Units, densities: Sequence[float], sparsity: float) -> list[int]:
@@ -157,6 +185,14 @@ class Allocation(ABC):
     def ranks(self, units: Units) -> Sequence[Tensor] | None:
         """Scores that compare across tensors, where one threshold over all of them is the whole rule; else None."""
         return None
+
+    def start(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
+        """Look at the model before training; by default nothing is done.
+
+        Args:
+            example: inputs that it can be called with, where the structure needs them, else None.
+        """
+        return
 
 
 @dataclass(frozen=True)
@@ -295,7 +331,7 @@ class ERK(Allocation):
 
 def _erk(group: Group) -> float:
     """sum(shape) / prod(shape) of a group: over its weights together."""
-    shapes = [param.layout.view(torch.empty(param.shape, device="meta")).shape for param, _ in group.members]
+    shapes = [param.layout.view(torch.empty(param.former, device="meta")).shape for param, _ in group.members]
     return sum(sum(shape) for shape in shapes) / sum(math.prod(shape) for shape in shapes)
 
 

@@ -27,8 +27,9 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pl_sparse.callbacks import History, RandomState, Sparsity
+from pl_sparse.callbacks import History, RandomState, Shrink, Sparsity
 from pl_sparse.callbacks.lines import Lines
+from pl_sparse.export.shrink import save_plan
 from pl_sparse.files import replacing, write_csv, write_json, write_text
 from pl_sparse.naming import suggestion
 from pl_sparse.report import Summary, layer_rows, plot_layers, plot_training, summary_table
@@ -71,9 +72,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     history = History(folder / "history.csv")
     before = [_built(cfg, "regularizer")] if cfg.get("regularizer") else []
     after = [_built(cfg, key) for key in ("rewind", "distill") if cfg.get(key)]
+    if cfg.shrink_every is not None:
+        after.append(_shrink(cfg.shrink_every))
     trainer = _trainer(cfg, [*before, sparsity, *after, history, RandomState()])
     try:
-        sparsity.pruner.attach(module)
+        if not sparsity.pruner.structure.needs_example:  # else a batch is needed
+            sparsity.pruner.attach(module)
     except ValueError as error:
         if "nothing to prune" not in str(error):  # a module may build its layers later
             raise ConfigError(str(error)) from error
@@ -90,6 +94,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if trainer.interrupted:
         raise KeyboardInterrupt
     best = _load_best(trainer, module, sparsity)
+    if (shrink := Shrink.of(trainer)) is not None:
+        shrink.shrink(trainer, module)
     tested: Mapping[str, float] = {}
     if cfg.test and (data is not None or _has(module, "test_dataloader")) and _has(module, "test_step"):
         tested = trainer.test(module, datamodule=data, verbose=False)[0]
@@ -127,6 +133,13 @@ def _sparsity(cfg: DictConfig) -> Sparsity:
         return Sparsity(**axes, **options, report=False)
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
+
+
+def _shrink(every: int) -> Shrink:
+    try:
+        return Shrink(every)
+    except ValueError as error:
+        raise ConfigError(f"shrink_{error}") from error
 
 
 def _module(cfg: DictConfig, data: LightningDataModule | None) -> tuple[LightningModule, str]:
@@ -206,6 +219,8 @@ def _load_best(trainer: Trainer, module: LightningModule, sparsity: Sparsity) ->
         path = getattr(checkpoint, "best_model_path", "")
         if path and getattr(checkpoint, "monitor", None) and Path(path).is_file():
             saved = trainer.strategy.load_checkpoint(path, weights_only=True)
+            if (shrink := Shrink.of(trainer)) is not None:
+                shrink.load(trainer, module, saved)
             module.load_state_dict(saved["state_dict"])
             if sparsity.state_key in saved["callbacks"]:
                 sparsity.pruner.load_state_dict(saved["callbacks"][sparsity.state_key])
@@ -236,11 +251,13 @@ def _write(
             tensors[name] = tensors[name].clone()
     with replacing(weights) as temporary:
         save_file(tensors, temporary)
+    if (shrink := Shrink.of(trainer)) is not None:
+        save_plan(shrink.plan.below(prefix), module, folder)
 
     summary = sparsity.summarize(module, prefix)
     prunable = [param.name.removeprefix(prefix) for param in sparsity.pruner.params]
-    nonzero, count = _nonzeros(weights, prunable)
     pruner = sparsity.pruner
+    nonzero, count = _nonzeros(weights, prunable), pruner.numel
     rows = history.rows
     at_best = next((row for row in rows if best is not None and int(row["epoch"]) == best), rows[-1] if rows else {})
     metrics: dict[str, Any] = {
@@ -257,6 +274,7 @@ def _write(
         "at_target": pruner.at_target,
         **pruner.scorer.facts(pruner.groups),
         "params_total": summary.params_total,
+        "params_left": summary.params_left,
         "params_prunable": count,
         "params_nonzero": summary.params_nonzero,
         "macs_dense": summary.macs_dense,
@@ -281,15 +299,10 @@ def _write(
     return metrics
 
 
-def _nonzeros(path: Path, names: list[str]) -> tuple[int, int]:
-    """Non-zero and all weights of some tensors, counted in the saved file."""
-    nonzero = count = 0
+def _nonzeros(path: Path, names: list[str]) -> int:
+    """The weights of some tensors that are not zero, counted in the saved file."""
     with safe_open(path, framework="pt") as file:
-        for name in names:
-            tensor = file.get_tensor(name)
-            nonzero += int(torch.count_nonzero(tensor))
-            count += tensor.numel()
-    return nonzero, count
+        return sum(int(torch.count_nonzero(file.get_tensor(name))) for name in names)
 
 
 _WRITTEN = {
@@ -299,6 +312,7 @@ _WRITTEN = {
     "history.csv": "a row an epoch",
     "layers.csv": "a row a layer",
     "model.safetensors": "the sparse weights",
+    "shrunk.json": "which channels were removed: pl_sparse.export.load_shrunk(model, folder)",
     "tickets.png": "accuracy of each round over the remaining weights",
     "tickets.csv": "a row a round",
     "levels": "mask and weights of each round",

@@ -105,7 +105,7 @@ class MacCounter:
         batch = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]
         if batch:
             attended = keys / batch + (module.bias_k is not None) + bool(module.add_zero_attn)
-            self.other += 2 * queries * attended * module.embed_dim
+            self.other += 2 * queries * attended * module.num_heads * module.head_dim
 
     def _add_recurrent(self, module: nn.Module, steps: float) -> None:
         for name, _ in module.named_parameters(recurse=False):
@@ -133,12 +133,19 @@ class Macs:
     layers: dict[str, tuple[float, float]]
 
 
-def macs(model: nn.Module, counter: MacCounter, masks: Mapping[str, Tensor] | None = None, batch_size: int = 1) -> Macs:
+def macs(
+    model: nn.Module,
+    counter: MacCounter,
+    masks: Mapping[str, Tensor] | None = None,
+    batch_size: int = 1,
+    sizes: Mapping[str, int] | None = None,
+) -> Macs:
     """MACs per sample, from the uses `counter` saw in a pass over `batch_size` samples.
 
     Args:
         masks: non-zero where a weight is kept, in the weight's shape, by parameter name (any name of a tied one);
             a parameter without a mask is dense.
+        sizes: how many elements parameters had that were shrunk since, by name.
 
     Raises:
         ValueError: a mask names no parameter or differs from it in shape, or `batch_size` is below 1.
@@ -158,7 +165,7 @@ def macs(model: nn.Module, counter: MacCounter, masks: Mapping[str, Tensor] | No
     for name, positions in counter.positions.items():
         size = parameters[name].numel()
         uses = positions / batch_size
-        layers[name] = (uses * size, uses * kept.get(id(parameters[name]), size))
+        layers[name] = (uses * (sizes or {}).get(name, size), uses * kept.get(id(parameters[name]), size))
     other = counter.other / batch_size
     return Macs(
         dense=other + sum(dense for dense, _ in layers.values()),

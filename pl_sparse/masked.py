@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -26,7 +26,8 @@ class Layout:
 
     `kind` is "plain" (Linear, Conv, LSTM: already so), "transposed" (ConvTranspose: (in, out / groups, *kernel) per
     group; and layers that keep (in, out), such as the Conv1D of GPT-2), "heads" (attention: (heads, weights of a
-    head)), or "blocks" (of shape `block`: (blocks, weights of a block)).
+    head)), "blocks" (of shape `block`: (blocks, weights of a block)), or "rows" (coupled channels: `rows[u]` are the
+    outputs, as `below` sees them, that belong to unit u; other outputs may belong to other groups).
 
     A head is a run of rows; with `columns`, of columns of the tensor as it is kept. `parts` are the shares of query,
     key and value where they are stacked in one tensor: (1, 1, 1), or (4, 1, 1) if four queries share a key.
@@ -38,11 +39,16 @@ class Layout:
     parts: tuple[int, ...] = (1,)
     columns: bool = False
     block: tuple[int, int] = (1, 1)
+    rows: tuple[tuple[int, ...], ...] = ()
+    below: Layout | None = None
 
     def view(self, tensor: Tensor) -> Tensor:
         """The tensor as (out, in, *kernel), or as (units, rest) for heads and blocks."""
         if self.kind == "plain":
             return tensor
+        if self.kind == "rows":
+            picked = self._below.view(tensor)[torch.tensor(self.rows, device=tensor.device)]
+            return picked.flatten(1, 2) if picked.dim() > 2 else picked
         if self.kind == "transposed":
             split = tensor.unflatten(0, (self.groups, -1)).transpose(1, 2)
             return split.flatten(0, 1)
@@ -55,8 +61,21 @@ class Layout:
         runs = rows.split([len(rows) // sum(self.parts) * part for part in self.parts])
         return torch.cat([run.unflatten(0, (self.heads, -1)) for run in runs], dim=1).flatten(1)
 
+    @property
+    def _below(self) -> Layout:
+        return self.below or Layout()
+
+    def write(self, tensor: Tensor, viewed: Tensor) -> Tensor:
+        """The tensor with what this layout sees of it replaced by `viewed`."""
+        if self.kind != "rows":
+            return self.restore(viewed, tensor.shape)
+        seen = self._below.view(tensor).clone()
+        index = torch.tensor(self.rows, device=tensor.device)
+        seen[index] = viewed.reshape(*index.shape, *seen.shape[1:])
+        return self._below.restore(seen, tensor.shape)
+
     def restore(self, viewed: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `view`, for a tensor of the weight's shape."""
+        """The inverse of `view`, for a tensor of the weight's shape; not for "rows", which see a part (`write`)."""
         if self.kind == "plain":
             return viewed.reshape(shape)
         if self.kind == "transposed":
@@ -75,6 +94,59 @@ class Layout:
         return rows.t() if self.columns else rows
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What was taken out of a tensor.
+
+    Attributes:
+        shape: what its shape was.
+        removed: the indices that were removed, ascending, by dimension.
+
+    >>> cut = Cut((2, 3), {1: (0,)})
+    >>> cut.take(torch.arange(6).reshape(2, 3)).tolist()
+    [[1, 2], [4, 5]]
+    >>> cut.fill(torch.tensor([[1, 2], [4, 5]])).tolist()
+    [[0, 1, 2], [0, 4, 5]]
+    """
+
+    shape: tuple[int, ...]
+    removed: Mapping[int, tuple[int, ...]]
+
+    def kept(self, dim: int) -> list[int]:
+        """The indices along a dimension that are left."""
+        gone = set(self.removed.get(dim, ()))
+        return [i for i in range(self.shape[dim]) if i not in gone]
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """What is left of a tensor; dimensions of size 1, where that of the cut one was more, are left alone."""
+        for dim, gone in self.removed.items():
+            if gone and tensor.shape[dim] == self.shape[dim]:
+                index = torch.tensor(self.kept(dim), device=tensor.device)
+                tensor = tensor.index_select(dim, index)
+        return tensor
+
+    def fill(self, tensor: Tensor) -> Tensor:
+        """A tensor of the former shape, zero (False) where something was removed."""
+        for dim, gone in self.removed.items():
+            if gone and tensor.shape[dim] == self.shape[dim] - len(gone):
+                shape = (*tensor.shape[:dim], self.shape[dim], *tensor.shape[dim + 1 :])
+                index = torch.tensor(self.kept(dim), device=tensor.device)
+                tensor = tensor.new_zeros(shape).index_copy_(dim, index, tensor)
+        return tensor
+
+    def then(self, later: Cut) -> Cut:
+        """This cut, and a later one of what it left, as one.
+
+        >>> Cut((4,), {0: (1,)}).then(Cut((3,), {0: (0, 1)})).removed
+        {0: (0, 1, 2)}
+        """
+        both = {dim: set(gone) for dim, gone in self.removed.items()}
+        for dim, gone in later.removed.items():
+            left = self.kept(dim)
+            both[dim] = both.get(dim, set()) | {left[i] for i in gone}
+        return Cut(self.shape, {dim: tuple(sorted(gone)) for dim, gone in sorted(both.items())})
+
+
 @dataclass(eq=False)
 class MaskedParameter:
     """One prunable weight and its mask. What methods share about a weight lives here, never in the configuration.
@@ -89,6 +161,8 @@ class MaskedParameter:
         state: what the scorer gathers, tensors by name.
         layout: how the weight is seen as (out, in, *kernel).
         pruned: whether the mask was ever set; until then it is all True and masking has nothing to do.
+        cut: what shrinking took out of the weight, else None. Scores and masks are compared in the former shape, as
+            if it were still there.
     """
 
     name: str
@@ -100,6 +174,7 @@ class MaskedParameter:
     state: dict[str, Tensor] = field(default_factory=dict)
     layout: Layout = field(default_factory=Layout)
     pruned: bool = False
+    cut: Cut | None = None
     _factor: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -117,13 +192,61 @@ class MaskedParameter:
         return self.weight.shape
 
     @property
+    def former(self) -> torch.Size:
+        """The shape before anything was cut out of the weight."""
+        return self.shape if self.cut is None else torch.Size(self.cut.shape)
+
+    @property
     def numel(self) -> int:
-        return self.weight.numel()
+        """How many weights there are, those that were cut out included."""
+        return self.former.numel()
 
     @property
     def kept(self) -> int:
-        """How many weights the mask keeps (reads the mask: a host synchronisation on a GPU)."""
-        return int(torch.count_nonzero(self.mask)) if self.pruned else self.numel
+        """How many weights the mask keeps (reads the mask: a host synchronisation on a GPU).
+
+        Inputs that were cut out because nothing fed them count as the mask had them: kept in a kept output.
+        """
+        if not self.pruned:
+            return self.numel
+        kept = int(torch.count_nonzero(self.mask))
+        if self.cut is not None:
+            removed = self.cut.removed
+            for dim in set(removed) - {0 if self.layout.kind != "transposed" else 1}:
+                kept = kept * self.cut.shape[dim] // (self.cut.shape[dim] - len(removed[dim]))
+        return kept
+
+    def fill(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape in its former shape."""
+        return tensor if self.cut is None else self.cut.fill(tensor)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """What is left of a tensor of the weight's former shape."""
+        return tensor if self.cut is None else self.cut.take(tensor)
+
+    @torch.no_grad()
+    def shrink(self, cut: Cut) -> None:
+        """Take the same out of all that belongs to the weight as was taken out of the weight itself."""
+        self.mask = cut.take(self.mask)
+        self._factor = None
+        if self.dense is not None:
+            self.dense = cut.take(self.dense)
+        if self.gate is not None and self.gate.shape == torch.Size(cut.shape):
+            self.gate = cut.take(self.gate)
+        self.state = {
+            key: cut.take(value) if value.dim() == len(cut.shape) else value for key, value in self.state.items()
+        }
+        self.cut = cut if self.cut is None else self.cut.then(cut)
+
+    @torch.no_grad()
+    def unshrink(self) -> None:
+        """Take `shrink` back: what was removed is pruned, and zero."""
+        if self.cut is not None:
+            self.mask = self.cut.fill(self.mask)
+            self._factor = None
+            left = [n - len(self.cut.removed.get(dim, ())) for dim, n in enumerate(self.cut.shape)]
+            self.state = {k: self.cut.fill(v) if list(v.shape) == left else v for k, v in self.state.items()}
+            self.cut = None
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
@@ -165,20 +288,36 @@ class MaskedParameter:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Weights whose units are pruned together: one weight, or e.g. all the projections of an attention layer."""
+    """Weights whose units are pruned together: one weight, or e.g. all the projections of an attention layer.
+
+    Attributes:
+        name: what it is called in messages.
+        members: the weights, each with how its units are seen in it.
+        followers: what goes with the units without being scored or counted: biases, the scales and shifts of norms.
+        feeds: the weights that take the units' outputs; column j of one takes that of unit `units[j]` (-1: of none
+            here). What a pruned unit fed has no say in scores.
+        reason: why none of the units can be pruned, or None.
+    """
 
     name: str
     members: tuple[tuple[MaskedParameter, Layout], ...]
+    followers: tuple[tuple[MaskedParameter, Layout], ...] = ()
+    feeds: tuple[tuple[MaskedParameter, Tensor], ...] = ()
+    reason: str | None = None
 
     @property
     def numel(self) -> int:
-        return sum(param.numel for param, _ in self.members)
+        return sum(size_of(param, layout).numel() for param, layout in self.members)
 
     @property
     def shape(self) -> torch.Size:
         """The shape of the first member as (out, in, *kernel)."""
-        param, layout = self.members[0]
-        return layout.view(torch.empty(param.shape, device="meta")).shape
+        return size_of(*self.members[0])
+
+
+def size_of(param: MaskedParameter, layout: Layout) -> torch.Size:
+    """The (former) shape of a weight as a layout sees it."""
+    return layout.view(torch.empty(param.former, device="meta")).shape
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, Layout, bool]]:

@@ -102,7 +102,7 @@ class Probe:
         }
         weights = [parameters[name].requires_grad_() for name in names]
         ones = torch.ones_like(x[:1], dtype=torch.float64)
-        with _undisturbed(self.model), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        with undisturbed(self.model), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             self.model.eval()
             out = functional_call(self.model, {**parameters, **buffers}, (ones,))
             found = torch.autograd.grad(out.sum(), weights, allow_unused=True)
@@ -128,7 +128,7 @@ class Probe:
 
         handles = [param.module.register_forward_pre_hook(watch(param), with_kwargs=True) for param in params]
         try:
-            with _undisturbed(self.model):
+            with undisturbed(self.model):
                 self.model.eval()
                 for batch in self.batches:
                     self.loss(batch)
@@ -156,7 +156,7 @@ class Probe:
             module.register_forward_pre_hook(taken) for module in self.model.modules() if isinstance(module, NORMS)
         ]
         try:
-            with _undisturbed(self.model):
+            with undisturbed(self.model):
                 self.model.eval()
                 self.loss(self.batches[0])
         finally:
@@ -184,7 +184,7 @@ class Probe:
             last = find(self.model)[-1].module
             handle = last.register_forward_hook(lambda _, args, out: out / temperature)
         try:
-            with _undisturbed(self.model), torch.enable_grad():
+            with undisturbed(self.model), torch.enable_grad():
                 self.model.train()
                 yield
         finally:
@@ -221,7 +221,7 @@ def _columns(param: MaskedParameter, x: Tensor) -> Tensor | None:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Afterwards buffers (running statistics), training flags and random numbers are as before."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]

@@ -24,14 +24,14 @@ from torch.optim import Optimizer
 
 from pl_sparse import structure as structures
 from pl_sparse.allocation import LAMP, Allocation, Units
-from pl_sparse.masked import Group, MaskedParameter, Patterns, find, select
+from pl_sparse.masked import Cut, Group, MaskedParameter, Patterns, find, select
 from pl_sparse.masking import STE, Frozen, Gated, Hard, Masking, Shrunk
 from pl_sparse.naming import build, suggestion
 from pl_sparse.probe import Probe
 from pl_sparse.schedule import Constant, OneShot, Schedule
 from pl_sparse.scorer import Scorer
 from pl_sparse.structure import Structure
-from pl_sparse.updater import Update, Updater
+from pl_sparse.updater import Prune, Update, Updater
 
 _VERSION = 1
 
@@ -71,7 +71,9 @@ class Pruner:
 
     Attributes:
         params: the weights, once attached.
+        followers: what is masked along with them without being counted: biases and norms of coupled channels.
         groups: what is pruned together, once attached.
+        cuts: what was taken out of parameters and buffers, by name (`shrink`).
         dense: why a weight that was asked for stays dense, by name.
         step: optimizer steps taken.
         num_updates: how often masks were set.
@@ -170,7 +172,9 @@ class Pruner:
         self.ablation = ablation
 
         self.params: list[MaskedParameter] = []
+        self.followers: list[MaskedParameter] = []
         self.groups: list[Group] = []
+        self.cuts: dict[str, Cut] = {}
         self.dense: dict[str, str] = {}
         self.step = 0
         self.num_updates = 0
@@ -197,8 +201,11 @@ class Pruner:
         """Whether the weights of a model are bound."""
         return bool(self.params)
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, example: Any = None) -> None:
         """Bind to the weights of `model`, and give them the masks of a state loaded before.
+
+        Args:
+            example: inputs that the model can be called with, for a structure that looks at how layers are joined.
 
         Raises:
             ValueError: a pattern matches nothing, a weight does not fit the structure, or a loaded state is another
@@ -209,7 +216,7 @@ class Pruner:
             bound = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
             if all(bound.get(param.name) is param.weight for param in self.params):
                 return
-            self._rebind(model)
+            self._rebind(model, example)
             return
         params = find(model, self.include, self.exclude, self.first, self.last)
         fitting: list[MaskedParameter] = []
@@ -230,27 +237,42 @@ class Pruner:
                 f"structure={self.structure.label}: {reason}{more}. Leave such weights dense by misfit='dense', or "
                 f"this one by exclude=[{name!r}]"
             )
-        groups = self.structure.groups(fitting, model)
+        groups = self.structure.groups(fitting, model, example)
+        for group in groups:
+            if group.reason is not None:
+                self.dense |= dict.fromkeys((param.name for param, _ in group.members), group.reason)
+        groups = [group for group in groups if group.reason is None]
+        if not groups:
+            raise ValueError("nothing to prune: " + "; ".join(f"{name}: {why}" for name, why in self.dense.items()))
+        self.allocation.start(groups, model, example)
         self._model = model
         self._overrides = self._match_overrides(groups, model)
         self.groups = groups
-        self.params = [param for group in groups for param, _ in group.members]
+        self.params = list(dict.fromkeys(param for group in groups for param, _ in group.members))
+        self.followers = list(dict.fromkeys(param for group in groups for param, _ in group.followers))
+        for param in self.params:  # of a layer that several groups share, one may be open and another not
+            self.dense.pop(param.name, None)
         self.scorer.start(groups, self.structure)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             try:
                 self._restore(pending)
             except ValueError:
-                self.params, self.groups = [], []
+                self.params, self.followers, self.groups = [], [], []
                 raise
 
-    def _rebind(self, model: nn.Module) -> None:
+    def _rebind(self, model: nn.Module, example: Any = None) -> None:
         """Carry masks over to a model with the same weights, e.g. a copy."""
         state = self.state_dict()
-        self.params, self.groups, self._owned = [], [], {}
+        self.params, self.followers, self.groups, self._owned = [], [], [], {}
         self._pending = state
-        self.attach(model)
+        self.attach(model, example)
         self.apply()
+
+    @property
+    def masked(self) -> list[MaskedParameter]:
+        """All that has a mask: the weights, and what follows them."""
+        return [*self.params, *self.followers]
 
     def _match_overrides(self, groups: Sequence[Group], model: nn.Module) -> tuple[float | None, ...]:
         own: dict[str, float] = {}
@@ -396,7 +418,7 @@ class Pruner:
             if self._update(step) and started and self.updater.replaces_step:
                 self._skip(live if optimizer is None else [w for g in optimizer.param_groups for w in g["params"]])
             self._clock = key
-        pruned = [param for param in live if param.pruned]
+        pruned = [param for param in (*live, *self._followers_of(optimizer)) if param.pruned]
         self._open[key] = pruned
         if not pruned:
             return
@@ -466,7 +488,7 @@ class Pruner:
                 self._shuffle()
                 for param, value in zip(self.params, before, strict=True):  # earlier rounds have zeroed weights
                     param.weight.copy_(value)
-            pruned = [param for param in self.params if param.pruned]
+            pruned = [param for param in self.masked if param.pruned]
             self.masking.changed(pruned)
             if self.masking.clears_state:
                 self._stale |= {param.name for param in pruned}
@@ -500,10 +522,10 @@ class Pruner:
     @torch.no_grad()
     def written(self) -> None:
         """After all weights were written from outside: they are the latent values too, and the masks hold."""
-        for param in self.params:
+        for param in self.masked:
             if param.dense is not None:
                 param.dense.copy_(param.weight)
-        self.masking.changed([param for param in self.params if param.pruned])
+        self.masking.changed([param for param in self.masked if param.pruned])
 
     def _clear_state(self, optimizer: Optimizer, params: Sequence[MaskedParameter]) -> None:
         """Zero the optimizer's memory of pruned weights, which would move them once they return."""
@@ -525,6 +547,49 @@ class Pruner:
             self._owned[id(optimizer)] = known
         return known[1]
 
+    def _followers_of(self, optimizer: Optimizer | None) -> list[MaskedParameter]:
+        if optimizer is None or not self.followers:
+            return self.followers
+        own = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        return [param for param in self.followers if id(param.weight) in own]
+
+    @torch.no_grad()
+    def shrink(self, cuts: Mapping[str, Cut]) -> None:
+        """Follow weights that pruned channels were taken out of (`export.shrink`): masks and all that goes with them.
+
+        Sparsity stays that of the weights there were, and further masks are what they would be without the removal.
+
+        Args:
+            cuts: what was taken out, by the name of the weight.
+
+        Raises:
+            ValueError: pruned weights could return, so that nothing of them may go.
+        """
+        if (reason := self.unshrinkable) is not None:
+            raise ValueError(reason)
+        for param in self.masked:
+            if param.name in cuts:
+                param.shrink(cuts[param.name])
+        self.cuts = {**self.cuts, **{n: self.cuts[n].then(cut) if n in self.cuts else cut for n, cut in cuts.items()}}
+
+    @torch.no_grad()
+    def unshrink(self) -> None:
+        """Take `shrink` back, for weights that have their former shape again."""
+        for param in self.masked:
+            param.unshrink()
+        self.cuts = {}
+
+    @property
+    def unshrinkable(self) -> str | None:
+        """Why pruned weights may not be removed during training, or None."""
+        if self.masking.remembers:
+            return (
+                f"masking={_name(self.masking)} remembers pruned weights, which removing would lose: use masking=hard"
+            )
+        if self.updater.fixed_count or not isinstance(self.updater, Prune):
+            return f"updater={_name(self.updater)} brings pruned weights back: use updater=prune to remove them"
+        return None
+
     # State
 
     @torch.no_grad()
@@ -534,7 +599,7 @@ class Pruner:
         self._owned = {}
         self._open = {}
         self._clock = None
-        for param in self.params:
+        for param in self.masked:
             param.to_weight()
             if param.pruned:
                 if param.dense is not None and not self.masking.transforms:
@@ -589,7 +654,7 @@ class Pruner:
             "stale": sorted(self._stale),
             "params": {
                 param.name: {"pruned": param.pruned, **{key: value.cpu() for key, value in param.tensors().items()}}
-                for param in self.params
+                for param in self.masked
             },
         }
 
@@ -609,14 +674,14 @@ class Pruner:
     @torch.no_grad()
     def _restore(self, state: Mapping[str, Any]) -> None:
         saved: Mapping[str, Mapping[str, Any]] = state["params"]
-        names = [param.name for param in self.params]
+        names = [param.name for param in self.masked]
         missing, extra = [n for n in names if n not in saved], [n for n in saved if n not in set(names)]
         if missing or extra:
             parts = [f"it lacks {', '.join(missing[:5])}"] * bool(missing)
             if extra:
                 parts.append(f"it has {', '.join(extra[:5])}. {suggestion(extra[0], missing or names)}")
             raise ValueError(f"the pruning state is of another model or other include/exclude: {'; '.join(parts)}")
-        for param in self.params:
+        for param in self.masked:
             for key in ("mask", "dense"):
                 value = saved[param.name].get(key)
                 if value is not None and value.shape != param.shape:
@@ -624,7 +689,7 @@ class Pruner:
                         f"the pruning state is of another model: {key} of {param.name} has shape "
                         f"{tuple(value.shape)}, the weight {tuple(param.shape)}"
                     )
-        for param in self.params:
+        for param in self.masked:
             tensors = dict(saved[param.name])
             param.set_mask(tensors.pop("mask"))
             param.pruned = tensors.pop("pruned")

@@ -14,16 +14,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pl_sparse.allocation import Allocation, Global, Units, choose
-from pl_sparse.masked import Group, MaskedParameter
+from pl_sparse.latency import LatencyTable, Network
+from pl_sparse.masked import Group, MaskedParameter, size_of
 from pl_sparse.probe import NORMS, Probe
 from pl_sparse.scorer import Magnitude
-from pl_sparse.structure import NM, Row, Structure, Transposable, Unstructured
+from pl_sparse.structure import NM, Channel, Row, Structure, Transposable, Unstructured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +34,13 @@ class Regularizer(ABC):
 
     Args:
         strength: its factor lambda, at least 0.
+
+    Attributes:
+        needs_example: whether it is made from a call of the model.
     """
 
     strength: float
+    needs_example: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.strength >= 0:
@@ -57,8 +63,12 @@ class Regularizer(ABC):
         """When the penalty begins: what is decided once; by default nothing is."""
         return
 
-    def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
-        """What is penalized together; by default each weight alone."""
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
+        """What is penalized together; by default each weight alone.
+
+        Args:
+            example: inputs that the model can be called with, where `needs_example`.
+        """
         return [Group(param.name, ((param, param.layout),)) for param in params]
 
     def add_gradient(self, groups: Sequence[Group], step: int) -> None:
@@ -168,8 +178,8 @@ class GroupLasso(Regularizer):
     def removes_outputs(self) -> bool:
         return self.structure.removes_outputs
 
-    def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
-        return _groups(self.structure, params, model)
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
+        return _groups(self.structure, params, model, example)
 
     def prepare(self, groups: Sequence[Group], model: nn.Module, probe: Probe | None) -> None:
         if not self.structure.removes_outputs:
@@ -195,15 +205,14 @@ class GroupLasso(Regularizer):
         total = torch.zeros(())
         for (param, layout), value in zip(group.members, values, strict=True):
             mean = self.structure.pool(layout.view(value))
-            total = total.to(mean.device) + mean * (param.numel / mean.numel())
+            total = total.to(mean.device) + mean * (size_of(param, layout).numel() / mean.numel())
         return total
 
     def _spread(self, group: Group, units: Tensor) -> list[Tensor]:
         """For each weight of the group a tensor of its shape with the values of its units."""
-        shapes = [layout.view(torch.empty(param.shape, device="meta")).shape for param, layout in group.members]
         return [
-            layout.restore(self.structure.expand(units, shape), param.shape)
-            for (param, layout), shape in zip(group.members, shapes, strict=True)
+            layout.write(units.new_zeros(param.shape), self.structure.expand(units, size_of(param, layout)))
+            for param, layout in group.members
         ]
 
     def _norms(self, group: Group) -> tuple[Tensor, float]:
@@ -264,7 +273,7 @@ class Slimming(Regularizer):
         ValueError: the model has no batch norm.
     """
 
-    def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
         found = [
             MaskedParameter(f"{path}.weight", module, module.weight, torch.ones_like(module.weight, dtype=torch.bool))
             for path, module in model.named_modules()
@@ -322,8 +331,8 @@ class GrowingL2(Regularizer):
     def removes_outputs(self) -> bool:
         return self.structure.removes_outputs
 
-    def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
-        return _groups(self.structure, params, model)
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
+        return _groups(self.structure, params, model, example)
 
     def start(self, groups: Sequence[Group]) -> None:
         level = self.sparsity if self.structure.fixed is None else self.structure.fixed
@@ -351,7 +360,88 @@ def _params(groups: Sequence[Group]) -> list[MaskedParameter]:
     return [param for group in groups for param, _ in group.members]
 
 
-def _groups(structure: Structure, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
+@dataclass(frozen=True, kw_only=True)
+class Latency(Regularizer):
+    """strength * E[latency] / latency of the dense network, for coupled channels.
+
+    A channel counts as present to the degree q = |w|^2 / (|w|^2 + softness * m), |w|^2 the mean square of its weights
+    and m that of its group when training starts. The expected width of a group is the sum of its q, and the latency of
+    a layer that of its expected width, by a table that was measured on this machine and is interpolated
+    (`latency.LatencyTable`). Channels of layers that save most fade first; `structure=coupled` then prunes them.
+
+    Source: Cai, Zhu, Han, ProxylessNAS: direct neural architecture search on target task and hardware, 2018,
+    arXiv:1812.00332, section 3.3, for the expected latency as a loss; there the degrees are learned probabilities.
+
+    Args:
+        softness: how large a channel is, against the mean, that counts as half present.
+        table: where latencies are kept; None for the user's cache.
+    """
+
+    softness: float = 0.1
+    table: str | None = None
+    needs_example: ClassVar[bool] = True
+    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.softness > 0:
+            raise ValueError(f"softness={self.softness!r} must be above 0")
+
+    @property
+    def removes_outputs(self) -> bool:
+        return True
+
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
+        if example is None:
+            example = getattr(model, "example_input_array", None)
+        structure = Channel(coupled=True)
+        groups = [group for group in structure.groups(params, model, example) if group.reason is None]
+        groups = [group for group in groups if group.feeds]
+        if not groups:
+            raise ValueError("the latency penalty found no channel that could be removed")
+        network, table = Network(groups, model, example), LatencyTable(self.table)
+        table.measure(network.layers)
+        means = [float(self._squares(group).detach().mean()) for group in groups]
+        dense = float(network.cost(network.units, "ms", table))
+        self._known.update(network=network, table=table, means=means, dense=dense)
+        return groups
+
+    def _squares(self, group: Group) -> Tensor:
+        """The mean square of the weights of each unit, differentiable."""
+        pool = Channel().pool
+        parts = [
+            pool(layout.view(param.weight.square())) * (size_of(param, layout).numel() / group.numel)
+            for param, layout in group.members
+        ]
+        return torch.stack(parts).sum(0)
+
+    def expected(self, groups: Sequence[Group]) -> Tensor:
+        """The expected latency in milliseconds, differentiable."""
+        widths: list[Any] = list(self._known["network"].units)
+        index = {id(group): i for i, group in enumerate(self._known["network"].groups)}
+        for group in groups:
+            squares, i = self._squares(group), index[id(group)]
+            widths[i] = (squares / (squares + self.softness * self._known["means"][i] + 1e-30)).sum()
+        return torch.as_tensor(self._known["network"].cost(widths, "ms", self._known["table"]))
+
+    def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
+        return self.strength * self.expected(groups) / self._known["dense"]
+
+    def add_gradient(self, groups: Sequence[Group], step: int) -> None:
+        ready = [group for group in groups if all(param.weight.grad is not None for param, _ in group.members)]
+        if not ready:
+            return
+        weights = list(dict.fromkeys(param.weight for param in _params(ready)))
+        with torch.enable_grad():
+            found = torch.autograd.grad(self.penalty(ready, step), weights)
+        for weight, gradient in zip(weights, found, strict=True):
+            assert weight.grad is not None
+            weight.grad.add_(gradient)
+
+
+def _groups(
+    structure: Structure, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None
+) -> list[Group]:
     """The groups of a structure, if it divides all the weights."""
     for param in params:
         reason = structure.misfit(param.layout.view(torch.empty(param.shape, device="meta")).shape)
@@ -360,4 +450,4 @@ def _groups(structure: Structure, params: Sequence[MaskedParameter], model: nn.M
                 f"{param.name} cannot be penalized by structure={structure.label}: {reason}. Leave it out by "
                 f"exclude=[{param.name!r}]"
             )
-    return structure.groups(params, model)
+    return [group for group in structure.groups(params, model, example) if group.reason is None]

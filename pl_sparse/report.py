@@ -88,6 +88,7 @@ class Summary:
         macs_sparse: the same with the kept weights.
         bytes_dense: size of the stored model, dense.
         bytes_compressed: the same, compressed.
+        params_left: number of parameters that were not removed by shrinking (0: not known).
     """
 
     layers: tuple[LayerRow, ...]
@@ -98,6 +99,7 @@ class Summary:
     macs_sparse: float = 0.0
     bytes_dense: int | None = None
     bytes_compressed: int | None = None
+    params_left: int = 0
 
     @property
     def weights(self) -> int:
@@ -134,8 +136,11 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
     params = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
     masked = {param.name: param for param in pruner.params}
     tensors = [*params.values(), *model.buffers()]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    compressed = size
+    compressed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    former = {name: math.prod(cut.shape) for name, cut in pruner.cuts.items()}  # of what was shrunk
+    own = {**params, **dict(model.named_buffers())}
+    gone = {name: count - own[name].numel() for name, count in former.items()}
+    size = compressed + sum(count * own[name].element_size() for name, count in gone.items())
     nonzero = 0
     for name, weight in params.items():
         nonzero += int(torch.count_nonzero(weight))
@@ -144,20 +149,29 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
             kept = masked[name].kept
             note = "" if owns[name] is None else f"own sparsity {owns[name]:g}"
             structure = pruner.structure.label
-            compressed -= (weight.numel() - kept) * weight.element_size() - -(-weight.numel() // 8)
+            left = int(torch.count_nonzero(masked[name].mask))
+            compressed -= (weight.numel() - left) * weight.element_size() - -(-weight.numel() // 8)
         elif name in pruner.dense:
             kept, note, structure = weight.numel(), f"dense: {pruner.dense[name]}", "dense"
         else:
             continue
         rows.append(
             LayerRow(
-                name.removeprefix(prefix), tuple(weight.shape), structure, weight.numel(), kept, dense, sparse, note
+                name.removeprefix(prefix),
+                tuple(weight.shape),
+                structure,
+                former.get(name, weight.numel()),
+                kept,
+                dense,
+                sparse,
+                note,
             )
         )
     return Summary(
         layers=tuple(rows),
         requested=pruner.target,
-        params_total=sum(weight.numel() for weight in params.values()),
+        params_total=sum(former.get(name, weight.numel()) for name, weight in params.items()),
+        params_left=sum(weight.numel() for weight in params.values()),
         params_nonzero=nonzero,
         macs_dense=counted.dense if counted is not None else 0.0,
         macs_sparse=counted.sparse if counted is not None else 0.0,

@@ -33,6 +33,7 @@ _TOP: dict[str, Any] = {
     "misfit": typing.Literal["error", "dense"],
     "ablation": typing.Literal["shuffle", "reinit", "invert"] | None,
     "calibration_batches": int,
+    "shrink_every": int | None,
     "objective": str,
     "mode": typing.Literal["max", "min"],
     "label_smoothing": float,

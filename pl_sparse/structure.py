@@ -11,11 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pl_sparse.attention import LOOKED_FOR, Attention, Unknown, attentions, feed_forwards
+from pl_sparse.coupling import couplings
 from pl_sparse.masked import Group, Layout, MaskedParameter
 from pl_sparse.naming import build
 from pl_sparse.topk import top_k
@@ -43,9 +45,18 @@ class Structure(ABC):
         """Why a tensor of shape (out, in, *kernel) cannot be pruned so, or None."""
         return None
 
-    def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
-        """The weights whose units are chosen together; each alone unless the structure couples them."""
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
+        """The weights whose units are chosen together; each alone unless the structure couples them.
+
+        Args:
+            example: inputs that the model can be called with, where `needs_example`.
+        """
         return [Group(param.name, ((param, param.layout),)) for param in params]
+
+    @property
+    def needs_example(self) -> bool:
+        """Whether `groups` calls the model."""
+        return False
 
     @property
     def fixed(self) -> float | None:
@@ -266,8 +277,82 @@ class Channel(Structure):
 
     The last layer stays dense unless `last=True` is given: its outputs are the model's.
 
-    Source: Li et al., Pruning filters for efficient ConvNets, 2016, arXiv:1608.08710.
+    With `coupled` a unit is a channel through all layers that it goes through: residual joins, concatenations and
+    depthwise convolutions are pruned together, and biases, scales and shifts of norms with them. A pruned channel is
+    then zero wherever it is read, and can be removed without a trace (`export.shrink`). The score of a unit is the mean
+    over its weights in all layers. Layers whose outputs cannot be removed stay dense: the model's own outputs, what a
+    LayerNorm reads, and what is joined with a layer that is excluded.
+
+    Sources: Li et al., Pruning filters for efficient ConvNets, 2016, arXiv:1608.08710. Fang et al., DepGraph: towards
+    any structural pruning, 2023, arXiv:2301.12900, for the coupling; there inputs count in a unit's score too.
+
+    Args:
+        coupled: whether channels that are joined are one unit; it needs Torch-Pruning.
+
+    Raises:
+        ImportError: Torch-Pruning is not installed.
     """
+
+    coupled: bool = False
+
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
+        if not self.coupled:
+            return super().groups(params, model)
+        example = getattr(model, "example_input_array", None) if example is None else example
+        if example is None:
+            raise ValueError(
+                "coupled channels are found by calling the model: give attach(model, example) a batch of inputs, or "
+                "the model an example_input_array"
+            )
+        by_weight = {id(param.weight): param for param in params}
+        order = {param.name: index for index, param in enumerate(params)}
+        others: dict[str, MaskedParameter] = {}
+        modules = dict(model.named_modules())
+
+        def reader(path: str, module: Any) -> MaskedParameter:
+            """A layer that is not pruned, but reads what is."""
+            layout = Layout("transposed") if getattr(module, "transposed", False) else Layout()
+            mask = torch.ones_like(module.weight, dtype=torch.bool, requires_grad=False)
+            return MaskedParameter(f"{path}.weight", module, module.weight, mask, layout=layout)
+
+        groups = []
+        for coupling in couplings(model, example):
+            members, followers, feeds = [], [], []
+            reason = coupling.reason
+            for port in coupling.ports:
+                module: Any = modules.get(port.path)
+                if module is None or not port.path:  # a parameter, or the outputs of the model: there is a reason
+                    continue
+                if port.side == "in":
+                    if coupling.reason is None:
+                        param = by_weight.get(id(module.weight)) or reader(port.path, module)
+                        feeds.append((param, _readers(param, port.places)))
+                    continue
+                for short, tensor in module.named_parameters(recurse=False):
+                    param = by_weight.get(id(tensor))
+                    if param is not None:
+                        whole = coupling.reason is not None
+                        members.append((param, param.layout if whole else _rows(param, port.places)))
+                    elif reason is not None:
+                        continue
+                    elif short == "weight" and tensor.dim() > 1:
+                        reason = reason or f"its channels are joined with those of {port.path}, which is not pruned"
+                    elif not isinstance(module, nn.PReLU):
+                        name = f"{port.path}.{short}"
+                        mask = torch.ones_like(tensor, dtype=torch.bool, requires_grad=False)
+                        param = others.setdefault(name, MaskedParameter(name, module, tensor, mask))
+                        followers.append((param, _rows(param, port.places)))
+            if members:
+                members.sort(key=lambda member: order[member[0].name])
+                groups.append(Group(members[0][0].name, tuple(members), tuple(followers), tuple(feeds), reason))
+        found = {param.name for group in groups for param, _ in group.members}
+        why = "no channel that can be removed was found in it"
+        groups += [Group(p.name, ((p, p.layout),), reason=why) for p in params if p.name not in found]
+        return sorted(groups, key=lambda group: order[group.name])
+
+    @property
+    def needs_example(self) -> bool:
+        return self.coupled
 
     @property
     def removes_outputs(self) -> bool:
@@ -278,6 +363,24 @@ class Channel(Structure):
 
     def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
         return chosen.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape)
+
+
+def _rows(param: MaskedParameter, places: tuple[tuple[int, ...], ...]) -> Layout:
+    """How the units with these outputs are seen in a weight."""
+    outputs = param.layout.view(torch.empty(param.shape, device="meta")).shape[0]
+    if places == tuple((index,) for index in range(outputs)):
+        return param.layout
+    return Layout("rows", rows=places, below=param.layout)
+
+
+def _readers(param: MaskedParameter, places: tuple[tuple[int, ...], ...]) -> Tensor:
+    """The unit that each input of a weight takes in, -1 for none of these; inputs that groups share count once."""
+    inputs = param.layout.view(torch.empty(param.shape, device="meta")).shape[1]
+    units = torch.full((inputs,), -1)
+    for unit, at in enumerate(places):
+        for place in at:
+            units[place % inputs] = unit
+    return units
 
 
 @dataclass(frozen=True)
@@ -334,7 +437,7 @@ class Head(Structure):
     def least(self) -> int:
         return 0 if self.empty else 1
 
-    def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
         by_weight = {id(param.weight): param for param in params}
         groups = []
         for found in attentions(model):
@@ -396,7 +499,7 @@ class Hybrid(Structure):
     def label(self) -> str:
         return f"hybrid {self.h}x{self.w}"
 
-    def groups(self, params: Sequence[MaskedParameter], model: nn.Module) -> list[Group]:
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
         by_weight = {id(param.weight): param for param in params}
         groups = []
         for found in attentions(model):

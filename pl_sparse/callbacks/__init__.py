@@ -5,6 +5,7 @@ from pl_sparse.callbacks.history import History
 from pl_sparse.callbacks.random_state import RandomState
 from pl_sparse.callbacks.regularize import Regularize
 from pl_sparse.callbacks.rewind import Rewind
+from pl_sparse.callbacks.shrink import Shrink
 from pl_sparse.callbacks.sparsity import Sparsity
 
-__all__ = ["Distill", "History", "RandomState", "Regularize", "Rewind", "Sparsity"]
+__all__ = ["Distill", "History", "RandomState", "Regularize", "Rewind", "Shrink", "Sparsity"]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
@@ -76,3 +77,43 @@ class Calibration:
                 for name, value in state.items():
                     setattr(metric, name, value)
                 metric._update_count = count
+
+
+def example_of(trainer: Trainer, module: LightningModule) -> Any:
+    """Inputs that the module can be called with: its `example_input_array`, else the inputs of a training batch.
+
+    Of a batch (inputs, targets) these are the first part, of a dict the entries that `forward` names. Two samples are
+    enough. Nothing random is drawn from.
+    """
+    example = module.example_input_array
+    if example is None:
+        trainer.fit_loop.setup_data()
+        loader: Any = trainer.train_dataloader
+        generator = getattr(loader, "generator", None)
+        state = generator.get_state() if isinstance(generator, torch.Generator) else None
+        with torch.random.fork_rng(devices=[]):
+            if isinstance(loader, Mapping | list | tuple):
+                batch = next(iter(CombinedLoader(loader)))[0]
+            else:
+                batch = next(iter(copy.copy(loader)), None)
+        if isinstance(generator, torch.Generator) and state is not None:
+            generator.set_state(state)
+        if isinstance(batch, Mapping):
+            known = inspect.signature(module.forward).parameters
+            example = {key: value for key, value in batch.items() if key in known}
+        else:
+            example = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if example is None or (isinstance(example, Mapping) and not example):
+        raise ValueError("no inputs to call the module with were found: give it an example_input_array")
+    return _two(example, module.device)
+
+
+def _two(value: Any, device: torch.device) -> Any:
+    """The first two samples of all tensors, on a device."""
+    if isinstance(value, Tensor):
+        return value[:2].to(device)
+    if isinstance(value, Mapping):
+        return {key: _two(part, device) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(_two(part, device) for part in value)
+    return value

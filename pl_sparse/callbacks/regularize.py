@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pl_sparse.callbacks.calibration import Calibration
+from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.masked import Group, Patterns, find
 from pl_sparse.regularizer import Regularizer
@@ -75,8 +75,9 @@ class Regularize(Callback):
             raise ValueError("the Regularize callback must come before Sparsity: callbacks=[Regularize, Sparsity]")
         self._span = self._spans(trainer)
         self._step = trainer.global_step // max(len(trainer.optimizers), 1)
+        example = example_of(trainer, pl_module) if self.regularizer.needs_example else None
         self.groups = self.regularizer.groups(
-            find(pl_module, self.include, self.exclude, self.first, self.last), pl_module
+            find(pl_module, self.include, self.exclude, self.first, self.last), pl_module, example
         )
         if not any(self._of(optimizer) for optimizer in trainer.optimizers):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from typing import Any, Literal, overload
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.allocation import Allocation
-from pl_sparse.callbacks.calibration import Calibration
+from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.judging import Judging
 from pl_sparse.cost import MacCounter, macs
 from pl_sparse.masked import Patterns
@@ -136,8 +137,13 @@ class Sparsity(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in `setup`: a module may build its layers in its own `setup` or `configure_model`, which come later.
-        self.pruner.attach(pl_module)
+        self.attach(trainer, pl_module)
         self._judging = Judging(trainer, lambda: self.pruner.at_target)
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bind to the module's weights; a structure that looks at how layers are joined sees a training batch."""
+        example = example_of(trainer, pl_module) if self.pruner.structure.needs_example else None
+        self.pruner.attach(pl_module, example)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner = self.pruner
@@ -268,7 +274,9 @@ class Sparsity(Callback):
         if self._counted is not None and self._counted[0]:
             counter = MacCounter(model)
             counter.positions, counter.other = dict(self._counted[0]), self._counted[1]
-            counted = macs(model, counter, {param.name: param.mask for param in self.pruner.params if param.pruned})
+            masks = {param.name: param.mask for param in self.pruner.params if param.pruned}
+            sizes = {name: math.prod(cut.shape) for name, cut in self.pruner.cuts.items()}
+            counted = macs(model, counter, masks, sizes=sizes)
         return summarize(self.pruner, model, counted, prefix)
 
     def _look(self, trainer: Trainer) -> None:
@@ -291,7 +299,7 @@ class Sparsity(Callback):
     @torch.no_grad()
     def _mask_averages(self, trainer: Trainer) -> None:
         """Averages over weights of several masks are denser than any of them: mask them with the newest."""
-        masks = {param.name: param for param in self.pruner.params if param.pruned}
+        masks = {param.name: param for param in self.pruner.masked if param.pruned}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             average = getattr(callback, "_average_model", None)
             if isinstance(average, nn.Module):

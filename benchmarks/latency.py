@@ -1,0 +1,93 @@
+"""How well the latency table predicts networks: measured against predicted milliseconds at random widths.
+
+    python benchmarks/latency.py [--model resnet20] [--widths 10] [--batch 8]
+
+Networks of random widths are made by removing channels, and measured in turns, so that a disturbance hits all of them
+alike. The table knows single layers alone; it is scaled so that it agrees with the dense network, which is measured in
+the same turns. The target is a median error of 20 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from pl_sparse.allocation import Units
+from pl_sparse.export import shrink
+from pl_sparse.files import write_json
+from pl_sparse.latency import LatencyTable, Network
+from pl_sparse.masked import Group, find
+from pl_sparse.structure import Channel
+from pl_sparse.tasks import models
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet20", choices=models.__all__)
+    parser.add_argument("--widths", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=28, help="pixels along a side")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    chance = random.Random(0)
+    dense = getattr(models, arguments.model)(shape=(1, arguments.size, arguments.size), classes=10).eval()
+    x = torch.randn(arguments.batch, 1, arguments.size, arguments.size)
+    structure = Channel(coupled=True)
+    nets: list[nn.Module] = [dense]
+    kept: list[list[int]] = [Network(_groups(structure, dense, x), dense, x).units]
+    for _ in range(arguments.widths):
+        net = copy.deepcopy(dense)
+        groups = _groups(structure, net, x)
+        units = Units(groups, structure, lambda param: param.weight.detach().abs())
+        kept.append([chance.randint(max(size // 8, 1), size) for size in units.sizes])
+        for g, count in enumerate(kept[-1]):
+            units.assign(g, structure.select(units[g], count))
+            for param, _ in (*groups[g].members, *groups[g].followers):
+                with torch.no_grad():
+                    param.weight.mul_(param.mask)
+        shrink(net, x[:2])
+        nets.append(net)
+    with tempfile.TemporaryDirectory() as folder:
+        network = Network(_groups(structure, dense, x), dense, x)
+        table = LatencyTable(Path(folder) / "table.json", arguments.repeats)
+        table.measure(network.layers)
+        predicted = [float(network.cost(widths, "ms", table)) for widths in kept]
+    times: list[list[float]] = [[] for _ in nets]
+    with torch.inference_mode():
+        for turn in range(arguments.repeats + 2):
+            for i, net in enumerate(nets):
+                start = time.perf_counter()
+                net(x)
+                if turn >= 2:
+                    times[i].append(1e3 * (time.perf_counter() - start))
+    measured = [statistics.median(values) for values in times]
+    scale = measured[0] / predicted[0]
+    errors = [abs(scale * p - m) / m for p, m in zip(predicted, measured, strict=True)][1:]
+    title = f"{arguments.model}, batch {arguments.batch}, {torch.get_num_threads()} threads"
+    shown = Table("widths", "measured ms", "predicted ms", "error", title=title)
+    for widths, m, p in zip(kept, measured, predicted, strict=True):
+        shown.add_row(" ".join(map(str, widths)), f"{m:.3f}", f"{scale * p:.3f}", f"{(scale * p - m) / m:+.1%}")
+    shown.add_row("median error", "", "", f"{statistics.median(errors):.1%}", end_section=True)
+    Console().print(shown, f"scale of the layers' sum to the dense network: {scale:.2f}; target: 20 %")
+    if arguments.json:
+        write_json(arguments.json, {"measured": measured, "predicted": predicted, "widths": kept, "scale": scale})
+
+
+def _groups(structure: Channel, net: nn.Module, x: torch.Tensor) -> list[Group]:
+    return [group for group in structure.groups(find(net, last=False), net, x) if group.reason is None]
+
+
+if __name__ == "__main__":
+    main()

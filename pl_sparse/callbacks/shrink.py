@@ -1,0 +1,151 @@
+"""Channels that are masked leave the model while it trains."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from pl_sparse.callbacks.calibration import example_of
+from pl_sparse.callbacks.regularize import Regularize
+from pl_sparse.callbacks.rewind import Rewind
+from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.coupling import Plan
+from pl_sparse.export.shrink import shrink
+from pl_sparse.structure import Channel, Head
+
+__all__ = ["Shrink"]
+
+
+class Shrink(Callback):
+    """Takes masked channels and heads out of the model, the optimizers' state and the averaged weights, so that later
+    epochs run faster: `Trainer(callbacks=[Sparsity(structure=Channel(coupled=True), ...), Shrink(every=2)])`.
+
+    It is done at the end of an epoch, before checkpoints are written. The losses are those that masking alone gives, up
+    to rounding (dropout draws other numbers for smaller layers); sparsity goes on being that of the model there was. A
+    checkpoint holds the shrunk weights, and here the plan of what was removed, with which a resumed training starts.
+
+    Args:
+        every: epochs between two removals.
+
+    Attributes:
+        plan: what was taken out so far.
+        left: masked layers that could not be shrunk, with the reason.
+
+    Raises:
+        ValueError: the pruning gives nothing that may be removed for good: weights that can return, a structure other
+            than coupled channels or heads, rewinding; or there are several processes.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"every={every!r} must be 1 or more epochs")
+        self.every = every
+        self.plan = Plan()
+        self.left: dict[str, str] = {}
+        self._wrapped: LightningModule | None = None
+
+    @staticmethod
+    def of(trainer: Trainer) -> Shrink | None:
+        """The trainer's Shrink callback, if it has one."""
+        found = (callback for callback in trainer.callbacks if isinstance(callback, Shrink))  # type: ignore[attr-defined]
+        return next(found, None)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Weights are loaded before the state of callbacks, but right after the module's own hook: shapes change there.
+        own, me = pl_module.on_load_checkpoint, weakref.ref(self)
+
+        def loading(checkpoint: dict[str, Any]) -> None:
+            found = me()
+            if found is not None:
+                found.load(trainer, pl_module, checkpoint)
+            own(checkpoint)
+
+        vars(pl_module)["on_load_checkpoint"] = loading
+        self._wrapped = pl_module
+        if stage == "fit":
+            self._check(trainer)
+
+    def _check(self, trainer: Trainer) -> None:
+        pruner = Sparsity.of(trainer).pruner
+        if (reason := pruner.unshrinkable) is not None:
+            raise ValueError(f"shrinking during training is not possible: {reason}")
+        structure = pruner.structure
+        if not isinstance(structure, Head) and not (isinstance(structure, Channel) and structure.coupled):
+            raise ValueError(
+                f"structure={structure.label} leaves nothing that could be removed during training: use "
+                "structure=channel with coupled=true, or structure=head"
+            )
+        if trainer.world_size > 1:
+            raise ValueError("shrinking during training works in one process only: set trainer.devices=1")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, (Rewind, Regularize)):
+                raise ValueError(
+                    f"{type(callback).__name__} works on the weights that shrinking removes during training: leave one "
+                    "of them out, or shrink after training (export.shrink)"
+                )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._wrapped is not None:
+            vars(self._wrapped).pop("on_load_checkpoint", None)
+            self._wrapped = None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.every == 0:
+            self.shrink(trainer, pl_module)
+
+    def shrink(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take out what is masked by now."""
+        pruner = Sparsity.of(trainer).pruner
+        masks = {param.name: param.mask for param in pruner.params if param.pruned}
+        if not masks:
+            return
+        result = shrink(module, example_of(trainer, module), masks, trainer.optimizers)
+        for name, reason in result.left.items():
+            if self.left.get(name) != reason:
+                rank_zero_info(f"{name} has masked channels that stay: {reason}")
+        self.left = result.left
+        if result.plan:
+            for average in _averages(trainer):
+                result.plan.apply(average, "module.")
+            pruner.shrink(result.plan.tensors)
+            self.plan = self.plan.then(result.plan)
+
+    def load(self, trainer: Trainer, module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Give the module the shapes that it has in a checkpoint, before its weights are loaded."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is None:
+            return
+        plan = Plan.from_state_dict(state["plan"])
+        sparsity = Sparsity.of(trainer)
+        if self.plan:
+            for model, prefix in self._models(trainer, module):
+                self.plan.undo(model, prefix)
+            sparsity.pruner.unshrink()
+        if plan:
+            sparsity.attach(trainer, module)
+            for model, prefix in self._models(trainer, module):
+                plan.apply(model, prefix)
+            sparsity.pruner.shrink(plan.tensors)
+        self.plan = plan
+
+    @staticmethod
+    def _models(trainer: Trainer, module: LightningModule) -> Iterator[tuple[nn.Module, str]]:
+        yield module, ""
+        for average in _averages(trainer):
+            yield average, "module."
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"plan": self.plan.state_dict()}
+
+
+def _averages(trainer: Trainer) -> Iterator[nn.Module]:
+    """Copies of the model with averaged weights (EMA, SWA)."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            yield average

@@ -1,0 +1,181 @@
+"""What pruned networks cost, and channels allocated to a budget."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pl_sparse import Pruner
+from pl_sparse.allocation import Units
+from pl_sparse.budget import Budget
+from pl_sparse.cost import MacCounter, macs
+from pl_sparse.export import shrink
+from pl_sparse.latency import LatencyTable, Network
+from pl_sparse.masked import find
+from pl_sparse.regularizer import Latency
+from pl_sparse.structure import Channel
+from pl_sparse.tasks.models import resnet20
+
+
+class Small(nn.Module):
+    """A depthwise convolution between two others, flattened into a classifier with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.conv2 = nn.Conv2d(4, 3, 3, stride=2)
+        self.fc = nn.Linear(3 * 9, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.depthwise(F.relu(self.conv1(x))))
+        return self.fc(F.relu(self.conv2(x)).flatten(1))
+
+
+def pruned(net: nn.Module, budget: Budget, x: torch.Tensor, level: float = 0.9) -> Pruner:
+    pruner = Pruner("magnitude", "oneshot", Channel(coupled=True), budget, sparsity=level)
+    pruner.attach(net, x)
+    pruner.prepare(1)
+    return pruner
+
+
+def counted(net: nn.Module, x: torch.Tensor) -> float:
+    with MacCounter(net) as counter:
+        net(x)
+    return macs(net, counter, batch_size=len(x)).dense
+
+
+@pytest.mark.parametrize("make", [Small, lambda: resnet20(shape=(1, 8, 8), classes=5, width=8)])
+def test_the_shrunk_model_costs_what_was_said_and_meets_the_budget(make: Any) -> None:
+    net, x = make().eval(), torch.randn(2, 1, 8, 8)
+    dense = counted(net, x)
+    budget = Budget(final=0.9, macs=0.3)
+    pruner = pruned(net, budget, x)
+    kept = [int(Units([group], Channel(), lambda p: p.mask.float()).alive(0).sum()) for group in pruner.groups]
+    assert all(kept)
+    shrink(net, x)
+    assert counted(net, x) == pytest.approx(budget.cost(kept))
+    assert budget.cost(kept) <= 0.3 * dense
+    # of a block more in any group the budget would not be met, or it would not be the cheapest to keep
+    assert max(budget.cost([*kept[:g], n + 1, *kept[g + 1 :]]) for g, n in enumerate(kept)) > 0.3 * dense
+
+    net = make().eval()
+    before = 0.004 * sum(p.numel() for n, p in net.named_parameters() if "bn" not in n and "shortcut.1" not in n)
+    budget = Budget(final=0.9, kb=0.5 * before)
+    pruned(net, budget, x)
+    shrink(net, x)
+    after = 0.004 * sum(p.numel() for n, p in net.named_parameters() if "bn" not in n and "shortcut.1" not in n)
+    assert 0.4 * before < after <= 0.5 * before
+
+
+def test_greedy_against_every_choice() -> None:
+    """On a network of two groups the greedy choice loses no more than one block against the best of all choices."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        net, x = Small(), torch.randn(2, 1, 8, 8)
+        pruner = Pruner("magnitude", "oneshot", Channel(coupled=True), Budget(final=0.9, macs=0.4), sparsity=0.9)
+        pruner.attach(net, x)
+        units = Units(pruner.groups, Channel(), lambda p: p.weight.detach().abs())
+        budget = pruner.allocation
+        assert isinstance(budget, Budget)
+        value = [(units[g] * units.weights[g]).sort(descending=True).values for g in range(2)]
+
+        def worth(kept: Any, value: Any = value) -> float:
+            return sum(float(v[:n].sum()) for v, n in zip(value, kept, strict=True))
+
+        within = [kept for kept in product(range(1, 5), range(1, 4)) if budget.cost(kept) <= budget.limit(1.0)]
+        chosen = budget.keep(pruner.groups, units, 0.9)
+        assert tuple(chosen) in within
+        block = max(float(v.max()) for v in value)
+        assert worth(chosen) >= max(map(worth, within)) - block
+
+
+def test_the_budget_shrinks_with_the_level_and_widths_are_whole_blocks() -> None:
+    net, x = resnet20(shape=(1, 8, 8), classes=5, width=8), torch.randn(2, 1, 8, 8)
+    budget = Budget(final=0.8, macs=0.25, multiple=4)
+    Pruner("magnitude", "oneshot", Channel(coupled=True), budget, sparsity=0.8).attach(net, x)
+    full = budget.limit(0.0)
+    assert budget.limit(0.5) == pytest.approx(0.5 * full) and budget.limit(1.0) == pytest.approx(0.25 * full)
+    pruner = pruned(net, budget, x, 0.8)
+    for group in pruner.groups:
+        assert int(group.members[0][0].mask.flatten(1).any(1).sum()) % 4 == 0
+
+
+def test_a_budget_that_cannot_be_met_or_makes_no_sense_is_refused() -> None:
+    x = torch.randn(2, 1, 8, 8)
+    with pytest.raises(ValueError, match="cannot be met"):
+        pruned(Small(), Budget(macs=10), x)
+    with pytest.raises(ValueError, match="needs one of"):
+        Budget()
+    with pytest.raises(ValueError, match="needs one of"):
+        Budget(macs=0.5, kb=3)
+    with pytest.raises(ValueError, match="structure=coupled"):
+        Pruner("magnitude", "oneshot", "channel", Budget(macs=0.5), sparsity=0.5).attach(Small())
+
+
+def table(net: nn.Module, x: torch.Tensor, path: Path) -> tuple[Network, LatencyTable]:
+    """A table of made-up latencies: a millisecond for each thousand products of inputs and outputs, and 0.1."""
+    groups = [group for group in Channel(coupled=True).groups(find(net, last=False), net, x) if not group.reason]
+    network, made = Network(groups, net, x), LatencyTable(path)
+    for layer in network.layers:
+        ins = [0] if layer.depthwise else sorted({1, layer.widths(network.units)[0]})
+        outs = [1, layer.widths(network.units)[1]]
+        made._rows[made._name(layer)] = {
+            "ins": ins,
+            "outs": outs,
+            "ms": [[0.1 + (i or 1) * o / 1000 for i in ins] for o in outs],
+        }
+    return network, made
+
+
+def test_latency_is_interpolated_and_differentiable(tmp_path: Path) -> None:
+    net, x = Small(), torch.randn(2, 1, 8, 8)
+    network, made = table(net, x, tmp_path / "table.json")
+    assert [(g, n) for g, n in enumerate(network.units)] == [(0, 4), (1, 3)]
+    for a, b in product(range(1, 5), range(1, 4)):
+        products = [1 * a, a, a * b, 9 * b * 2]  # the depthwise layer has one input for each output
+        assert float(network.cost([a, b], "ms", made)) == pytest.approx(0.4 + sum(products) / 1000)
+    width = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
+    network.cost([width, 3], "ms", made).backward()
+    assert width.grad is not None and float(width.grad) == pytest.approx((1 + 1 + 3) / 1000)
+
+
+def test_the_penalty_of_latency_against_finite_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Small().double(), torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    _, made = table(net, x, tmp_path / "table.json")
+    monkeypatch.setattr(LatencyTable, "measure", lambda self, layers: self._rows.update(made._rows))
+    penalty = Latency(strength=2.0, softness=0.5)
+    groups = penalty.groups(find(net, last=False), net, x)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    penalty.add_gradient(groups, 0)
+    for weight in (net.conv1.weight, net.depthwise.weight, net.conv2.weight):
+        at = (1, 0, 2, 1)
+        values = []
+        for shift in (1e-6, -1e-6):
+            with torch.no_grad():
+                weight[at] += shift
+                values.append(float(penalty.penalty(groups, 0)))
+                weight[at] -= shift
+        assert weight.grad is not None
+        assert float(weight.grad[at]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
+    assert net.fc.weight.grad is not None and not net.fc.weight.grad.any()
+
+
+def test_measurements_are_kept_and_monotone(tmp_path: Path) -> None:
+    net, x = Small(), torch.randn(2, 1, 8, 8)
+    groups = [group for group in Channel(coupled=True).groups(find(net, last=False), net, x) if not group.reason]
+    network, made = Network(groups, net, x), LatencyTable(tmp_path / "table.json", repeats=2)
+    made.measure(network.layers)
+    saved = json.loads((tmp_path / "table.json").read_text())
+    assert len(saved["layers"]) == 4 and saved["fingerprint"]["torch"] == torch.__version__
+    for row in saved["layers"].values():
+        ms = torch.tensor(row["ms"])
+        assert (ms > 0).all() and (ms.diff(dim=0) >= 0).all() and (ms.diff(dim=1) >= 0).all()
+    again = LatencyTable(tmp_path / "table.json")
+    assert again.predict(network.layers[0], 1, 2) == made.predict(network.layers[0], 1, 2)
