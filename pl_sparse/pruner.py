@@ -30,7 +30,7 @@ from pl_sparse.naming import build, suggestion
 from pl_sparse.probe import Probe
 from pl_sparse.schedule import Constant, OneShot, Schedule
 from pl_sparse.scorer import Scorer
-from pl_sparse.structure import Structure
+from pl_sparse.structure import Channel, Structure
 from pl_sparse.updater import Prune, Update, Updater
 
 _VERSION = 1
@@ -149,6 +149,11 @@ class Pruner:
             )
         if (refusal := self.updater.refusal(self.structure)) is not None:
             raise ValueError(refusal)
+        if self.masking.transforms and isinstance(self.structure, Channel) and self.structure.coupled:
+            raise ValueError(
+                f"masking={_name(self.masking)} learns for each layer on its own which channels it keeps, so that joined "
+                "ones cannot be pruned together: use structure=channel with coupled=false"
+            )
         if ablation not in (None, "shuffle", "reinit", "invert"):
             raise ValueError(f"ablation={ablation!r} is none of shuffle, reinit, invert")
         if ablation in ("shuffle", "reinit") and not isinstance(self.schedule, OneShot):
