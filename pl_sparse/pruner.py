@@ -151,8 +151,8 @@ class Pruner:
             raise ValueError(refusal)
         if self.masking.transforms and isinstance(self.structure, Channel) and self.structure.coupled:
             raise ValueError(
-                f"masking={_name(self.masking)} learns for each layer on its own which channels it keeps, so that joined "
-                "ones cannot be pruned together: use structure=channel with coupled=false"
+                f"masking={_name(self.masking)} learns for each layer on its own which channels it keeps, so that "
+                "joined ones cannot be pruned together: use structure=channel with coupled=false"
             )
         if ablation not in (None, "shuffle", "reinit", "invert"):
             raise ValueError(f"ablation={ablation!r} is none of shuffle, reinit, invert")
