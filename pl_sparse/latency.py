@@ -120,6 +120,7 @@ class Network:
                 groups_of = getattr(param.module, "groups", 1)
                 ins.setdefault(id(param.module), {})[g] = int((units == 0).sum()) * groups_of
         self.layers = []
+        module: Any
         for name, module in model.named_modules():
             if id(module) not in seen or not isinstance(module, (nn.Linear, *_CONVS)):
                 continue

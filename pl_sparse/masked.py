@@ -231,8 +231,6 @@ class MaskedParameter:
         self._factor = None
         if self.dense is not None:
             self.dense = cut.take(self.dense)
-        if self.gate is not None and self.gate.shape == torch.Size(cut.shape):
-            self.gate = cut.take(self.gate)
         self.state = {
             key: cut.take(value) if value.dim() == len(cut.shape) else value for key, value in self.state.items()
         }

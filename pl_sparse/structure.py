@@ -317,7 +317,9 @@ class Channel(Structure):
 
         groups = []
         for coupling in couplings(model, example):
-            members, followers, feeds = [], [], []
+            members: list[tuple[MaskedParameter, Layout]] = []
+            followers: list[tuple[MaskedParameter, Layout]] = []
+            feeds: list[tuple[MaskedParameter, Tensor]] = []
             reason = coupling.reason
             for port in coupling.ports:
                 module: Any = modules.get(port.path)
@@ -325,8 +327,8 @@ class Channel(Structure):
                     continue
                 if port.side == "in":
                     if coupling.reason is None:
-                        param = by_weight.get(id(module.weight)) or reader(port.path, module)
-                        feeds.append((param, _readers(param, port.places)))
+                        into = by_weight.get(id(module.weight)) or reader(port.path, module)
+                        feeds.append((into, _readers(into, port.places)))
                     continue
                 for short, tensor in module.named_parameters(recurse=False):
                     param = by_weight.get(id(tensor))
@@ -340,8 +342,8 @@ class Channel(Structure):
                     elif not isinstance(module, nn.PReLU):
                         name = f"{port.path}.{short}"
                         mask = torch.ones_like(tensor, dtype=torch.bool, requires_grad=False)
-                        param = others.setdefault(name, MaskedParameter(name, module, tensor, mask))
-                        followers.append((param, _rows(param, port.places)))
+                        other = others.setdefault(name, MaskedParameter(name, module, tensor, mask))
+                        followers.append((other, _rows(other, port.places)))
             if members:
                 members.sort(key=lambda member: order[member[0].name])
                 groups.append(Group(members[0][0].name, tuple(members), tuple(followers), tuple(feeds), reason))

@@ -207,7 +207,9 @@ def shrink_optimizers(optimizers: Sequence[Optimizer], model: nn.Module, plan: P
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             cut = plan.tensors.get(names.get(id(parameter), ""))
-            for key, value in state.items() if cut is not None else ():
+            if cut is None:
+                continue
+            for key, value in state.items():
                 if not isinstance(value, Tensor) or value.numel() <= 1:
                     continue
                 fits = value.dim() == len(cut.shape) and all(
