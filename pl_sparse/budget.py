@@ -20,17 +20,17 @@ __all__ = ["Budget"]
 class Budget(Allocation):
     """The least important channels for what they cost go, until the network costs no more than the budget.
 
-    Blocks of `multiple` channels, the least important of a group, are candidates; the one with the least importance
-    (the sum of its units' scores, each times its weights) for the cost that its removal saves goes, costs are computed
-    anew, and so on. A group keeps at least one block. The way there follows the schedule: at a level s the budget is
+    What is kept is worth sum over groups log(sum of the scores of its kept units), so that what counts is the share of
+    a group's importance and no group is emptied. Blocks of `multiple` channels, the least important of a group, are
+    candidates; the one that loses the least worth for the cost that its removal saves goes, costs are computed anew,
+    and so on. A group keeps at least one block. The way there follows the schedule: at a level s the budget is
     full^(1 - p) budget^p with p = s / final, `full` being what the dense network costs. `sparsity` is the pace alone;
     what is reached follows from the budget.
 
     It needs coupled channels, which are what can be removed (`structure=coupled`).
 
     Source: Shen et al., Structural pruning via latency-saliency knapsack (HALP), 2022, arXiv:2210.06659, sections 3.2
-    and 3.4; there a knapsack solver chooses, here a greedy rule does, which is exact up to the last block where values
-    fall with each removal.
+    and 3.4; there importance is summed without the logarithm, and a knapsack solver chooses, not a greedy rule.
 
     Args:
         final: the schedule's final sparsity.
@@ -114,7 +114,7 @@ class Budget(Allocation):
         for i, g in enumerate(index):
             scores = units[i].reshape(-1).double() * units.weights[i]
             ranked = scores.sort(descending=True, stable=True).values
-            values[g] = torch.cat([ranked.new_zeros(1), ranked.clamp_min(-1e30).cumsum(0)])
+            values[g] = torch.cat([ranked.new_zeros(1), ranked.clamp_min(0).cumsum(0)]).clamp_min(1e-30).log()
             kept[g] = limits[i]
         budget = self.limit(min(sparsity / self.final, 1.0) if self.final else 0.0)
         now = self.cost(kept)
