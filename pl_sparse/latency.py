@@ -120,15 +120,14 @@ class Network:
                 groups_of = getattr(param.module, "groups", 1)
                 ins.setdefault(id(param.module), {})[g] = int((units == 0).sum()) * groups_of
         self.layers = []
-        module: Any
         for name, module in model.named_modules():
             if id(module) not in seen or not isinstance(module, (nn.Linear, *_CONVS)):
                 continue
             shape, positions = seen[id(module)]
             out, own = outs.get(id(module), {}), ins.get(id(module), {})
             linear = isinstance(module, nn.Linear)
-            full_out = int(module.out_features if linear else module.out_channels)
-            full_in = int(module.in_features if linear else module.in_channels)
+            full_out = int(getattr(module, "out_features" if linear else "out_channels"))
+            full_in = int(getattr(module, "in_features" if linear else "in_channels"))
             rest_out = full_out - sum(count * self.units[g] for g, count in out.items())
             rest_in = full_in - sum(count * self.units[g] for g, count in own.items())
             self.layers.append(Layer(f"{name}.weight", module, positions, shape, (out, rest_out), (own, rest_in)))
