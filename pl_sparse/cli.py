@@ -12,6 +12,7 @@ __all__ = ["main"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pl_sparse.app:main", "train one model, or several with -m: the settings are those of train.py"),
+    "pareto": ("pl_sparse.overview:main", "compare runs: fronts of accuracy and cost, the best under a constraint"),
 }
 """What each subcommand calls, imported when it is asked for, and a line of help."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "pl_sparse"
 FLOORS = [  # a module imports from the floors above it in this list only
-    {"naming", "topk", "files"},
+    {"naming", "topk", "files", "pareto"},
     {"masked"},
     {"probe", "attention"},
     {"structure", "schedule", "cost"},
@@ -23,12 +23,13 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
     {"tasks.classifier", "tasks.text"},
+    {"overview"},
     {"settings"},
     {"app"},
     {"cli"},
 ]
 WITH_LIGHTNING = ("callbacks", "tasks", "app", "cli")
-WITH_HYDRA = ("settings", "app", "cli")
+WITH_HYDRA = ("overview", "settings", "app", "cli")
 
 
 def modules() -> dict[str, Path]:
