@@ -19,7 +19,7 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"report"},
     {"callbacks.judging", "callbacks.calibration"},
     {"callbacks.sparsity", "callbacks.random_state", "callbacks.distill"},
-    {"callbacks.history", "callbacks.rewind", "callbacks.regularize"},
+    {"callbacks.history", "callbacks.rewind", "callbacks.regularize", "callbacks.track"},
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
     {"tasks.classifier", "tasks.text"},
