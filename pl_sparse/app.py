@@ -379,6 +379,13 @@ def main() -> float | None:
     sys.exit(2)
 
 
+def sweep() -> float | None:
+    """`pl-sparse sweep ...`: `pl-sparse train -m ...`."""
+    if not {"-m", "--multirun"} & set(sys.argv):
+        sys.argv.insert(1, "-m")
+    return main()
+
+
 def _resumed(arguments: list[str]) -> list[str]:
     """With `ckpt_path` of a run, that run's own settings and folder, before those given."""
     given = {argument.partition("=")[0].lstrip("+~"): argument.partition("=")[2] for argument in arguments}

@@ -1,6 +1,6 @@
 """What a set of runs comes to: `pareto.csv`, `pareto.json`, `pareto.png`, `pareto.html` and a table.
 
-At the end of a multirun Hydra calls `Overview`; `pl-sparse pareto DIR...` does the same for any runs at any time.
+It is made at the end of a multirun, and by `pl-sparse pareto DIR...` for any runs at any time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hydra.experimental.callback import Callback
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -28,7 +27,7 @@ from rich.table import Table
 from pl_sparse.files import replacing, write_csv, write_json, write_text
 from pl_sparse.pareto import AXES, Axis, Group, Run, best, dense, front, gather, group, hypervolume, metric, smallest
 
-__all__ = ["Overview", "main", "overview"]
+__all__ = ["main", "overview"]
 
 _FILES = {
     "metrics.json": "metrics",
@@ -45,29 +44,6 @@ _FILES = {
 _SHORT = {"sparsity": "sparsity", "size": "size", "macs": "MACs", "latency": "latency", "exported": "exported"}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#8C8C8C")
 _MARKERS = "os^Dv"
-
-
-class Overview(Callback):
-    """Writes the overview of a multirun into its folder when its last run has ended.
-
-    Args:
-        axis: what the picture and the hypervolume compare accuracies with: sparsity, size, macs, latency, exported.
-        drop: how much accuracy the smallest model may lose against the dense one.
-    """
-
-    def __init__(self, axis: str = "sparsity", drop: float = 0.01) -> None:
-        self.axis = axis
-        self.drop = drop
-
-    def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        if not any(run.models for run in gather([folder])):
-            return
-        overview([folder], folder, AXES[self.axis], drop=self.drop)
-        if "wandb" in (config.get("logger") or {}):
-            from pl_sparse.boards import hand_over_sweep
-
-            hand_over_sweep(config.logger.wandb, folder)
 
 
 def overview(

@@ -23,13 +23,15 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
     {"tasks.classifier", "tasks.text"},
-    {"overview"},
+    {"overview", "inspection", "doctor"},
+    {"boards"},
+    {"hooks"},
     {"settings"},
     {"app"},
     {"cli"},
 ]
 WITH_LIGHTNING = ("callbacks", "tasks", "app", "cli")
-WITH_HYDRA = ("overview", "settings", "app", "cli")
+WITH_HYDRA = ("hooks", "settings", "app", "cli")
 
 
 def modules() -> dict[str, Path]:
