@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -34,6 +35,9 @@ def main() -> None:
     if first in ("-h", "--help", "help"):
         print(_help())
         return
+    line = os.environ.get("COMP_LINE", "").split(" ")
+    if first == "-sc" and line[1:2] in (["train"], ["sweep"]):  # Hydra completes settings, and knows no subcommands
+        os.environ["COMP_LINE"] = " ".join(line[:1] + line[2:])
     if first in COMMANDS:
         del sys.argv[1:2]
     elif "=" in first or first.startswith(("-", "+", "~")):
