@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import struct
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -121,13 +122,16 @@ def read_offline(folder: Path) -> tuple[dict[str, Any], set[str], dict[str, str]
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     kinds: dict[str, Any] = {}
     last: dict[str, str] = {}
-    for data in records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        kind = str(record.WhichOneof("record_type"))
-        kinds[kind] = getattr(record, kind)
-        for item in record.history.item:
-            last[item.key or ".".join(item.nested_key)] = item.value_json
+    until = time.monotonic() + 60
+    while "exit" not in kinds and time.monotonic() < until:  # wandb writes in a process of its own, and may be late
+        for data in records(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            kind = str(record.WhichOneof("record_type"))
+            kinds[kind] = getattr(record, kind)
+            for item in record.history.item:
+                last[item.key or ".".join(item.nested_key)] = item.value_json
+        time.sleep(0.1)
     return kinds, set(last), last
 
 
