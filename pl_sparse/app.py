@@ -17,6 +17,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
@@ -29,6 +30,7 @@ from safetensors.torch import save_file
 
 from pl_sparse.callbacks import History, RandomState, Sparsity
 from pl_sparse.callbacks.lines import Lines
+from pl_sparse.callbacks.track import Track, closing, publish
 from pl_sparse.files import replacing, write_csv, write_json, write_text
 from pl_sparse.naming import suggestion
 from pl_sparse.report import Summary, layer_rows, plot_layers, plot_training, summary_table
@@ -46,6 +48,7 @@ CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / 
 _AXES = ("scorer", "schedule", "structure", "allocation", "updater", "masking")
 
 
+@closing()
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Train one model as configured, test it, and write its reports to `cfg.output_dir`.
 
@@ -97,6 +100,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if not trainer.is_global_zero:
         return {}
     metrics = _write(cfg, folder, trainer, module, prefix, sparsity, history, best, tested)
+    publish(trainer.loggers, folder, metrics, trainer.global_step)
     return metrics
 
 
@@ -173,9 +177,8 @@ def _trainer(cfg: DictConfig, callbacks: list[Any]) -> Trainer:
     if not node.enable_progress_bar:
         callbacks.append(Lines())
     callbacks += [built for built in _each(cfg, "callbacks") if built is not None]
-    loggers = list(_each(cfg, "logger"))
-    for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    loggers = _loggers(cfg)
+    callbacks += [Track()] * bool(loggers)
     checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     try:
         trainer: Trainer = instantiate(
@@ -189,6 +192,19 @@ def _trainer(cfg: DictConfig, callbacks: list[Any]) -> Trainer:
     except Exception as error:
         raise ConfigError(f"trainer: {error.__cause__ or error}") from error
     return trainer
+
+
+def _loggers(cfg: DictConfig) -> list[Any]:
+    """All loggers, each told the settings: one that cannot reach its server says so now."""
+    Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+    loggers = _each(cfg, "logger")
+    for logger in loggers:
+        try:
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        except Exception as error:
+            hint = ". Without an account: logger.wandb.mode=offline" if "wandb" in type(error).__module__ else ""
+            raise ConfigError(f"logger: {str(error).rstrip('.')}{hint}") from error
+    return loggers
 
 
 def _each(cfg: DictConfig, group: str) -> list[Any]:
@@ -334,6 +350,9 @@ def _entry(cfg: DictConfig) -> float | None:
     if cfg.output_dir is None:
         OmegaConf.set_struct(cfg, False)
         cfg.output_dir = HydraConfig.get().runtime.output_dir
+    board = (cfg.get("logger") or {}).get("wandb")
+    if board is not None and board.get("group") is None and HydraConfig.get().mode == RunMode.MULTIRUN:
+        board.group = Path(HydraConfig.get().sweep.dir).name
     metrics = train(cfg)
     value = metrics.get(cfg.objective)
     return None if value is None else float(value)
@@ -358,6 +377,13 @@ def main() -> float | None:
         message = "interrupted. It goes on with ckpt_path=<run>/checkpoints/last.ckpt"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def sweep() -> float | None:
+    """`pl-sparse sweep ...`: `pl-sparse train -m ...`."""
+    if not {"-m", "--multirun"} & set(sys.argv):
+        sys.argv.insert(1, "-m")
+    return main()
 
 
 def _resumed(arguments: list[str]) -> list[str]:

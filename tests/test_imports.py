@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "pl_sparse"
 FLOORS = [  # a module imports from the floors above it in this list only
-    {"naming", "topk", "files"},
+    {"naming", "topk", "files", "pareto"},
     {"masked"},
     {"probe", "attention"},
     {"structure", "schedule", "cost"},
@@ -19,16 +19,19 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"report"},
     {"callbacks.judging", "callbacks.calibration"},
     {"callbacks.sparsity", "callbacks.random_state", "callbacks.distill"},
-    {"callbacks.history", "callbacks.rewind", "callbacks.regularize"},
+    {"callbacks.history", "callbacks.rewind", "callbacks.regularize", "callbacks.track"},
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
     {"tasks.classifier", "tasks.text"},
+    {"overview", "inspection", "doctor"},
+    {"boards"},
+    {"hooks"},
     {"settings"},
     {"app"},
     {"cli"},
 ]
 WITH_LIGHTNING = ("callbacks", "tasks", "app", "cli")
-WITH_HYDRA = ("settings", "app", "cli")
+WITH_HYDRA = ("hooks", "settings", "app", "cli")
 
 
 def modules() -> dict[str, Path]:

@@ -6,5 +6,6 @@ from pl_sparse.callbacks.random_state import RandomState
 from pl_sparse.callbacks.regularize import Regularize
 from pl_sparse.callbacks.rewind import Rewind
 from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.callbacks.track import Track
 
-__all__ = ["Distill", "History", "RandomState", "Regularize", "Rewind", "Sparsity"]
+__all__ = ["Distill", "History", "RandomState", "Regularize", "Rewind", "Sparsity", "Track"]
