@@ -17,18 +17,22 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"updater", "regularizer"},
     {"pruner"},
     {"report"},
-    {"callbacks.judging", "callbacks.calibration"},
+    {"callbacks.judging", "callbacks.calibration", "callbacks.whole"},
     {"callbacks.sparsity", "callbacks.random_state", "callbacks.distill"},
     {"callbacks.history", "callbacks.rewind", "callbacks.regularize"},
+    {"callbacks.front", "callbacks.prefix", "callbacks.status"},
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
     {"tasks.classifier", "tasks.text"},
     {"settings"},
+    {"sweep", "sweep.identity", "sweep.launch"},
+    {"sweep.prefix", "sweep.runs"},
+    {"sweep.monitor"},
     {"app"},
     {"cli"},
 ]
-WITH_LIGHTNING = ("callbacks", "tasks", "app", "cli")
-WITH_HYDRA = ("settings", "app", "cli")
+WITH_LIGHTNING = ("callbacks", "tasks", "sweep", "app", "cli")
+WITH_HYDRA = ("settings", "sweep", "app", "cli")
 
 
 def modules() -> dict[str, Path]:
