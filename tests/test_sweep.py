@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,8 @@ def check_kills(tmp_path: Path, arguments: list[str], runs: int, moments: list[i
         while begun(sweep) < moment and process.poll() is None:
             time.sleep(0.05)
         time.sleep(random.random())
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it was faster
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         time.sleep(0.5)
     done = {path.parent.name: path.stat().st_mtime_ns for path in sweep.glob("*/metrics.json")}
@@ -268,7 +270,7 @@ def test_a_killed_sweep_ends_with_the_same_results(tmp_path: Path) -> None:
 def test_a_sweep_of_twelve_killed_three_times(tmp_path: Path, launcher: list[str]) -> None:
     asked = ["sparsity=0.5,0.8,0.9", "seed=0,1", "scorer=magnitude,movement", "trainer.max_epochs=6"]
     asked += ["schedule.begin=0.34", "data.limit=640", "threads=1"]
-    check_kills(tmp_path, asked, runs=12, moments=sorted(random.sample(range(1, 12), 3)), launcher=launcher)
+    check_kills(tmp_path, asked, runs=12, moments=sorted(random.sample(range(1, 9), 3)), launcher=launcher)
 
 
 @pytest.mark.slow
@@ -301,11 +303,11 @@ def test_trainings_of_two_processes_in_a_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_takes_its_run_alone(tmp_path: Path) -> None:
+def test_a_process_that_dies_takes_its_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = tmp_path / "sweep"
     (tmp_path / "dies.py").write_text(DIES)
     asked = ["trainer=ddp_cpu", "sparsity=0.5,0.9", "trainer.max_epochs=2", "+callbacks.dies._target_=dies.Dies"]
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     assert start(sweep, *asked).wait(300) == 1, (tmp_path / "out.txt").read_text()
     assert [status["state"] for status in statuses(sweep).values()] == ["failed", "finished"]
 

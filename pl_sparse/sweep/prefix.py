@@ -38,7 +38,8 @@ def prefix(cfg: DictConfig, sparsity: Sparsity, epochs: int | None) -> Prefix | 
     if where is None or not pruner.attached or not epochs or cfg.trainer.max_steps not in (-1, None):
         return None
     plain = settings(cfg)
-    observed = pruner.scorer.observes or getattr(pruner.updater, "redistribute", False)
+    learned = pruner.masking.samples or not pruner.updater.targets_sparsity
+    observed = pruner.scorer.observes or learned or getattr(pruner.updater, "redistribute", False)
     early = {key: value for key, value in plain.items() if key not in _LATER}
     axes = {key: plain[key] for key in _LATER if key not in ("sparsity", "levels", "schedule", "front", "test")}
     schedule: dict[str, Any] = dict(plain["schedule"])
