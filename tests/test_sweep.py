@@ -266,6 +266,7 @@ def test_a_killed_sweep_ends_with_the_same_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
 def test_a_sweep_of_twelve_killed_three_times(tmp_path: Path, launcher: list[str]) -> None:
     asked = ["sparsity=0.5,0.8,0.9", "seed=0,1", "scorer=magnitude,movement", "trainer.max_epochs=6"]
