@@ -17,9 +17,10 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"updater", "regularizer"},
     {"pruner"},
     {"report"},
-    {"callbacks.judging", "callbacks.calibration"},
+    {"callbacks.judging", "callbacks.calibration", "callbacks.whole"},
     {"callbacks.sparsity", "callbacks.random_state", "callbacks.distill"},
     {"callbacks.history", "callbacks.rewind", "callbacks.regularize", "callbacks.track"},
+    {"callbacks.front", "callbacks.prefix", "callbacks.status"},
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
     {"tasks.classifier", "tasks.text"},
@@ -27,11 +28,14 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"boards"},
     {"hooks"},
     {"settings"},
+    {"sweep", "sweep.identity", "sweep.launch"},
+    {"sweep.prefix", "sweep.runs"},
+    {"sweep.monitor"},
     {"app"},
     {"cli"},
 ]
-WITH_LIGHTNING = ("callbacks", "tasks", "app", "cli")
-WITH_HYDRA = ("hooks", "settings", "app", "cli")
+WITH_LIGHTNING = ("callbacks", "tasks", "sweep", "app", "cli")
+WITH_HYDRA = ("hooks", "settings", "sweep", "app", "cli")
 
 
 def modules() -> dict[str, Path]:
