@@ -55,7 +55,8 @@ class Layer:
 
     Attributes:
         name: of its weight.
-        module: the layer.
+        module: the layer as it was when the network was looked at, without values: what shrinking makes of the
+            model's own changes nothing here.
         positions: how often each weight is used for one sample.
         shape: of its input, one batch.
         outs: outputs for each unit, by group, and those that stay.
@@ -72,8 +73,7 @@ class Layer:
     @property
     def depthwise(self) -> bool:
         """Whether each of its outputs has one input of its own."""
-        groups = getattr(self.module, "groups", 1)
-        return 1 < groups == self.module.in_channels == self.module.out_channels
+        return _depthwise(self.module)
 
     def widths(self, kept: Sequence[Any]) -> tuple[Any, Any]:
         """Inputs and outputs with these units kept; numbers or differentiable scalars."""
@@ -130,7 +130,8 @@ class Network:
             full_in = int(getattr(module, "in_features" if linear else "in_channels"))
             rest_out = full_out - sum(count * self.units[g] for g, count in out.items())
             rest_in = full_in - sum(count * self.units[g] for g, count in own.items())
-            self.layers.append(Layer(f"{name}.weight", module, positions, shape, (out, rest_out), (own, rest_in)))
+            twin = _sized(module, full_in, full_out, device="meta")
+            self.layers.append(Layer(f"{name}.weight", twin, positions, shape, (out, rest_out), (own, rest_in)))
 
     def cost(self, kept: Sequence[Any], what: str, table: LatencyTable | None = None) -> Any:
         """What the network costs with `kept[g]` units left in group g: "macs" (a sample), "kb" (of 1000 bytes, weights
@@ -268,23 +269,27 @@ def _variant(layer: Layer, inputs: int, outputs: int) -> tuple[nn.Module, Tensor
     """The layer at a width, with an activation (and a norm if its bias is left to one), and an input."""
     module = layer.module
     shape = list(layer.shape)
+    shape[-1 if isinstance(module, nn.Linear) else 1] = inputs
+    sized = _sized(module, inputs, outputs)
+    norm: list[nn.Module] = [nn.BatchNorm2d(outputs)] if module.bias is None and isinstance(sized, nn.Conv2d) else []
+    return nn.Sequential(sized, *norm, nn.ReLU(inplace=True)).eval(), torch.randn(shape)
+
+
+def _depthwise(module: Any) -> bool:
+    groups = getattr(module, "groups", 1)
+    return bool(1 < groups == module.in_channels == module.out_channels)
+
+
+def _sized(module: Any, inputs: int, outputs: int, device: str | None = None) -> nn.Module:
+    """A layer of the same kind with other widths."""
+    bias = module.bias is not None
     if isinstance(module, nn.Linear):
-        shape[-1] = inputs
-        return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU(inplace=True)).eval(), torch.randn(shape)
-    shape[1] = inputs
-    kind: Any = type(module)
-    conv = kind(
-        inputs,
-        outputs,
-        module.kernel_size,
-        module.stride,
-        module.padding,
-        module.dilation,
-        outputs if layer.depthwise else module.groups,
-        bias=module.bias is not None,
-    )
-    norm: list[nn.Module] = [nn.BatchNorm2d(outputs)] if module.bias is None and conv.weight.dim() == 4 else []
-    return nn.Sequential(conv, *norm, nn.ReLU(inplace=True)).eval(), torch.randn(shape)
+        return nn.Linear(inputs, outputs, bias, device=device)
+    kind: Any = next(kind for kind in _CONVS if isinstance(module, kind))
+    groups = outputs if _depthwise(module) else module.groups
+    options = module.kernel_size, module.stride, module.padding, module.dilation, groups, bias, module.padding_mode
+    made: nn.Module = kind(inputs, outputs, *options, device=device)
+    return made
 
 
 def _between(grid: Sequence[int], values: Sequence[Any], x: Any) -> Any:

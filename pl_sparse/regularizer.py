@@ -12,7 +12,7 @@ topkast), else on the sparse weights. A gradient is added at the sparse weights,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -61,6 +61,14 @@ class Regularizer(ABC):
 
     def start(self, groups: Sequence[Group]) -> None:
         """When the penalty begins: what is decided once; by default nothing is."""
+        return
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided then, beside masks, in plain types; by default nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take that up again, after `groups`; by default nothing is done."""
         return
 
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
@@ -365,8 +373,8 @@ class Latency(Regularizer):
     """strength * E[latency] / latency of the dense network, for coupled channels.
 
     A channel counts as present to the degree q = |w|^2 / (|w|^2 + softness * m), |w|^2 the mean square of its weights
-    and m that of its group when training starts. The expected width of a group is the sum of its q, and the latency of
-    a layer that of its expected width, by a table that was measured on this machine and is interpolated
+    and m that of its group when the penalty begins. The expected width of a group is the sum of its q, and the latency
+    of a layer that of its expected width, by a table that was measured on this machine and is interpolated
     (`latency.LatencyTable`). Channels of layers that save most fade first; `structure=coupled` then prunes them.
 
     Source: Cai, Zhu, Han, ProxylessNAS: direct neural architecture search on target task and hardware, 2018,
@@ -401,10 +409,19 @@ class Latency(Regularizer):
             raise ValueError("the latency penalty found no channel that could be removed")
         network, table = Network(groups, model, example), LatencyTable(self.table)
         table.measure(network.layers)
-        means = [float(self._squares(group).detach().mean()) for group in groups]
         dense = float(network.cost(network.units, "ms", table))
-        self._known.update(network=network, table=table, means=means, dense=dense)
+        self._known.update(network=network, table=table, dense=dense)
+        self.start(groups)
         return groups
+
+    def start(self, groups: Sequence[Group]) -> None:
+        self._known["means"] = [float(self._squares(group).detach().mean()) for group in groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"means": self._known["means"]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._known["means"] = state["means"]
 
     def _squares(self, group: Group) -> Tensor:
         """The mean square of the weights of each unit, differentiable."""

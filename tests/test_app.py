@@ -43,7 +43,7 @@ def test_a_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {
         "checkpoints", "config.yaml", "history.csv", "layers.csv", "layers.png", "metrics.json", "model.safetensors",
-        "training.png",
+        "status.json", "training.png",
     }  # fmt: skip
     assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     keys = (
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("scorer=movment", "there is no such scorer. Did you mean 'movement'?"),
+        ("scorer=movment", "there is no such scorer. Did you mean 'movement'"),
         ("method=gmpp", "there is no such method. Did you mean 'gmp'"),
         ("sparsty=0.5", "sparsty is no setting. Did you mean 'sparsity'"),
         ("structure.m=4", "structure.m is no setting"),

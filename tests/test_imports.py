@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "pl_sparse"
 FLOORS = [  # a module imports from the floors above it in this list only
-    {"naming", "topk", "files"},
+    {"naming", "topk", "files", "pareto"},
     {"masked"},
     {"probe", "attention"},
     {"coupling"},
@@ -19,19 +19,25 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"pruner"},
     {"report", "export.shrink"},
     {"export"},
-    {"callbacks.judging", "callbacks.calibration"},
+    {"callbacks.judging", "callbacks.calibration", "callbacks.whole"},
     {"callbacks.sparsity", "callbacks.random_state", "callbacks.distill"},
-    {"callbacks.history", "callbacks.rewind", "callbacks.regularize"},
-    {"callbacks.shrink"},
+    {"callbacks.history", "callbacks.rewind", "callbacks.regularize", "callbacks.track"},
+    {"callbacks.front", "callbacks.prefix", "callbacks.status", "callbacks.shrink"},
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
     {"tasks.classifier", "tasks.text"},
+    {"overview", "inspection", "doctor"},
+    {"boards"},
+    {"hooks"},
     {"settings"},
+    {"sweep", "sweep.identity", "sweep.launch"},
+    {"sweep.prefix", "sweep.runs"},
+    {"sweep.monitor"},
     {"app"},
     {"cli"},
 ]
-WITH_LIGHTNING = ("callbacks", "tasks", "app", "cli")
-WITH_HYDRA = ("settings", "app", "cli")
+WITH_LIGHTNING = ("callbacks", "tasks", "sweep", "app", "cli")
+WITH_HYDRA = ("hooks", "settings", "sweep", "app", "cli")
 
 
 def modules() -> dict[str, Path]:

@@ -1,11 +1,25 @@
 """Lightning callbacks."""
 
 from pl_sparse.callbacks.distill import Distill
+from pl_sparse.callbacks.front import Front
 from pl_sparse.callbacks.history import History
 from pl_sparse.callbacks.random_state import RandomState
 from pl_sparse.callbacks.regularize import Regularize
 from pl_sparse.callbacks.rewind import Rewind
 from pl_sparse.callbacks.shrink import Shrink
 from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.callbacks.status import Status
+from pl_sparse.callbacks.track import Track
 
-__all__ = ["Distill", "History", "RandomState", "Regularize", "Rewind", "Shrink", "Sparsity"]
+__all__ = [
+    "Distill",
+    "Front",
+    "History",
+    "RandomState",
+    "Regularize",
+    "Rewind",
+    "Shrink",
+    "Sparsity",
+    "Status",
+    "Track",
+]

@@ -87,8 +87,9 @@ def example_of(trainer: Trainer, module: LightningModule) -> Any:
     """
     example = module.example_input_array
     if example is None:
-        trainer.fit_loop.setup_data()
         loader: Any = trainer.train_dataloader
+        if loader is None:  # setting it up would draw the order of the first epoch, which a checkpoint may yet give
+            loader = trainer.fit_loop._data_source.dataloader()
         generator = getattr(loader, "generator", None)
         state = generator.get_state() if isinstance(generator, torch.Generator) else None
         with torch.random.fork_rng(devices=[]):

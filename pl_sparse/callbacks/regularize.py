@@ -64,6 +64,7 @@ class Regularize(Callback):
         self.last = not regularizer.removes_outputs if last is None else last
         self.groups: list[Group] = []
         self._marked: Mapping[str, torch.Tensor] | None = None
+        self._decided: Mapping[str, Any] = {}
         self._handles: list[RemovableHandle] = []
         self._span = (_at("begin", begin), _at("until", until))
         self._started = False
@@ -92,6 +93,8 @@ class Regularize(Callback):
             for param, _ in group.members:
                 if self._marked is not None and param.name in self._marked:
                     param.set_mask(self._marked[param.name].to(param.weight.device))
+        if self._started and self._decided:
+            self.regularizer.load_state_dict(self._decided)
         self._marked = None
         me = weakref.ref(self)
 
@@ -160,10 +163,12 @@ class Regularize(Callback):
     def state_dict(self) -> dict[str, Any]:
         if not self._started:
             return {"marked": None}
-        return {"marked": {p.name: p.mask.cpu() for group in self.groups for p, _ in group.members if p.pruned}}
+        marked = {p.name: p.mask.cpu() for group in self.groups for p, _ in group.members if p.pruned}
+        return {"marked": marked, "decided": self.regularizer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._marked = state_dict["marked"]
+        self._decided = state_dict.get("decided", {})
 
 
 def _at(what: str, time: Time, per_epoch: int | None = 1, total: int = 2**62) -> int:

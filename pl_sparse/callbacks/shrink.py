@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.optim import Optimizer
 
 from pl_sparse.callbacks.calibration import example_of
 from pl_sparse.callbacks.regularize import Regularize
@@ -96,15 +97,19 @@ class Shrink(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (trainer.current_epoch + 1) % self.every == 0:
-            self.shrink(trainer, pl_module)
+            self.shrink(trainer, pl_module, trainer.optimizers)
 
-    def shrink(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take out what is masked by now."""
+    def shrink(self, trainer: Trainer, module: LightningModule, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Take out what is masked by now.
+
+        Args:
+            optimizers: those that go on training the module.
+        """
         pruner = Sparsity.of(trainer).pruner
         masks = {param.name: param.mask for param in pruner.params if param.pruned}
         if not masks:
             return
-        result = shrink(module, example_of(trainer, module), masks, trainer.optimizers)
+        result = shrink(module, example_of(trainer, module), masks, optimizers)
         for name, reason in result.left.items():
             if self.left.get(name) != reason:
                 rank_zero_info(f"{name} has masked channels that stay: {reason}")
@@ -118,9 +123,7 @@ class Shrink(Callback):
     def load(self, trainer: Trainer, module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Give the module the shapes that it has in a checkpoint, before its weights are loaded."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if state is None:
-            return
-        plan = Plan.from_state_dict(state["plan"])
+        plan = Plan.from_state_dict(state["plan"]) if state else Plan()
         sparsity = Sparsity.of(trainer)
         if self.plan:
             for model, prefix in self._models(trainer, module):
@@ -140,7 +143,7 @@ class Shrink(Callback):
             yield average, "module."
 
     def state_dict(self) -> dict[str, Any]:
-        return {"plan": self.plan.state_dict()}
+        return {"plan": self.plan.state_dict()} if self.plan else {}
 
 
 def _averages(trainer: Trainer) -> Iterator[nn.Module]:
