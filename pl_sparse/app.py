@@ -383,6 +383,8 @@ def _metrics(
     summary = sparsity.summarize(module, cut)
     prunable = [param.name.removeprefix(cut) for param in pruner.params]
     nonzero, count = _nonzeros(weights, prunable), pruner.numel
+    # inputs that left the model because nothing feeds them any more were not pruned
+    unread = pruner.kept - sum(int(torch.count_nonzero(param.mask)) for param in pruner.params)
     return {
         "method": cfg.method or type(pruner.scorer).__name__.lower(),
         "scorer": type(pruner.scorer).__name__.lower(),
@@ -392,7 +394,7 @@ def _metrics(
         "masking": type(pruner.masking).__name__.lower(),
         "seed": cfg.seed,
         "sparsity_requested": pruner.target if pruner.at_target else pruner.level,
-        "sparsity": 1 - nonzero / count,
+        "sparsity": 1 - (nonzero + unread) / count,
         "sparsity_model": summary.sparsity_model,
         "at_target": pruner.at_target,
         **pruner.scorer.facts(pruner.groups),
@@ -456,7 +458,7 @@ _WRITTEN = {
     "history.csv": "a row an epoch",
     "layers.csv": "a row a layer",
     "model.safetensors": "the sparse weights",
-    "shrunk.json": "which channels were removed: pl_sparse.export.load_shrunk(model, folder)",
+    "shrunk.json": "what was removed from the model, for export.load_shrunk",
     "tickets.png": "accuracy of each round over the remaining weights",
     "tickets.csv": "a row a round",
     "levels": "mask and weights of each round",

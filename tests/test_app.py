@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pl_sparse.app import CONF, train
+from pl_sparse.export import load_shrunk
 from pl_sparse.settings import ConfigError
 from pl_sparse.tasks.classifier import Classifier
 from pl_sparse.tasks.data import Digits
@@ -73,6 +74,21 @@ def test_a_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {"train/loss", "train/acc", "val/loss", "val/acc", "lr", "seconds"} <= set(history[0])
     told = capsys.readouterr().out
     assert "epoch 4/4" in told and "actual 90.00%" in told and "training.png" in told
+
+
+def test_masked_channels_leave_the_model_of_each_level(tmp_path: Path) -> None:
+    options = "structure=coupled", "allocation=uniform", "schedule=staircase", "levels=[0.3,0.5]", "front=true"
+    metrics = train(config(tmp_path, *options, "shrink_every=1"))
+    levels = json.loads((tmp_path / "front.json").read_text())
+    test, lefts = Digits().test_dataloader(), []
+    for folder, row in [*zip(sorted((tmp_path / "levels").iterdir()), levels, strict=True), (tmp_path, metrics)]:
+        net = lenet300(shape=(1, 8, 8), classes=10)
+        load_shrunk(net, folder)
+        assert float((net(test.x).argmax(1) == test.y).float().mean()) == pytest.approx(row["test/acc"])
+        lefts.append(sum(p.numel() for p in net.parameters()))
+        assert lefts[-1] == row["params_left"] == row["params_nonzero"] < row["params_total"]
+        assert row["sparsity"] == pytest.approx(row["sparsity_requested"], abs=0.01)
+    assert lefts[0] > lefts[1] == lefts[2]
 
 
 def test_checkpoints_load_strictly_without_the_callback(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Penalties against loops in float64, and the callback in training."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pl_sparse.allocation import Uniform
 from pl_sparse.callbacks import RandomState, Regularize
 from pl_sparse.masked import find
 from pl_sparse.probe import Probe
-from pl_sparse.regularizer import L1, GroupLasso, GrowingL2, Regularizer, Slimming, step_sizes
+from pl_sparse.regularizer import L1, GroupLasso, GrowingL2, Latency, Regularizer, Slimming, step_sizes
 from pl_sparse.schedule import OneShot
 from pl_sparse.structure import Block, Channel, Head, Kernel, Row, Structure, Unstructured
 
@@ -372,11 +373,15 @@ def test_on_which_values_it_acts(masking: str) -> None:
         GroupLasso(strength=0.02, structure=Channel()),
         GrowingL2(strength=0.1, sparsity=0.5, every=3),
         Slimming(strength=0.01),
+        Latency(strength=0.1),
     ],
     ids=lambda regularizer: type(regularizer).__name__,
 )
 @pytest.mark.parametrize("begin", [0.1, 0.6])
 def test_a_resumed_training_is_the_uninterrupted_one(regularizer: Regularizer, begin: float, tmp_path: Path) -> None:
+    if isinstance(regularizer, Latency):
+        regularizer = replace(regularizer, table=str(tmp_path / "table.json"))
+
     def callbacks() -> list[Callback]:
         sparsity = Sparsity(schedule=OneShot(final=0.5, begin=0.9), report=False)
         return [Regularize(regularizer, begin=begin, until=0.8), sparsity, RandomState()]
