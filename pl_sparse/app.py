@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Mapping
 from datetime import datetime
-from inspect import isclass, signature
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,28 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from pl_sparse.callbacks import History, RandomState, Sparsity
+from pl_sparse.callbacks import History, Quantize, RandomState, Sparsity
 from pl_sparse.callbacks.lines import Lines
+from pl_sparse.deploy import deploy, exports, merged, refuse
 from pl_sparse.files import replacing, write_csv, write_json, write_text
+from pl_sparse.hardware import Hardware
 from pl_sparse.naming import suggestion
+from pl_sparse.quantize import integers
 from pl_sparse.report import Summary, layer_rows, plot_layers, plot_training, summary_table
-from pl_sparse.settings import ConfigError, check, target
-from pl_sparse.tasks.classifier import Classifier
+from pl_sparse.runs import built, make_module, network
+from pl_sparse.settings import CONF, ConfigError, check
 
 __all__ = ["main", "train"]
 
 log = logging.getLogger(__name__)
-
-_PACKAGE = Path(__file__).parent
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-"""The configuration: inside an installed package, beside it in a checkout."""
 
 _AXES = ("scorer", "schedule", "structure", "allocation", "updater", "masking")
 
@@ -65,12 +65,18 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"ckpt_path={cfg.ckpt_path} is no file: checkpoints are in <run>/checkpoints/last.ckpt")
     seed_everything(cfg.seed, workers=True, verbose=False)
 
-    sparsity = _sparsity(cfg)
-    data: LightningDataModule | None = _built(cfg, "data") if cfg.get("data") else None
-    module, prefix = _module(cfg, data)
+    hardware: Hardware = built(cfg, "hardware")
+    sparsity = _sparsity(cfg, hardware)
+    data: LightningDataModule | None = built(cfg, "data") if cfg.get("data") else None
+    module, prefix = make_module(cfg, data)
+    quantize: Quantize | None = built(cfg, "quantization") if cfg.get("quantization") else None
+    formats = exports(cfg)
+    _check_types(hardware, quantize, {format.dtype for format in formats.values()})
+    refuse(formats, hardware, module, data, sparsity.pruner.structure, sparsity.pruner.target)
     history = History(folder / "history.csv")
-    before = [_built(cfg, "regularizer")] if cfg.get("regularizer") else []
-    after = [_built(cfg, key) for key in ("rewind", "distill") if cfg.get(key)]
+    before = [built(cfg, "regularizer")] if cfg.get("regularizer") else []
+    after = [built(cfg, key) for key in ("rewind", "distill") if cfg.get(key)]
+    after += [quantize] if quantize is not None else []
     trainer = _trainer(cfg, [*before, sparsity, *after, history, RandomState()])
     try:
         sparsity.pruner.attach(module)
@@ -89,37 +95,33 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         ) from error
     if trainer.interrupted:
         raise KeyboardInterrupt
-    best = _load_best(trainer, module, sparsity)
+    best = _load_best(trainer, module, sparsity, quantize)
     tested: Mapping[str, float] = {}
     if cfg.test and (data is not None or _has(module, "test_dataloader")) and _has(module, "test_step"):
         tested = trainer.test(module, datamodule=data, verbose=False)[0]
 
     if not trainer.is_global_zero:
         return {}
-    metrics = _write(cfg, folder, trainer, module, prefix, sparsity, history, best, tested)
+    converted, zeros = (None, {}) if quantize is None else _integers(quantize, module, sparsity, folder)
+    metrics = _write(cfg, folder, trainer, module, prefix, sparsity, history, best, {**tested, **zeros})
+    if formats:
+        found = deploy(module, data, formats, folder, hardware, converted, cfg.export_measure)
+        metrics = merged(metrics, found)
+        write_json(folder / "metrics.json", metrics)
     return metrics
 
 
-def _built(cfg: DictConfig, key: str) -> Any:
-    """The object that a node of the configuration describes."""
-    try:
-        return instantiate(cfg[key])
-    except Exception as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, (ValueError, TypeError, ImportError, FileNotFoundError)):
-            raise ConfigError(f"{key}: {cause}") from error
-        raise
-
-
-def _sparsity(cfg: DictConfig) -> Sparsity:
+def _sparsity(cfg: DictConfig, hardware: Hardware) -> Sparsity:
     """The callback, its axes checked against each other and the hardware."""
     for what in ("sparsity", "label_smoothing"):
         if cfg[what] is not None and not 0 <= cfg[what] <= 1:
             raise ConfigError(f"{what}={cfg[what]} must be in [0, 1]")
-    axes = {axis: _built(cfg, axis) for axis in _AXES}
-    refusal = _built(cfg, "hardware").refusal(axes["structure"])
-    if refusal is not None and axes["schedule"].final > 0:
-        raise ConfigError(refusal)
+    axes = {axis: built(cfg, axis) for axis in _AXES}
+    objection = hardware.objection(axes["structure"], axes["schedule"].final)
+    if objection is not None and axes["schedule"].final > 0:
+        if hardware.strict:
+            raise ConfigError(objection)
+        rank_zero_warn(objection)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {key: plain[key] for key in ("include", "exclude", "first", "last", "overrides", "misfit")}
     options |= {key: plain[key] for key in ("ablation", "calibration_batches")}
@@ -129,37 +131,14 @@ def _sparsity(cfg: DictConfig) -> Sparsity:
         raise ConfigError(str(error)) from error
 
 
-def _module(cfg: DictConfig, data: LightningDataModule | None) -> tuple[LightningModule, str]:
-    """The module to train, and the prefix of its weights' names that reports leave out.
-
-    A LightningModule is taken as it is; any other model is given `shape` and `classes`, if it asks for them, and is
-    wrapped into a `Classifier`.
-    """
-    called = target(cfg.model, "model")
-    facts = {key: getattr(data, key) for key in ("shape", "classes") if hasattr(data, key)}
-    if isclass(called) and issubclass(called, LightningModule):
-        module: LightningModule = _given(cfg, "model", called, facts)
-        return module, ""
-    net = _given(cfg, "model", called, facts)
-    if isinstance(net, LightningModule):
-        return net, ""
-    if "classes" not in facts:
-        raise ConfigError(
-            f"model={cfg.model._target_} is no LightningModule, and data has no `classes` to train it as a classifier"
-        )
-    module = Classifier(
-        net, facts["classes"], _built(cfg, "optimizer"), _built(cfg, "lr_schedule"), cfg.label_smoothing
-    )
-    return module, "net."
-
-
-def _given(cfg: DictConfig, key: str, called: Any, facts: dict[str, Any]) -> Any:
-    wanted = signature(called).parameters
-    node = cfg[key].copy()
-    for name, value in facts.items():
-        if name in wanted and name not in node:
-            node[name] = list(value) if isinstance(value, tuple) else value
-    return _built(OmegaConf.create({key: node}), key)
+def _check_types(hardware: Hardware, quantize: Quantize | None, written: set[str]) -> None:
+    """The type of the weights is one that the hardware computes with, and that the exports can have."""
+    trained = "float32" if quantize is None else quantize.quantization.dtype
+    if "int8" in written and trained == "int4":
+        raise ConfigError("export=onnx_int8 has 8-bit weights, and quantization=int4_weight trains 4-bit ones")
+    refusal = hardware.refusal("int8" if "int8" in written else trained)
+    if refusal is not None:
+        raise ConfigError(refusal + (", or export=onnx_int8" if "int8" in hardware.dtypes else ""))
 
 
 def _trainer(cfg: DictConfig, callbacks: list[Any]) -> Trainer:
@@ -193,14 +172,14 @@ def _trainer(cfg: DictConfig, callbacks: list[Any]) -> Trainer:
 
 def _each(cfg: DictConfig, group: str) -> list[Any]:
     nodes: Any = cfg.get(group) or {}
-    return [_built(nodes, name) for name, node in nodes.items() if node is not None]
+    return [built(nodes, name) for name, node in nodes.items() if node is not None]
 
 
 def _has(module: LightningModule, hook: str) -> bool:
     return getattr(type(module), hook) is not getattr(LightningModule, hook)
 
 
-def _load_best(trainer: Trainer, module: LightningModule, sparsity: Sparsity) -> int | None:
+def _load_best(trainer: Trainer, module: LightningModule, sparsity: Sparsity, quantize: Quantize | None) -> int | None:
     """Take up the weights and masks of the best checkpoint at the target; the epoch it is of, or None for the last."""
     for checkpoint in trainer.checkpoint_callbacks:
         path = getattr(checkpoint, "best_model_path", "")
@@ -209,8 +188,35 @@ def _load_best(trainer: Trainer, module: LightningModule, sparsity: Sparsity) ->
             module.load_state_dict(saved["state_dict"])
             if sparsity.state_key in saved["callbacks"]:
                 sparsity.pruner.load_state_dict(saved["callbacks"][sparsity.state_key])
+            if quantize is not None:
+                quantize.quantization.load_state_dict(saved["callbacks"][quantize.state_key]["ranges"])
             return int(saved["epoch"])
     return None
+
+
+def _integers(
+    quantize: Quantize, module: LightningModule, sparsity: Sparsity, folder: Path
+) -> tuple[nn.Module, dict[str, float]]:
+    """The network with integers, and the fraction of zeros among them; the module is in floating point again."""
+    quantization, net = quantize.quantization, network(module)
+    ranges = quantization.state_dict()
+    if ranges:
+        with replacing(folder / "quantization.safetensors") as temporary:
+            save_file(ranges, temporary)
+    module.cpu()
+    converted = quantization.convert()
+    quantization.release()
+    found = integers(converted, net)
+    with torch.no_grad():  # where a weight of the plain class can have the rounded values, it has them
+        for name, weight in converted.named_parameters():
+            if hasattr(weight, "dequantize") and hasattr(weight, "qdata"):
+                net.get_parameter(name).copy_(weight.dequantize())
+    names = {id(weight): name for name, weight in net.named_parameters()}
+    kept = [found[name] for param in sparsity.pruner.params if (name := names.get(id(param.weight))) in found]
+    count = sum(value.numel() for value in kept)
+    if not count:
+        return converted, {}
+    return converted, {"sparsity_quantized": 1 - sum(int(torch.count_nonzero(value)) for value in kept) / count}
 
 
 def _write(
@@ -302,6 +308,7 @@ _WRITTEN = {
     "tickets.png": "accuracy of each round over the remaining weights",
     "tickets.csv": "a row a round",
     "levels": "mask and weights of each round",
+    "quantization.safetensors": "ranges of the activations",
     "checkpoints": "best at the target sparsity, and last",
 }
 
@@ -391,6 +398,10 @@ def _explained(error: BaseException, arguments: list[str]) -> str:
         if options and missing:
             group, _, name = str(missing).rpartition("/")
             return f"{group}={name}: there is no such {group}. {suggestion(name, options)}"
+        if missing and (CONF / str(missing)).parent.is_dir():  # one of a list: export=[onnx,csv]
+            group, _, name = str(missing).rpartition("/")
+            names = [path.stem for path in (CONF / group).glob("*.yaml")]
+            return f"{group}={name}: there is no such {group}. {suggestion(name, names)}"
     keys = [argument.partition("=")[0].lstrip("+~") for argument in arguments if "=" in argument]
     known = _keys(arguments)
     wrong = [key for key in keys if key not in known and not key.startswith("hydra")]

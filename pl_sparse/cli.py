@@ -12,6 +12,8 @@ __all__ = ["main"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pl_sparse.app:main", "train one model, or several with -m: the settings are those of train.py"),
+    "export": ("pl_sparse.deploy:export", "write the model of a finished run in other formats"),
+    "bench": ("pl_sparse.deploy:bench", "measure the model of a finished run, dense and exported side by side"),
 }
 """What each subcommand calls, imported when it is asked for, and a line of help."""
 

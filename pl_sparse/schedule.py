@@ -37,6 +37,24 @@ def _parse(time: Time, what: str) -> tuple[float, str]:
     return float(time), "steps"
 
 
+def step_of(time: Time, what: str, total: float, steps_per_epoch: int | None) -> int:
+    """The optimizer step of a time in a training of `total` steps (infinity: not known).
+
+    Raises:
+        ValueError: it is no time, or a part of a length that is not known; `what` is its name in the message.
+    """
+    value, unit = _parse(time, what)
+    if unit == "steps" or value == 0:
+        return int(value)
+    length = steps_per_epoch if unit == "epochs" else total
+    if length is None or length == float("inf"):
+        raise ValueError(
+            f"{what}={time!r} is a part of training or of an epoch, whose length is not known: give it in steps, or "
+            "set max_epochs or max_steps"
+        )
+    return round(value * length)
+
+
 def _sparsity(value: float, what: str) -> None:
     if isinstance(value, bool) or not 0 <= value <= 1:
         raise ValueError(

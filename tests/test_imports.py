@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "pl_sparse"
 FLOORS = [  # a module imports from the floors above it in this list only
-    {"naming", "topk", "files"},
-    {"masked"},
+    {"naming", "topk", "files", "trace"},
+    {"masked", "measure", "quantize"},
     {"probe", "attention"},
     {"structure", "schedule", "cost"},
     {"gate"},
@@ -17,18 +17,24 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"updater", "regularizer"},
     {"pruner"},
     {"report"},
+    {"export.format"},
+    {"export.compressed", "export.csr", "export.onnx", "export.pt2"},
+    {"export.semi_structured"},
+    {"export"},
     {"callbacks.judging", "callbacks.calibration"},
-    {"callbacks.sparsity", "callbacks.random_state", "callbacks.distill"},
+    {"callbacks.sparsity", "callbacks.quantize", "callbacks.random_state", "callbacks.distill"},
     {"callbacks.history", "callbacks.rewind", "callbacks.regularize"},
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
     {"tasks.classifier", "tasks.text"},
     {"settings"},
+    {"runs"},
+    {"deploy"},
     {"app"},
     {"cli"},
 ]
-WITH_LIGHTNING = ("callbacks", "tasks", "app", "cli")
-WITH_HYDRA = ("settings", "app", "cli")
+WITH_LIGHTNING = ("callbacks", "tasks", "runs", "deploy", "app", "cli")
+WITH_HYDRA = ("settings", "runs", "deploy", "app", "cli")
 
 
 def modules() -> dict[str, Path]:

@@ -2,9 +2,10 @@
 
 from pl_sparse.callbacks.distill import Distill
 from pl_sparse.callbacks.history import History
+from pl_sparse.callbacks.quantize import Quantize
 from pl_sparse.callbacks.random_state import RandomState
 from pl_sparse.callbacks.regularize import Regularize
 from pl_sparse.callbacks.rewind import Rewind
 from pl_sparse.callbacks.sparsity import Sparsity
 
-__all__ = ["Distill", "History", "RandomState", "Regularize", "Rewind", "Sparsity"]
+__all__ = ["Distill", "History", "Quantize", "RandomState", "Regularize", "Rewind", "Sparsity"]

@@ -1,0 +1,22 @@
+"""Trained models in files that are smaller, or faster, on a named target."""
+
+from pl_sparse.export.compressed import Compressed, load_compressed, save_compressed
+from pl_sparse.export.csr import CSR, to_csr
+from pl_sparse.export.format import Export
+from pl_sparse.export.onnx import ONNX, ONNXInt8
+from pl_sparse.export.pt2 import TorchExport
+from pl_sparse.export.semi_structured import SemiStructured, to_semi_structured
+
+__all__ = [
+    "CSR",
+    "ONNX",
+    "Compressed",
+    "Export",
+    "ONNXInt8",
+    "SemiStructured",
+    "TorchExport",
+    "load_compressed",
+    "save_compressed",
+    "to_csr",
+    "to_semi_structured",
+]
