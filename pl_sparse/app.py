@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from pl_sparse.callbacks import History, Quantize, RandomState, Sparsity
+from pl_sparse.callbacks import AccuracyBudget, History, Quantize, RandomState, Sparsity
 from pl_sparse.callbacks.lines import Lines
 from pl_sparse.deploy import deploy, exports, merged, refuse
 from pl_sparse.files import replacing, write_csv, write_json, write_text
@@ -77,7 +77,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     before = [built(cfg, "regularizer")] if cfg.get("regularizer") else []
     after = [built(cfg, key) for key in ("rewind", "distill") if cfg.get(key)]
     after += [quantize] if quantize is not None else []
-    trainer = _trainer(cfg, [*before, sparsity, *after, history, RandomState()])
+    budget: list[AccuracyBudget] = [built(cfg, "target")] if cfg.get("target") else []
+    trainer = _trainer(cfg, [*before, sparsity, *after, history, *budget, RandomState()])
     try:
         sparsity.pruner.attach(module)
     except ValueError as error:
@@ -95,7 +96,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         ) from error
     if trainer.interrupted:
         raise KeyboardInterrupt
-    best = _load_best(trainer, module, sparsity, quantize)
+    best = budget[0].epoch if budget else _load_best(trainer, module, sparsity, quantize)
     tested: Mapping[str, float] = {}
     if cfg.test and (data is not None or _has(module, "test_dataloader")) and _has(module, "test_step"):
         tested = trainer.test(module, datamodule=data, verbose=False)[0]

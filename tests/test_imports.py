@@ -23,7 +23,7 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"export"},
     {"callbacks.judging", "callbacks.calibration"},
     {"callbacks.sparsity", "callbacks.quantize", "callbacks.random_state", "callbacks.distill"},
-    {"callbacks.history", "callbacks.rewind", "callbacks.regularize"},
+    {"callbacks.accuracy_budget", "callbacks.history", "callbacks.rewind", "callbacks.regularize"},
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
     {"tasks.classifier", "tasks.text"},

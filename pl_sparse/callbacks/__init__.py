@@ -1,5 +1,6 @@
 """Lightning callbacks."""
 
+from pl_sparse.callbacks.accuracy_budget import AccuracyBudget
 from pl_sparse.callbacks.distill import Distill
 from pl_sparse.callbacks.history import History
 from pl_sparse.callbacks.quantize import Quantize
@@ -8,4 +9,13 @@ from pl_sparse.callbacks.regularize import Regularize
 from pl_sparse.callbacks.rewind import Rewind
 from pl_sparse.callbacks.sparsity import Sparsity
 
-__all__ = ["Distill", "History", "Quantize", "RandomState", "Regularize", "Rewind", "Sparsity"]
+__all__ = [
+    "AccuracyBudget",
+    "Distill",
+    "History",
+    "Quantize",
+    "RandomState",
+    "Regularize",
+    "Rewind",
+    "Sparsity",
+]
