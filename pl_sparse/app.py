@@ -202,7 +202,7 @@ def _integers(
     quantization, net = quantize.quantization, network(module)
     ranges = quantization.state_dict()
     if ranges:
-        with replacing(folder / "quantization.safetensors") as temporary:
+        with replacing(folder / "ranges.safetensors") as temporary:
             save_file(ranges, temporary)
     module.cpu()
     converted = quantization.convert()
@@ -309,7 +309,7 @@ _WRITTEN = {
     "tickets.png": "accuracy of each round over the remaining weights",
     "tickets.csv": "a row a round",
     "levels": "mask and weights of each round",
-    "quantization.safetensors": "ranges of the activations",
+    "ranges.safetensors": "ranges of the activations",
     "checkpoints": "best at the target sparsity, and last",
 }
 

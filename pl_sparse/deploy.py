@@ -315,7 +315,7 @@ def _converted(
         return None
     quantization: Quantization = built(cfg, "quantization").quantization
     quantization.prepare(network(module), next(iter(_inputs(module, data, 1))))
-    state = folder / "quantization.safetensors"
+    state = folder / "ranges.safetensors"
     if state.is_file():
         quantization.load_state_dict(load_file(state))
     converted = quantization.convert()

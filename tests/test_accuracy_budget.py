@@ -48,7 +48,7 @@ def loaders() -> tuple[Batches, Batches]:
 def fit(
     folder: Path, module: Judged, epochs: int = 20, ckpt: str | None = None, stop: int | None = None, **options: Any
 ) -> tuple[Sparsity, AccuracyBudget]:
-    sparsity = Sparsity(schedule=Paced(final=options.pop("final", 0.99)), allocation="global", report=False)
+    sparsity = Sparsity(schedule=Paced(final=options.pop("final", 0.99)), allocation="uniform", report=False)
     budget = AccuracyBudget(**{"drop": 0.05, "warmup": 0.1, "patience": 2, **options})
     saving = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     trainer = Trainer(
