@@ -243,10 +243,20 @@ def verdict(rows: Sequence[Comparison], device: str, advice: str) -> str:
 
 def cost_table(rows: Sequence[Comparison], device: str) -> Table:
     """A row a format and batch size: dense and exported side by side."""
-    scores = sorted({key for row in rows for key in row.metrics if not key.endswith("loss")})
+    scores = sorted({key for row in rows for key in row.metrics if "loss" not in key})
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=device, caption_justify="left")
     table.add_column("format", overflow="fold", min_width=12)
-    for column in ("batch", "dense ms", "ms", "p95 ms", "faster", "samples/s", "MB", "kB", *scores):
+    for column in (
+        "batch",
+        "dense ms",
+        "ms",
+        "p95 ms",
+        "faster",
+        "samples/s",
+        "MB",
+        "kB",
+        *(key.removesuffix("_exported") for key in scores),
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         cost, (times, claimed) = row.exported, row.faster

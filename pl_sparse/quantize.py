@@ -87,6 +87,7 @@ class Int8(Quantization):
         self._graph: torch.fx.GraphModule | None = None
         self._mode: tuple[bool, bool] | None = None
         self._frozen = False
+        self._example: Tensor | None = None
 
     def prepare(self, net: nn.Module, example: Tensor) -> None:
         with _torchao(), torch.random.fork_rng(devices=[]):  # its patterns are traced with random inputs
@@ -106,6 +107,7 @@ class Int8(Quantization):
             if node.target is torch.ops.aten.add_.Tensor and "num_batches_tracked" in str(node.args[0]):
                 graph.graph.erase_node(node)  # it counts validation batches too, and nothing reads it
         self._net, self._graph, self._mode, self._frozen = net, graph, None, False
+        self._example = example[:2]
         vars(net)["forward"] = self._forward
 
     def _forward(self, *args: Any) -> Any:
@@ -128,8 +130,8 @@ class Int8(Quantization):
                 node.args = (*node.args[:2], training)
         graph.recompile()
         for name, module in graph.named_children():
-            if name.startswith(_OBSERVERS):
-                module.enable_observer(training and not self._frozen)  # type: ignore[operator]
+            if name.startswith(_OBSERVERS):  # the range of a weight is always that of the weight as it is
+                module.enable_observer(module.is_per_channel or (training and not self._frozen))  # type: ignore[operator]
 
     def freeze(self) -> None:
         self._frozen = True
@@ -137,16 +139,20 @@ class Int8(Quantization):
     def release(self) -> None:
         if self._net is not None:
             vars(self._net).pop("forward", None)
-        self._net = self._graph = self._mode = None
+        self._net = self._graph = self._mode = self._example = None
 
     def convert(self) -> nn.Module:
         if self._graph is None:
             raise ValueError("nothing was prepared: call prepare(net, example) first")
+        assert self._example is not None
         self._switch(False)
+        graph = copy.deepcopy(self._graph).cpu()
         with _torchao(), torch.random.fork_rng(devices=[]):
             from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-            return convert_pt2e(copy.deepcopy(self._graph).cpu())
+            with torch.no_grad():
+                graph(self._example.cpu())  # ranges of the weights as they are now
+            return convert_pt2e(graph)
 
     def state_dict(self) -> dict[str, Tensor]:
         if self._graph is None:

@@ -69,7 +69,7 @@ def test_levels_rise_and_fall_back(tmp_path: Path) -> None:
     module = Judged(0.7)
     sparsity, budget = fit(tmp_path, module)
     # 0.5 holds; 0.75 does not, twice; of 0.5 a quarter less: 0.625 holds; 0.7188 does not; an eighth less: 0.6719 holds
-    expected = [0, 0, 0.5, 0.75, 0.75, 0.625, 0.719, 0.719, 0.672, 0.713, 0.713, 0.692, 0.712, 0.712]
+    expected = [0, 0, 0.5, 0.75, 0.75, 0.625, 0.719, 0.719, 0.672, 0.713, 0.713, 0.692, 0.712, 0.712, 0.702, 0.702]
     assert module.seen == pytest.approx(expected, abs=0.002)
     assert sparsity.pruner.sparsity == pytest.approx(0.692, abs=0.002) and sparsity.pruner.at_target
     for param in sparsity.pruner.params:
@@ -108,8 +108,8 @@ def test_less_may_be_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [3, 5, 9])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, at: int) -> None:
     whole, resumed = Judged(0.7), Judged(0.7)
-    first, _ = fit(tmp_path / "a", whole)
-    second, budget = fit(tmp_path / "b", resumed, ckpt=str(tmp_path / "a" / f"epoch={at}.ckpt"))
+    first, _ = fit(tmp_path, whole)
+    second, budget = fit(tmp_path, resumed, ckpt=str(tmp_path / f"epoch={at}.ckpt"))
     assert whole.seen[at + 1 :] == resumed.seen and budget.epoch == 11
     for a, b in zip(first.pruner.params, second.pruner.params, strict=True):
         assert torch.equal(a.mask, b.mask) and torch.equal(a.weight, b.weight)

@@ -215,7 +215,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("scorer=movment", "there is no such scorer. Did you mean 'movement'?"),
+        ("scorer=movment", "there is no such scorer. Did you mean 'movement'"),
         ("method=gmpp", "there is no such method. Did you mean 'gmp'"),
         ("sparsty=0.5", "sparsty is no setting. Did you mean 'sparsity'"),
         ("structure.m=4", "structure.m is no setting"),

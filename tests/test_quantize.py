@@ -147,10 +147,10 @@ def test_ranges_and_statistics_stay_at_the_end(trained: Trained) -> None:
 
 
 @pytest.mark.parametrize("at", [2, 4, 6])
-def test_a_resumed_run_is_the_uninterrupted_one(trained: Trained, at: int, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(trained: Trained, at: int) -> None:
     folder, module, _, quantize = trained
     resumed = Module()
-    _, again = fit(tmp_path, resumed, Int8(), str(folder / f"epoch={at}.ckpt"))
+    _, again = fit(folder, resumed, Int8(), str(folder / f"epoch={at}.ckpt"))
     for name, value in module.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     ours, theirs = again.quantization.state_dict(), quantize.quantization.state_dict()
