@@ -276,7 +276,7 @@ def cost_table(rows: Sequence[Comparison], device: str) -> Table:
 
 
 def plot_costs(rows: Sequence[Comparison], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw the median time of a call as bars, with a line up to the 95th percentile, a panel a batch size."""
+    """Draw the median time of a call as bars, dense and exported, a panel a batch size."""
     from matplotlib.figure import Figure
 
     batches = sorted({row.batch for row in rows})
@@ -287,14 +287,13 @@ def plot_costs(rows: Sequence[Comparison], path: str | os.PathLike[str], title: 
         chosen = [row for row in rows if row.batch == batch][::-1]
         for what, colour, shift in (("dense", "#8C8C8C", 0.2), ("exported", "#0072B2", -0.2)):
             costs = [getattr(row, what) for row in chosen]
-            middle = [cost.median_ms for cost in costs]
-            above = [max(cost.p95_ms - cost.median_ms, 0.0) for cost in costs]
             places = [index + shift for index in range(len(chosen))]
-            bars = panel.barh(places, middle, 0.36, color=colour, label=what)
-            panel.errorbar(middle, places, xerr=[[0.0] * len(costs), above], fmt="none", ecolor="#333333", elinewidth=1)
-            panel.bar_label(bars, [f" {value:.3g}" for value in middle], label_type="center", color="white", fontsize=8)
+            bars = panel.barh(places, [cost.median_ms for cost in costs], 0.36, color=colour, label=what)
+            texts = [f" {cost.median_ms:.3g} (p95 {cost.p95_ms:.3g})" for cost in costs]
+            panel.bar_label(bars, texts, fontsize=8)
+        panel.margins(x=0.25)
         panel.set_yticks(range(len(chosen)), [row.name for row in chosen])
-        panel.set_xlabel(f"ms a call at batch {batch}: median, and line to the 95th percentile")
+        panel.set_xlabel(f"ms a call at batch {batch}: median (95th percentile)")
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
