@@ -72,7 +72,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     quantize: Quantize | None = built(cfg, "quantization") if cfg.get("quantization") else None
     formats = exports(cfg)
     _check_types(hardware, quantize, {format.dtype for format in formats.values()})
-    refuse(formats, hardware, module, data, sparsity.pruner.structure, sparsity.pruner.target)
+    refuse(formats, hardware, module, data, sparsity.pruner.structure, sparsity.pruner.target or 0.0)
     history = History(folder / "history.csv")
     before = [built(cfg, "regularizer")] if cfg.get("regularizer") else []
     after = [built(cfg, key) for key in ("rewind", "distill") if cfg.get(key)]
@@ -213,7 +213,11 @@ def _integers(
             if hasattr(weight, "dequantize") and hasattr(weight, "qdata"):
                 net.get_parameter(name).copy_(weight.dequantize())
     names = {id(weight): name for name, weight in net.named_parameters()}
-    kept = [found[name] for param in sparsity.pruner.params if (name := names.get(id(param.weight))) in found]
+    pruned = [names[id(param.weight)] for param in sparsity.pruner.params if id(param.weight) in names]
+    kept = [found[name] for name in pruned if name in found]
+    left = [name for name in pruned if name not in found]
+    if left:
+        rank_zero_warn(f"{', '.join(left)} stay in floating point: quantization={quantization.dtype} does not fit them")
     count = sum(value.numel() for value in kept)
     if not count:
         return converted, {}

@@ -302,7 +302,8 @@ def _again(folder: Path, names: Sequence[str] | None, measure: bool, seconds: fl
     )
     formats = {name: built(nodes, name) for name in names}
     refuse(formats, hardware, module, data, structure, metrics["sparsity"])
-    converted = _converted(folder, cfg, module, data)
+    integers = any(format.dtype == "int8" for format in formats.values())
+    converted = _converted(folder, cfg, module, data) if integers else None
     found = deploy(module, data, formats, folder, hardware, converted, measure, seconds)
     write_json(folder / "metrics.json", merged(metrics, found))
 
@@ -310,14 +311,12 @@ def _again(folder: Path, names: Sequence[str] | None, measure: bool, seconds: fl
 def _converted(
     folder: Path, cfg: DictConfig, module: LightningModule, data: LightningDataModule | None
 ) -> nn.Module | None:
-    """The network of a run with the integers that it was trained for."""
-    if not cfg.get("quantization"):
+    """The network of a run with the 8-bit integers that it was trained for; None if it was not."""
+    if not (folder / "ranges.safetensors").is_file():
         return None
     quantization: Quantization = built(cfg, "quantization").quantization
     quantization.prepare(network(module), next(iter(_inputs(module, data, 1))))
-    state = folder / "ranges.safetensors"
-    if state.is_file():
-        quantization.load_state_dict(load_file(state))
+    quantization.load_state_dict(load_file(folder / "ranges.safetensors"))
     converted = quantization.convert()
     quantization.release()
     return converted

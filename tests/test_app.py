@@ -227,7 +227,16 @@ def test_misspelt_arguments_are_told_in_one_line(tmp_path: Path, argument: str, 
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("options", [[], ["scorer=movement"], ["masking=ste", "model=vit_tiny", "model.dropout=0.1"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["scorer=movement"],
+        ["masking=ste", "model=vit_tiny", "model.dropout=0.1"],
+        pytest.param(["target=accuracy_drop", "target.warmup=0.1"], marks=pytest.mark.slow),
+        pytest.param(["quantization=int8", "quantization.begin=0.2", "model=lenet5"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, options: list[str]) -> None:
     arguments = [*options, "trainer.max_epochs=12", "hydra.run.dir=whole"]
     subprocess.run(command(*arguments), cwd=tmp_path, check=True, capture_output=True)

@@ -36,6 +36,10 @@ def save_onnx(net: nn.Module, example: Tensor, path: Path) -> None:
     with _quiet():
         made = torch.onnx.export(program, dynamo=True, input_names=["input"], output_names=["output"], verbose=False)
     assert made is not None
+    for node in made.model.graph:  # where each node came from: a third of a small file
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
     with replacing(path) as temporary:
         made.save(temporary)
 
