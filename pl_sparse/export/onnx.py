@@ -146,6 +146,7 @@ class ONNXInt8(ONNX):
 
     file = "model_int8.onnx"
     dtype = "int8"
+    advice = "a processor with 8-bit dot products, larger layers, or channels that are gone (structure=channel)"
 
     def __init__(self, tolerance: float = 0.1) -> None:
         super().__init__(tolerance)
