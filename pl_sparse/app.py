@@ -16,6 +16,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
@@ -23,21 +24,25 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
 
-from pl_sparse.callbacks import AccuracyBudget, History, Quantize, RandomState, Sparsity
+from pl_sparse.callbacks import AccuracyBudget, Front, History, Quantize, RandomState, Sparsity, Status
 from pl_sparse.callbacks.lines import Lines
+from pl_sparse.callbacks.prefix import Prefix
+from pl_sparse.callbacks.track import Track, closing, publish
+from pl_sparse.callbacks.whole import WholeCheckpoints
 from pl_sparse.deploy import deploy, exports, merged, refuse
-from pl_sparse.files import replacing, write_csv, write_json, write_text
+from pl_sparse.export.format import Export
+from pl_sparse.files import write_json
 from pl_sparse.hardware import Hardware
 from pl_sparse.naming import suggestion
-from pl_sparse.quantize import integers
-from pl_sparse.report import Summary, layer_rows, plot_layers, plot_training, summary_table
-from pl_sparse.runs import built, make_module, network
+from pl_sparse.outcome import figures, first, integers_of, one, tell, write
+from pl_sparse.runs import built, make_module
+from pl_sparse.schedule import Iterative, Staircase, Tickets
 from pl_sparse.settings import CONF, ConfigError, check
+from pl_sparse.sweep.identity import fingerprint
+from pl_sparse.sweep.launch import arguments
+from pl_sparse.sweep.prefix import prefix
+from pl_sparse.sweep.runs import run
 
 __all__ = ["main", "train"]
 
@@ -46,6 +51,7 @@ log = logging.getLogger(__name__)
 _AXES = ("scorer", "schedule", "structure", "allocation", "updater", "masking")
 
 
+@closing()
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Train one model as configured, test it, and write its reports to `cfg.output_dir`.
 
@@ -60,6 +66,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.get("output_dir") is None:
         cfg.output_dir = datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
     check(cfg)
+    identity = fingerprint(cfg)
+    if cfg.levels:
+        cfg.sparsity = cfg.levels[-1]
     folder = Path(cfg.output_dir)
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
         raise ConfigError(f"ckpt_path={cfg.ckpt_path} is no file: checkpoints are in <run>/checkpoints/last.ckpt")
@@ -67,26 +76,56 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     hardware: Hardware = built(cfg, "hardware")
     sparsity = _sparsity(cfg, hardware)
+    schedule = sparsity.pruner.schedule
+    if isinstance(schedule, Tickets) and schedule.epochs is not None:
+        cfg.trainer.max_epochs = schedule.training_epochs
     data: LightningDataModule | None = built(cfg, "data") if cfg.get("data") else None
-    module, prefix = make_module(cfg, data)
-    quantize: Quantize | None = built(cfg, "quantization") if cfg.get("quantization") else None
+    module, cut = make_module(cfg, data)
+    quantize: list[Quantize] = [built(cfg, "quantization")] if cfg.get("quantization") else []
+    budget: list[AccuracyBudget] = [built(cfg, "target")] if cfg.get("target") else []
     formats = exports(cfg)
     _check_types(hardware, quantize, {format.dtype for format in formats.values()})
     refuse(formats, hardware, module, data, sparsity.pruner.structure, sparsity.pruner.target or 0.0)
     history = History(folder / "history.csv")
+    front = _front(cfg, folder, sparsity)
+    status = Status(folder, cfg.objective, identity)
     before = [built(cfg, "regularizer")] if cfg.get("regularizer") else []
     after = [built(cfg, key) for key in ("rewind", "distill") if cfg.get(key)]
-    after += [quantize] if quantize is not None else []
-    budget: list[AccuracyBudget] = [built(cfg, "target")] if cfg.get("target") else []
-    trainer = _trainer(cfg, [*before, sparsity, *after, history, *budget, RandomState()])
+    own = [*front, *before, sparsity, *after, *quantize, history, *budget, status, RandomState()]
     try:
         sparsity.pruner.attach(module)
     except ValueError as error:
         if "nothing to prune" not in str(error):  # a module may build its layers later
             raise ConfigError(str(error)) from error
+    shared = prefix(cfg, sparsity, cfg.trainer.max_epochs)
+    trainer = _trainer(cfg, [*own, *([shared] if shared else [])])
+    with status:
+        try:
+            _fit(cfg, trainer, module, data, own, shared)
+            metrics = _finish(cfg, folder, trainer, module, data, cut, own, hardware, formats)
+        finally:
+            if shared:
+                shared.release()
+    return metrics
 
+
+def _fit(
+    cfg: DictConfig,
+    trainer: Trainer,
+    module: LightningModule,
+    data: LightningDataModule | None,
+    own: list[Any],
+    shared: Prefix | None,
+) -> None:
+    """Train, from the run's own checkpoint, from the start it shares with others, or from the beginning."""
+    history = one(own, History)
+    start: str | None = cfg.ckpt_path
+    if shared and trainer.world_size == 1:
+        start, steps = shared.fork(one(own, Sparsity), start, cfg.trainer.max_epochs)
+        if steps:
+            one(own, Status).share(steps)
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
     except (ValueError, MisconfigurationException, RuntimeError) as error:
         foreign = isinstance(error, RuntimeError) and "loading state_dict" in str(error)
         if history.started or (isinstance(error, RuntimeError) and not foreign):
@@ -96,20 +135,81 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         ) from error
     if trainer.interrupted:
         raise KeyboardInterrupt
-    best = budget[0].epoch if budget else _load_best(trainer, module, sparsity, quantize)
-    tested: Mapping[str, float] = {}
-    if cfg.test and (data is not None or _has(module, "test_dataloader")) and _has(module, "test_step"):
-        tested = trainer.test(module, datamodule=data, verbose=False)[0]
+    if not history.started and trainer.global_step:
+        # the checkpoint was of the end of training, and Lightning left out what comes then
+        for callback in own:
+            callback.on_train_start(trainer, module)
+        for callback in own:
+            callback.on_train_end(trainer, module)
 
+
+def _finish(
+    cfg: DictConfig,
+    folder: Path,
+    trainer: Trainer,
+    module: LightningModule,
+    data: LightningDataModule | None,
+    cut: str,
+    own: list[Any],
+    hardware: Hardware,
+    formats: Mapping[str, Export],
+) -> dict[str, Any]:
+    """Test, and write what a run leaves behind, its metrics last: a run that has them is done."""
+    tests = cfg.test and (data is not None or _has(module, "test_dataloader")) and _has(module, "test_step")
+    rows: list[dict[str, Any]] = []
+    for path in [path for callback in own if isinstance(callback, Front) for path in callback.paths]:
+        saved = _load(path, trainer, module, own)
+        scores: dict[str, float] = {}
+        loggers, trainer.loggers = trainer.loggers, []
+        if _has(module, "validation_step"):
+            scores |= trainer.validate(module, datamodule=data, verbose=False)[0]
+        if tests:
+            scores |= trainer.test(module, datamodule=data, verbose=False)[0]
+        trainer.loggers = loggers
+        if trainer.is_global_zero:
+            row = figures(cfg, path.parent, trainer, module, cut, own, scores)
+            rows.append({**row, "epochs": saved["epoch"], "steps": saved["global_step"], "level": len(rows)})
+    budget, quantize = first(own, AccuracyBudget), first(own, Quantize)
+    best = _load_best(trainer, module, own) if budget is None else budget.epoch
+    tested: Mapping[str, float] = {}
+    if tests:
+        tested = trainer.test(module, datamodule=data, verbose=False)[0]
     if not trainer.is_global_zero:
         return {}
-    converted, zeros = (None, {}) if quantize is None else _integers(quantize, module, sparsity, folder)
-    metrics = _write(cfg, folder, trainer, module, prefix, sparsity, history, best, {**tested, **zeros})
+    if rows:
+        write_json(folder / "front.json", rows)
+    converted = None
+    if quantize is not None:
+        converted, zeros = integers_of(quantize, module, one(own, Sparsity).pruner, folder)
+        tested = {**tested, **zeros}
+    metrics, summary = write(cfg, folder, trainer, module, cut, own, best, tested)
     if formats:
-        found = deploy(module, data, formats, folder, hardware, converted, cfg.export_measure)
-        metrics = merged(metrics, found)
-        write_json(folder / "metrics.json", metrics)
+        metrics = merged(metrics, deploy(module, data, formats, folder, hardware, converted, cfg.export_measure))
+    write_json(folder / "metrics.json", metrics)
+    tell(folder, summary, metrics, rows)
+    publish(trainer.loggers, folder, metrics, trainer.global_step)
     return metrics
+
+
+def _front(cfg: DictConfig, folder: Path, sparsity: Sparsity) -> list[Front]:
+    schedule = sparsity.pruner.schedule
+    if cfg.levels and not isinstance(schedule, Staircase):
+        raise ConfigError("levels=... are those of schedule=staircase (of schedule=tickets: schedule.sparsities=...)")
+    if not cfg.front:
+        return []
+    for key, why in (
+        ("quantization", "the models before it begins would have other weights than integers"),
+        ("target", "the budget decides on the levels, and keeps one model"),
+    ):
+        if cfg.get(key):
+            raise ConfigError(f"front=true goes with {key}=none alone: {why}")
+    if not isinstance(schedule, (Staircase, Iterative, Tickets)):
+        raise ConfigError(
+            f"front=true needs a schedule that rests on its levels, or the models there would not have been trained at "
+            f"their sparsity, and {type(schedule).__name__.lower()} does not: use schedule=staircase "
+            "levels=[0.5,0.8,0.9], schedule=iterative or schedule=tickets"
+        )
+    return [Front(folder)]
 
 
 def _sparsity(cfg: DictConfig, hardware: Hardware) -> Sparsity:
@@ -132,9 +232,9 @@ def _sparsity(cfg: DictConfig, hardware: Hardware) -> Sparsity:
         raise ConfigError(str(error)) from error
 
 
-def _check_types(hardware: Hardware, quantize: Quantize | None, written: set[str]) -> None:
+def _check_types(hardware: Hardware, quantize: list[Quantize], written: set[str]) -> None:
     """The type of the weights is one that the hardware computes with, and that the exports can have."""
-    trained = "float32" if quantize is None else quantize.quantization.dtype
+    trained = quantize[0].quantization.dtype if quantize else "float32"
     if "int8" in written and trained == "int4":
         raise ConfigError("export=onnx_int8 has 8-bit weights, and quantization=int4_weight trains 4-bit ones")
     refusal = hardware.refusal("int8" if "int8" in written else trained)
@@ -153,13 +253,15 @@ def _trainer(cfg: DictConfig, callbacks: list[Any]) -> Trainer:
     if not node.enable_progress_bar:
         callbacks.append(Lines())
     callbacks += [built for built in _each(cfg, "callbacks") if built is not None]
-    loggers = list(_each(cfg, "logger"))
-    for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    sharded = str(node.get("strategy")).startswith(("fsdp", "deepspeed", "model_"))  # these write their own way
+    whole = {} if sharded or node.get("plugins") else {"plugins": [WholeCheckpoints()]}
+    loggers = _loggers(cfg)
+    callbacks += [Track()] * bool(loggers)
     checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     try:
         trainer: Trainer = instantiate(
             node,
+            **whole,
             callbacks=callbacks,
             logger=loggers or False,
             enable_checkpointing=checkpoints,
@@ -171,6 +273,19 @@ def _trainer(cfg: DictConfig, callbacks: list[Any]) -> Trainer:
     return trainer
 
 
+def _loggers(cfg: DictConfig) -> list[Any]:
+    """All loggers, each told the settings: one that cannot reach its server says so now."""
+    Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+    loggers = _each(cfg, "logger")
+    for logger in loggers:
+        try:
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        except Exception as error:
+            hint = ". Without an account: logger.wandb.mode=offline" if "wandb" in type(error).__module__ else ""
+            raise ConfigError(f"logger: {str(error).rstrip('.')}{hint}") from error
+    return loggers
+
+
 def _each(cfg: DictConfig, group: str) -> list[Any]:
     nodes: Any = cfg.get(group) or {}
     return [built(nodes, name) for name, node in nodes.items() if node is not None]
@@ -180,164 +295,31 @@ def _has(module: LightningModule, hook: str) -> bool:
     return getattr(type(module), hook) is not getattr(LightningModule, hook)
 
 
-def _load_best(trainer: Trainer, module: LightningModule, sparsity: Sparsity, quantize: Quantize | None) -> int | None:
+def _load_best(trainer: Trainer, module: LightningModule, own: list[Any]) -> int | None:
     """Take up the weights and masks of the best checkpoint at the target; the epoch it is of, or None for the last."""
     for checkpoint in trainer.checkpoint_callbacks:
         path = getattr(checkpoint, "best_model_path", "")
         if path and getattr(checkpoint, "monitor", None) and Path(path).is_file():
-            saved = trainer.strategy.load_checkpoint(path, weights_only=True)
-            module.load_state_dict(saved["state_dict"])
-            if sparsity.state_key in saved["callbacks"]:
-                sparsity.pruner.load_state_dict(saved["callbacks"][sparsity.state_key])
-            if quantize is not None:
-                quantize.quantization.load_state_dict(saved["callbacks"][quantize.state_key]["ranges"])
-            return int(saved["epoch"])
+            return int(_load(path, trainer, module, own)["epoch"])
     return None
 
 
-def _integers(
-    quantize: Quantize, module: LightningModule, sparsity: Sparsity, folder: Path
-) -> tuple[nn.Module, dict[str, float]]:
-    """The network with integers, and the fraction of zeros among them; the module is in floating point again."""
-    quantization, net = quantize.quantization, network(module)
-    ranges = quantization.state_dict()
-    if ranges:
-        with replacing(folder / "ranges.safetensors") as temporary:
-            save_file(ranges, temporary)
-    module.cpu()
-    converted = quantization.convert()
-    quantization.release()
-    found = integers(converted, net)
-    with torch.no_grad():  # where a weight of the plain class can have the rounded values, it has them
-        for name, weight in converted.named_parameters():
-            if hasattr(weight, "dequantize") and hasattr(weight, "qdata"):
-                net.get_parameter(name).copy_(weight.dequantize())
-    names = {id(weight): name for name, weight in net.named_parameters()}
-    pruned = [names[id(param.weight)] for param in sparsity.pruner.params if id(param.weight) in names]
-    kept = [found[name] for name in pruned if name in found]
-    left = [name for name in pruned if name not in found]
-    if left:
-        rank_zero_warn(f"{', '.join(left)} stay in floating point: quantization={quantization.dtype} does not fit them")
-    count = sum(value.numel() for value in kept)
-    if not count:
-        return converted, {}
-    return converted, {"sparsity_quantized": 1 - sum(int(torch.count_nonzero(value)) for value in kept) / count}
-
-
-def _write(
-    cfg: DictConfig,
-    folder: Path,
-    trainer: Trainer,
-    module: LightningModule,
-    prefix: str,
-    sparsity: Sparsity,
-    history: History,
-    best: int | None,
-    tested: Mapping[str, float],
-) -> dict[str, Any]:
-    """Write what a run leaves behind, and tell where."""
-    weights = folder / "model.safetensors"
-    tensors = {
-        name.replace("_orig_mod.", "").removeprefix(prefix): tensor.detach().cpu().contiguous()
-        for name, tensor in module.state_dict().items()
-    }
-    shared: dict[int, str] = {}
-    for name in list(tensors):  # safetensors refuses tensors that share memory
-        if shared.setdefault(tensors[name].data_ptr(), name) != name:
-            tensors[name] = tensors[name].clone()
-    with replacing(weights) as temporary:
-        save_file(tensors, temporary)
-
-    summary = sparsity.summarize(module, prefix)
-    prunable = [param.name.removeprefix(prefix) for param in sparsity.pruner.params]
-    nonzero, count = _nonzeros(weights, prunable)
-    pruner = sparsity.pruner
-    rows = history.rows
-    at_best = next((row for row in rows if best is not None and int(row["epoch"]) == best), rows[-1] if rows else {})
-    metrics: dict[str, Any] = {
-        "method": cfg.method or type(pruner.scorer).__name__.lower(),
-        "scorer": type(pruner.scorer).__name__.lower(),
-        "schedule": type(pruner.schedule).__name__.lower(),
-        "structure": pruner.structure.label,
-        "allocation": type(pruner.allocation).__name__.lower(),
-        "masking": type(pruner.masking).__name__.lower(),
-        "seed": cfg.seed,
-        "sparsity_requested": pruner.target,
-        "sparsity": 1 - nonzero / count,
-        "sparsity_model": summary.sparsity_model,
-        "at_target": pruner.at_target,
-        **pruner.scorer.facts(pruner.groups),
-        "params_total": summary.params_total,
-        "params_prunable": count,
-        "params_nonzero": summary.params_nonzero,
-        "macs_dense": summary.macs_dense,
-        "macs_sparse": summary.macs_sparse,
-        **{name: value for name, value in at_best.items() if name.startswith(("val", "train"))},
-        **{name: float(value) for name, value in tested.items()},
-        "size_bytes": {"dense": summary.bytes_dense, "compressed": summary.bytes_compressed},
-        "train_seconds": round(history.seconds, 3),
-        "epochs": len(rows),
-        "steps": trainer.global_step,
-        "epoch_best": best,
-        "device": str(trainer.strategy.root_device),
-    }
-    title = f"{metrics['method']}, {metrics['structure']}, sparsity {metrics['sparsity']:.4f}"
-    write_csv(folder / "layers.csv", layer_rows(summary))
-    if rows:
-        plot_training(rows, folder / "training.png", title)
-    plot_layers(summary, folder / "layers.png", title)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_json(folder / "metrics.json", metrics)
-    _tell(folder, summary, metrics, prefix)
-    return metrics
-
-
-def _nonzeros(path: Path, names: list[str]) -> tuple[int, int]:
-    """Non-zero and all weights of some tensors, counted in the saved file."""
-    nonzero = count = 0
-    with safe_open(path, framework="pt") as file:
-        for name in names:
-            tensor = file.get_tensor(name)
-            nonzero += int(torch.count_nonzero(tensor))
-            count += tensor.numel()
-    return nonzero, count
-
-
-_WRITTEN = {
-    "metrics.json": "the figures of the run",
-    "training.png": "loss, accuracy and sparsity over the epochs",
-    "layers.png": "density of each layer",
-    "history.csv": "a row an epoch",
-    "layers.csv": "a row a layer",
-    "model.safetensors": "the sparse weights",
-    "tickets.png": "accuracy of each round over the remaining weights",
-    "tickets.csv": "a row a round",
-    "levels": "mask and weights of each round",
-    "ranges.safetensors": "ranges of the activations",
-    "checkpoints": "best at the target sparsity, and last",
-}
-
-
-def _tell(folder: Path, summary: Summary, metrics: Mapping[str, Any], prefix: str) -> None:
-    console = Console()
-    console.print()
-    console.print(summary_table(summary))
-    scores = [(name, metrics[name]) for name in ("val/acc", "test/acc", "test/loss") if name in metrics]
-    line = ", ".join(f"{name} {value:.4f}" for name, value in scores)
-    epoch = metrics["epoch_best"]
-    which = f"best at the target: epoch {epoch + 1}" if epoch is not None else "last epoch"
-    console.print(f"{line} ({which} of {metrics['epochs']}, {metrics['train_seconds']:.1f} s of training)".lstrip())
-    console.print(f"\nwritten to {folder}:", highlight=False, soft_wrap=True)
-    for name, what in _WRITTEN.items():
-        if (folder / name).exists():
-            console.print(f"  {name:<18} {what}", highlight=False)
+def _load(path: str | Path, trainer: Trainer, module: LightningModule, own: list[Any]) -> Mapping[str, Any]:
+    saved: Mapping[str, Any] = trainer.strategy.load_checkpoint(path, weights_only=True)
+    module.load_state_dict(saved["state_dict"])
+    sparsity, quantize = one(own, Sparsity), first(own, Quantize)
+    if sparsity.state_key in saved["callbacks"]:
+        sparsity.pruner.load_state_dict(saved["callbacks"][sparsity.state_key])
+    if quantize is not None:
+        quantize.quantization.load_state_dict(saved["callbacks"][quantize.state_key]["ranges"])
+    return saved
 
 
 # The command
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
-def _entry(cfg: DictConfig) -> float | None:
+def _entry(cfg: DictConfig) -> float | tuple[float, ...] | None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data in memory needs none
@@ -346,16 +328,17 @@ def _entry(cfg: DictConfig) -> float | None:
     if cfg.output_dir is None:
         OmegaConf.set_struct(cfg, False)
         cfg.output_dir = HydraConfig.get().runtime.output_dir
-    metrics = train(cfg)
-    value = metrics.get(cfg.objective)
-    return None if value is None else float(value)
+    board = (cfg.get("logger") or {}).get("wandb")
+    if board is not None and board.get("group") is None and HydraConfig.get().mode == RunMode.MULTIRUN:
+        board.group = Path(HydraConfig.get().sweep.dir).name
+    return run(cfg, train)
 
 
 def main() -> float | None:
     """`python train.py ...` and `pl-sparse ...`: one run, or a sweep with -m; the objective is what it returns."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, to be told in a few lines
-    sys.argv[1:] = _resumed(sys.argv[1:])
     try:
+        sys.argv[1:] = arguments(_resumed(sys.argv[1:]))
         result: float | None = _entry()
         return result
     except ConfigError as error:
@@ -367,9 +350,17 @@ def main() -> float | None:
             raise
         message = str(error)
     except KeyboardInterrupt:
-        message = "interrupted. It goes on with ckpt_path=<run>/checkpoints/last.ckpt"
+        sweep = {"-m", "--multirun"} & set(sys.argv)
+        message = f"interrupted. It goes on with {'resume=true' if sweep else 'ckpt_path=<run>/checkpoints/last.ckpt'}"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def sweep() -> float | None:
+    """`pl-sparse sweep ...`: `pl-sparse train -m ...`."""
+    if not {"-m", "--multirun"} & set(sys.argv):
+        sys.argv.insert(1, "-m")
+    return main()
 
 
 def _resumed(arguments: list[str]) -> list[str]:

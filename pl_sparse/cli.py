@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -12,10 +13,22 @@ __all__ = ["main"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pl_sparse.app:main", "train one model, or several with -m: the settings are those of train.py"),
+    "sweep": ("pl_sparse.app:sweep", "train several: train with -m"),
+    "pareto": ("pl_sparse.overview:main", "compare runs: fronts of accuracy and cost, the best under a constraint"),
+    "report": ("pl_sparse.boards:main", "build a Weights & Biases report of runs"),
+    "show": ("pl_sparse.inspection:show", "tell what a run left, and draw its masks"),
+    "compare": ("pl_sparse.inspection:compare", "tell how two runs differ"),
+    "doctor": ("pl_sparse.doctor:main", "tell versions, extras, devices, and which hardware targets work"),
     "export": ("pl_sparse.deploy:export", "write the model of a finished run in other formats"),
     "bench": ("pl_sparse.deploy:bench", "measure the model of a finished run, dense and exported side by side"),
 }
 """What each subcommand calls, imported when it is asked for, and a line of help."""
+
+
+_MORE = (
+    "pl-sparse COMMAND --help tells more. Completion of settings in the shell, as Hydra has it:",
+    '  eval "$(pl-sparse train -sc install=bash)"    (or install=zsh, install=fish)',
+)
 
 
 def main() -> None:
@@ -24,6 +37,9 @@ def main() -> None:
     if first in ("-h", "--help", "help"):
         print(_help())
         return
+    line = os.environ.get("COMP_LINE", "").split(" ")
+    if first == "-sc" and line[1:2] in (["train"], ["sweep"]):  # Hydra completes settings, and knows no subcommands
+        os.environ["COMP_LINE"] = " ".join(line[:1] + line[2:])
     if first in COMMANDS:
         del sys.argv[1:2]
     elif "=" in first or first.startswith(("-", "+", "~")):
@@ -39,4 +55,4 @@ def main() -> None:
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(["usage: pl-sparse COMMAND ...", "", *lines, "", "pl-sparse COMMAND --help tells more."])
+    return "\n".join(["usage: pl-sparse COMMAND ...", "", *lines, "", *_MORE])

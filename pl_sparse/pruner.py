@@ -320,6 +320,13 @@ class Pruner:
             return True
         return self.updater.targets_sparsity and self._timed.reached(self.step, self._total)
 
+    @property
+    def due(self) -> bool:
+        """Whether the schedule sets masks at this step, and has not done so yet."""
+        if self._total is None or self.step == self._updated or not self._span[0] <= self.step <= self._span[1]:
+            return False
+        return bool(self._timed.levels(self.step, self._total))
+
     # Steps
 
     @torch.no_grad()

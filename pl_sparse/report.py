@@ -12,7 +12,7 @@ import torch
 from rich import box
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from pl_sparse.files import replacing
 
@@ -30,6 +30,7 @@ __all__ = [
     "dead_layers",
     "layer_rows",
     "plot_layers",
+    "plot_masks",
     "plot_training",
     "summarize",
     "summary_table",
@@ -348,6 +349,42 @@ def plot_layers(summary: Summary, path: str | os.PathLike[str], title: str = "")
     _plain(axis)
     axis.grid(axis="y", visible=False)
     figure.legend(loc="outside upper right", frameon=False)
+    if title:
+        figure.suptitle(title, x=0.02, ha="left")
+    _save(figure, path)
+
+
+def plot_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw each mask as a picture, output by output from the top, and write them to `path`.
+
+    A tensor (out, in, *kernel) is drawn as out rows of in x kernel columns. Where that is more than about 400 either
+    way, a pixel is the density of a patch of it.
+
+    Raises:
+        ValueError: there is no mask.
+    """
+    from matplotlib.figure import Figure
+
+    if not masks:
+        raise ValueError("there is no mask to draw")
+    columns = min(3, len(masks))
+    rows = -(-len(masks) // columns)
+    figure = Figure(figsize=(4.2 * columns, 0.4 + 3.2 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, (name, mask) in zip(panels, masks.items(), strict=False):
+        pixels = mask.float().reshape(mask.shape[0], -1)
+        size = min(pixels.shape[0], 400), min(pixels.shape[1], 400)
+        drawn = nn.functional.adaptive_avg_pool2d(pixels[None, None], size)[0, 0]
+        # one scale a layer, so that a sparse one is not a black square
+        axis.imshow(
+            drawn.numpy(), cmap="Blues", vmin=0, vmax=float(drawn.max()) or 1, aspect="auto", interpolation="nearest"
+        )
+        axis.set_title(f"{_shortened(name, 30)}\n{_percent(float(mask.float().mean()))} kept", fontsize=8)
+        axis.set_xlabel("x".join(map(str, mask.shape)), fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis in panels[len(masks) :]:
+        axis.set_visible(False)
     if title:
         figure.suptitle(title, x=0.02, ha="left")
     _save(figure, path)

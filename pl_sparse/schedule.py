@@ -62,6 +62,11 @@ def _sparsity(value: float, what: str) -> None:
         )
 
 
+def _rising(sparsities: tuple[float, ...], final: float) -> None:
+    if any(a >= b for a, b in pairwise([0.0, *sparsities])) or not sparsities or sparsities[-1] != final:
+        raise ValueError(f"sparsities={list(sparsities)} must rise from above 0 to final={final}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
     """The sparsity to reach at each optimizer step.
@@ -330,7 +335,8 @@ class Iterative(Schedule):
         if self.final == 0:
             return (0.0,)
         count = math.ceil(round(math.log(1 - self.final) / math.log(1 - self.rate), 9))
-        return (*(1 - (1 - self.rate) ** k for k in range(1, count)), self.final)
+        # rounded, so that the third of four rounds is the last of three, to the bit
+        return (*(round(1 - (1 - self.rate) ** k, 12) for k in range(1, count)), self.final)
 
     def curve(self, x: float) -> float:
         rounds = self.rounds
@@ -363,6 +369,8 @@ class Tickets(Schedule):
         sparsities: instead of `rate`: the sparsity of each round, rising to `final`.
         to: where in its round training starts again, as a fraction of the round: rewinding to a later point than the
             initialization makes all rounds but the first so much shorter.
+        epochs: how long a round is, counted from the initialization; None shares the training among the rounds. With
+            it training has `training_epochs`: Trainer(max_epochs=schedule.training_epochs).
 
     Sources: Frankle, Carbin, The lottery ticket hypothesis, 2018, arXiv:1803.03635, section 1 (iterative pruning).
     Frankle et al., Linear mode connectivity and the lottery ticket hypothesis, 2019, arXiv:1912.05671, Algorithm 2
@@ -376,6 +384,7 @@ class Tickets(Schedule):
     rate: float = 0.2
     sparsities: tuple[float, ...] | None = None
     to: float = 0.0
+    epochs: int | None = None
     end: Time = 1.0
 
     def __post_init__(self) -> None:
@@ -388,10 +397,10 @@ class Tickets(Schedule):
             raise ValueError("final=1.0 is never reached by removing a part of what remains: choose final below 1")
         if not 0 <= self.to < 1:
             raise ValueError(f"to={self.to!r} must be in [0, 1): the part of a round that is not trained again")
+        if self.epochs is not None and (self.epochs < 1 or not (self.epochs * self.to).is_integer()):
+            raise ValueError(f"epochs={self.epochs!r} must be 1 or more, and to={self.to!r} of them a whole number")
         if self.sparsities is not None:
-            rising = [0.0, *self.sparsities]
-            if any(a >= b for a, b in pairwise(rising)) or not self.sparsities or self.sparsities[-1] != self.final:
-                raise ValueError(f"sparsities={list(self.sparsities)} must rise from above 0 to final={self.final}")
+            _rising(self.sparsities, self.final)
 
     @property
     def rounds(self) -> tuple[float, ...]:
@@ -399,6 +408,13 @@ class Tickets(Schedule):
         if self.sparsities is not None:
             return tuple(self.sparsities)
         return Iterative(final=self.final, rate=self.rate).rounds
+
+    @property
+    def training_epochs(self) -> int | None:
+        """Epochs of all rounds together, where `epochs` is given."""
+        if self.epochs is None:
+            return None
+        return self.epochs + len(self.rounds) * (self.epochs - round(self.epochs * self.to))
 
     def length(self, total: int) -> float:
         """Optimizer steps of a round, counted from the initialization."""
@@ -430,6 +446,58 @@ class Tickets(Schedule):
         if own >= 1 or level in (0, self.final):
             return min(level, own) if level == 0 else own
         return 1 - (1 - level) ** (math.log(1 - own) / math.log(1 - self.final))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staircase(Schedule):
+    """Rests on each sparsity for an equal share of the time from `begin` to `end`, and on the last one until training
+    ends.
+
+    Before each step of the stairs, and at the end, the model has been trained at its sparsity, so that one training
+    gives a whole front (`callbacks.Front`). `every` has no meaning here.
+
+    Args:
+        sparsities: where it rests, rising to `final`; None for `final` alone.
+
+    >>> schedule = Staircase(final=0.9, sparsities=(0.5, 0.8, 0.9), begin=0.25)
+    >>> [(step, *schedule.levels(step, 100)) for step in range(100) if schedule.levels(step, 100)]
+    [(25, 0.5), (50, 0.8), (75, 0.9)]
+    """
+
+    sparsities: tuple[float, ...] | None = None
+    end: Time = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparsities is not None:
+            _rising(self.sparsities, self.final)
+
+    @property
+    def rounds(self) -> tuple[float, ...]:
+        """The sparsities, one after the other."""
+        return (self.final,) if self.sparsities is None else tuple(self.sparsities)
+
+    def starts(self, total: int) -> list[int]:
+        """The step at which each sparsity is set."""
+        begin, end = self._at(self.begin, "begin", total), self._at(self.end, "end", total)
+        return [round(begin + (end - begin) * k / len(self.rounds)) for k in range(len(self.rounds))]
+
+    def span(self, total: int) -> tuple[int, int]:
+        super().span(total)  # refuses times that do not fit
+        starts = self.starts(total)
+        if len({*starts, total}) <= len(starts):
+            raise ValueError(
+                f"{len(starts)} sparsities have no step each between begin={self.begin!r} and {self.end!r}"
+            )
+        return starts[0], starts[-1]
+
+    def curve(self, x: float) -> float:
+        rounds = self.rounds
+        return rounds[min(int(x * (len(rounds) - 1) + 1e-9), len(rounds) - 1)]
+
+    def levels(self, step: int, total: int) -> tuple[float, ...]:
+        starts = self.starts(total)
+        return (self.rounds[starts.index(step)],) if step in starts else ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ def test_a_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {
         "checkpoints", "config.yaml", "history.csv", "layers.csv", "layers.png", "metrics.json", "model.safetensors",
-        "training.png",
+        "status.json", "training.png",
     }  # fmt: skip
     assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     keys = (

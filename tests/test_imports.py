@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "pl_sparse"
 FLOORS = [  # a module imports from the floors above it in this list only
-    {"naming", "topk", "files", "trace"},
+    {"naming", "topk", "files", "trace", "pareto"},
     {"masked", "measure", "quantize"},
     {"probe", "attention"},
     {"structure", "schedule", "cost"},
@@ -21,20 +21,27 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"export.compressed", "export.csr", "export.onnx", "export.pt2"},
     {"export.semi_structured"},
     {"export"},
-    {"callbacks.judging", "callbacks.calibration"},
+    {"callbacks.judging", "callbacks.calibration", "callbacks.whole"},
     {"callbacks.sparsity", "callbacks.quantize", "callbacks.random_state", "callbacks.distill"},
-    {"callbacks.accuracy_budget", "callbacks.history", "callbacks.rewind", "callbacks.regularize"},
+    {"callbacks.history", "callbacks.rewind", "callbacks.regularize", "callbacks.track"},
+    {"callbacks.accuracy_budget", "callbacks.front", "callbacks.prefix", "callbacks.status"},
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
     {"tasks.classifier", "tasks.text"},
+    {"overview", "inspection", "doctor"},
+    {"boards"},
+    {"hooks"},
     {"settings"},
     {"runs"},
-    {"deploy"},
+    {"deploy", "outcome"},
+    {"sweep", "sweep.identity", "sweep.launch"},
+    {"sweep.prefix", "sweep.runs"},
+    {"sweep.monitor"},
     {"app"},
     {"cli"},
 ]
-WITH_LIGHTNING = ("callbacks", "tasks", "runs", "deploy", "app", "cli")
-WITH_HYDRA = ("settings", "runs", "deploy", "app", "cli")
+WITH_LIGHTNING = ("callbacks", "tasks", "runs", "deploy", "outcome", "sweep", "app", "cli")
+WITH_HYDRA = ("hooks", "settings", "runs", "deploy", "outcome", "sweep", "app", "cli")
 
 
 def modules() -> dict[str, Path]:

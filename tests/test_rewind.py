@@ -191,7 +191,7 @@ def test_the_sequence_of_the_paper() -> None:
 def test_schedules_of_rounds() -> None:
     late = Tickets(final=0.5, rate=0.3, to=0.25)
     assert late.length(1000) == 400 and late.starts(1000) == [400, 700]
-    assert late.levels(400, 1000) == (1 - 0.7,) and late.levels(700, 1000) == (0.5,) and late.levels(1, 1000) == ()
+    assert late.levels(400, 1000) == (0.3,) and late.levels(700, 1000) == (0.5,) and late.levels(1, 1000) == ()
     assert Tickets(final=0.9, sparsities=(0.5, 0.9)).rounds == (0.5, 0.9)
     assert Iterative(final=0.75, rate=0.5).share(0.75, 0.5) == pytest.approx(0.5)
     assert Cubic(final=0.8).share(0.4, 0.2) == pytest.approx(0.1)

@@ -32,7 +32,7 @@ def test_a_level_at_end_always_happens() -> None:
 
 
 @given(
-    st.sampled_from(NAMES),
+    st.sampled_from([name for name in NAMES if name != "tickets"]),  # whose rounds fill the training
     st.floats(0, 0.99),
     st.integers(0, 40),
     st.integers(0, 60),

@@ -173,6 +173,7 @@ ABLATIONS = {
     (method, ablation): Run(
         f"ablation_{method}_{ablation}",
         f"{_ABLATE} method={method}" + (f" ablation={ablation}" if ablation != "none" else ""),
+        seeds=2,
     )
     for method in ("snip", "grasp", "synflow")
     for ablation in ("none", "reinit", "shuffle", "invert")

@@ -93,7 +93,7 @@ def _draw(rows: Mapping[float, Sequence[float]], controls: Mapping[str, Sequence
 # LeNet-300-100 on MNIST
 
 TICKET = Run("mnist_lth", "experiment=mnist_lth_lenet300", seeds=2)
-REINIT = Run("mnist_lth_reinit", "experiment=mnist_lth_lenet300 rewind=reinit", seeds=2)
+REINIT = Run("mnist_lth_reinit", "experiment=mnist_lth_lenet300 rewind=reinit", seeds=1)
 PUBLISHED = {3: 51.28, 7: 21.07, 9: 13.52, 12: 6.95, 15: 3.58, 18: 1.85}
 
 

@@ -1,10 +1,12 @@
-"""N:M patterns during training, and channels by regularization."""
+"""N:M patterns during training, channels by regularization, L0 gates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from benchmarks.reproduce.runs import Experiment, Run, accuracy, section, spread, table
+from torch import Tensor
+
+from benchmarks.reproduce.runs import Experiment, Run, accuracy, errors, section, spread, table
 
 # N:M
 
@@ -67,7 +69,41 @@ def channels(seeds: Sequence[int]) -> str:
     )
 
 
+# L0
+
+L0 = Run("mnist_l0_lenet5", "experiment=mnist_l0_lenet5", seeds=1)
+
+
+def l0(seeds: Sequence[int]) -> str:
+    rows = [["published, 200 epochs, lambda 0.1", "20-25-45-462", "0.9", ""]]
+    rows += [
+        ["published, 200 epochs, lambda by layer", "9-18-65-25", "1.0", ""],
+        [
+            "ours, 20 epochs, lambda 0.1",
+            ", ".join(architecture(L0.saved(seed)) for seed in L0.done(seeds)) or "not run",
+            *errors(L0, seeds, "lenet5")[:2],
+        ],
+    ]
+    return section(
+        "L0 on LeNet-5",
+        """
+        Claim (Louizos et al. 2017, table 1): gates on filters and input units leave 20-25-45-462 of LeNet-5's
+        20-50-800-500 at an error of 0.9 %. Filters, and inputs of the two linear layers, that are not all zero:
+        """,
+        table(["", "architecture", "error %, best", "last epoch"], rows),
+        "`python train.py experiment=mnist_l0_lenet5`",
+    )
+
+
+def architecture(weights: Mapping[str, Tensor]) -> str:
+    """Filters of the convolutions, and inputs of the linear layers, that have a weight."""
+    filters = [int((weights[f"conv{i}.weight"].flatten(1) != 0).any(1).sum()) for i in (1, 2)]
+    inputs = [int((weights[f"fc{i}.weight"] != 0).any(0).sum()) for i in (1, 2)]
+    return "-".join(map(str, filters + inputs))
+
+
 EXPERIMENTS = {
     "nm": Experiment([NM_DENSE, *NM.values()], nm),
     "channels": Experiment([CHANNELS_DENSE, *CHANNELS.values()], channels),
+    "l0": Experiment([L0], l0),
 }

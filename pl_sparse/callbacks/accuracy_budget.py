@@ -101,6 +101,8 @@ class AccuracyBudget(Callback):
         accumulate = max(trainer.accumulate_grad_batches, 1)
         per_epoch = None if batches == float("inf") else max(-(-int(batches) // accumulate), 1)
         self._until = step_of(self.warmup, "warmup", trainer.estimated_stepping_batches, per_epoch)
+        if self._plan.done:  # resumed from the end, which may have come before the last epoch
+            trainer.should_stop = True
 
     # Decisions
 

@@ -55,6 +55,7 @@ class Rewind(Callback):
         self.rows: list[dict[str, Any]] = []
         self._saved: dict[str, Any] | None = None
         self._best: dict[str, float] = {}
+        self._last: dict[str, float] = {}  # of the last epoch, for a training that was killed after it
 
     # The rewinding point
 
@@ -81,6 +82,9 @@ class Rewind(Callback):
         for name, value in _floats(trainer.callback_metrics).items():
             better = min if "loss" in name else max
             self._best[name] = better(self._best.get(name, value), value)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = _floats(trainer.callback_metrics)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, self._weights(pl_module), self._masks(trainer))
@@ -135,7 +139,8 @@ class Rewind(Callback):
         total = sum(mask.numel() for mask in masks.values())
         kept = sum(int(mask.sum()) for mask in masks.values())
         row: dict[str, Any] = {"level": len(self.rows), "remaining": kept / total, "weights": kept}
-        row |= {name: value for name, value in _floats(trainer.callback_metrics).items() if name != "sparsity"}
+        metrics = _floats(trainer.callback_metrics) or self._last
+        row |= {name: value for name, value in metrics.items() if name != "sparsity"}
         row |= {f"best/{name}": value for name, value in self._best.items() if name.startswith("val")}
         self._best = {}
         self.rows.append(row)
@@ -159,12 +164,13 @@ class Rewind(Callback):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        return {"saved": self._saved, "rows": self.rows, "best": self._best}
+        return {"saved": self._saved, "rows": self.rows, "best": self._best, "last": self._last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict["saved"]
         self.rows = [dict(row) for row in state_dict["rows"]]
         self._best = dict(state_dict["best"])
+        self._last = dict(state_dict["last"])
 
 
 def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:

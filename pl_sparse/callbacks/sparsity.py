@@ -179,6 +179,27 @@ class Sparsity(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.pruner.before_forward()
+        self._count(pl_module)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.pruner.attached:
+            self._count(pl_module)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._counts(batch)
+
+    def _count(self, pl_module: LightningModule) -> None:
+        """Count the multiplications of the first batch."""
         if self._counted is None and self._counter is None:
             compiled = any(hasattr(module, "_orig_mod") for module in pl_module.modules())
             if compiled or getattr(pl_module, "_compiler_ctx", None) is not None:
@@ -203,6 +224,9 @@ class Sparsity(Callback):
         self.pruner.after_step()  # where a gradient scaler skipped the step, its hook did not run; ends a sample
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
+        self._counts(batch)
+
+    def _counts(self, batch: Any) -> None:
         if self._counter is not None:
             counter, self._counter = self._counter, None
             counter.__exit__(None, None, None)

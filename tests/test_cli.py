@@ -1,0 +1,137 @@
+"""The subcommands that look at runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from test_pareto import made
+
+from pl_sparse import cli, doctor
+from pl_sparse.files import write_csv
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two finished runs with masks known by heart."""
+    folders = []
+    for name, kept in (("a", [1.0, 2, 0, 0]), ("b", [1.0, 0, 3, 4])):
+        folder = made(tmp_path / name, 0.9 if name == "a" else 0.8, scorer="magnitude" if name == "a" else "movement")
+        save_file(
+            {"fc.weight": torch.tensor(kept).reshape(2, 2), "fc.bias": torch.zeros(2)}, folder / "model.safetensors"
+        )
+        row = {"name": "fc.weight", "shape": "2x2", "structure": "unstructured", "weights": 4}
+        count = sum(value != 0 for value in kept)
+        write_csv(folder / "layers.csv", [{**row, "kept": count, "density": count / 4, "note": "[x]"}])
+        folders.append(folder)
+    return folders
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["pl-sparse", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "120")
+    cli.main()
+
+
+def test_every_command_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    called(monkeypatch, "--help")
+    told = capsys.readouterr().out
+    for name, (path, text) in cli.COMMANDS.items():
+        module, _, function = path.partition(":")
+        assert callable(getattr(import_module(module), function)) and name in told and text in told
+    assert "-sc install=bash" in told
+    for name in ("pareto", "report", "show", "compare", "doctor"):
+        with pytest.raises(SystemExit, match="0"):
+            called(monkeypatch, name, "--help")
+        assert f"usage: pl-sparse {name}" in capsys.readouterr().out
+
+
+def test_show(runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    called(monkeypatch, "show", runs[1])
+    told = capsys.readouterr().out
+    assert "pl-sparse train scorer=movement sparsity=0.5 seed=0" in told and "75.00%" in told and "[x]" in told
+    assert str(runs[1] / "masks.png") in told.replace("\n", "")
+    with Image.open(runs[1] / "masks.png") as picture:
+        colours = picture.convert("RGB").getcolors(1 << 20)
+    assert colours is not None and {(8, 48, 107), (247, 251, 255)} <= {colour for _, colour in colours}
+
+
+def test_compare(runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    called(monkeypatch, "compare", *runs)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "scorer._target_ x.magnitude x.movement" in lines and "test/acc 0.9 0.8 -0.1" in lines
+    assert "fc.weight 50.00% 75.00% 25.00%" in lines  # one of the four that either keeps
+    assert not any(line.startswith("data._target_") for line in lines)  # the same in both
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "nowhere"], "nowhere is no folder"),
+        (["show", "."], "is no run: there are 2 below it, such as a"),
+        (["compare", "a", "a/.hydra"], "is no run: it holds no metrics.json"),
+    ],
+)
+def test_what_is_no_run_is_told(
+    runs: list[Path],
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(runs[0].parent)
+    with pytest.raises(SystemExit, match="2"):
+        called(monkeypatch, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_report_without_a_board_is_the_page(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called(monkeypatch, "report", runs[0].parent)
+    told = capsys.readouterr().out
+    assert "none of the runs was logged to it" in told and (runs[0].parent / "pareto.html").as_uri() in told
+
+
+def test_doctor_tries_the_hardware(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> str:
+        raise RuntimeError("no such engine\nat all")
+
+    monkeypatch.setattr(doctor, "_TARGETS", {"sparse CSR": doctor._csr, "other": broken})
+    assert list(doctor.targets()) == [
+        ("sparse CSR", True, "torch.sparse_csr on the CPU"), ("other", False, "no such engine"),
+    ]  # fmt: skip
+    called(monkeypatch, "doctor")
+    told = capsys.readouterr().out
+    assert torch.__version__ in told and "no such engine" in told
+
+
+def test_extras_that_lack_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["torch>=2", "numpy>=99 ; extra == 'new'", "nosuchpackage ; extra == 'new'", "numpy ; extra == 'old'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: wanted)
+    known = {"Provides-Extra": ["new", "old"]}
+    monkeypatch.setattr(
+        doctor.metadata, "metadata", lambda name: type("Found", (), {"get_all": lambda self, key: known[key]})()
+    )
+    lacking = doctor.extras()
+    assert lacking["old"] == [] and lacking["new"][1] == "nosuchpackage"
+    assert lacking["new"][0].startswith("numpy>=99 (") and lacking["new"][0].endswith(" is installed)")
+
+
+def test_completion_passes_over_the_subcommand() -> None:
+    line = "pl-sparse train scorer=magn"
+    done = subprocess.run(
+        [sys.executable, "-c", "from pl_sparse.cli import main; main()", "-sc", "query=bash"],
+        env={**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["scorer=magnitude"]
