@@ -115,6 +115,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, at: int) -> None
         assert torch.equal(a.mask, b.mask) and torch.equal(a.weight, b.weight)
 
 
+def test_a_run_that_ended_early_does_not_go_on(tmp_path: Path) -> None:
+    whole, resumed = Judged(0.7), Judged(0.7)
+    first, _ = fit(tmp_path, whole, least=0.2)
+    last = tmp_path / f"epoch={len(whole.seen) - 1}.ckpt"
+    assert len(whole.seen) < 20
+    second, _ = fit(tmp_path, resumed, ckpt=str(last), least=0.2)
+    assert resumed.seen == []
+    for a, b in zip(first.pruner.params, second.pruner.params, strict=True):
+        assert torch.equal(a.mask, b.mask) and torch.equal(a.weight, b.weight)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

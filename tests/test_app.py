@@ -130,6 +130,17 @@ def test_exports_and_what_they_cost(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(torch.equal(module.net.state_dict()[name], value) for name, value in saved.items())  # type: ignore[operator,union-attr]
 
 
+def test_a_run_has_its_metrics_once_it_has_its_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "config.yaml").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pl_sparse.app.deploy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path, "export=[csr]", "trainer.max_epochs=1"))
+    assert not (tmp_path / "metrics.json").exists()  # resume=true takes those for a finished run
+
+
 class Own(LightningModule):
     """A module with its own loss, data and optimizer."""
 
@@ -195,6 +206,8 @@ def test_loggers_get_the_curves(tmp_path: Path) -> None:
         (["quantization=int4_weight", "export=onnx_int8"], "trains 4-bit ones"),
         (["quantization=int8", "quantization.begin=1.0"], "integers must be simulated before the end"),
         (["quantization=int4_weight", "quantization.quantization.group=48"], "no linear layer has a multiple of"),
+        (["front=true", "schedule=staircase", "levels=[0.5,0.9]", "quantization=int8"], "with quantization=none alone"),
+        (["front=true", "target=accuracy_drop"], "front=true goes with target=none alone"),
     ],
 )
 def test_what_cannot_run_is_refused_before_training(tmp_path: Path, overrides: list[str], message: str) -> None:
