@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXTRAS := $(VENV)/.extras
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint format bench reproduce clean
@@ -11,12 +12,16 @@ help: ## Show this help
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(EXTRAS): $(STAMP)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-install: $(STAMP) ## Create .venv and install the pinned versions into it
+install: $(EXTRAS) ## Create .venv and install the pinned versions into it, extras and tools for development included
 
-demo: install ## Train on digits to 90 % sparsity, and say where the plots are
+demo: $(STAMP) ## Train on digits to 90 % sparsity, and say where the plots are
 	$(BIN)/python train.py
 
 test: install ## Run the tests (the slow ones excepted)

@@ -8,9 +8,8 @@ import sys
 import warnings
 from collections.abc import Mapping
 from datetime import datetime
-from inspect import isclass, signature
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import hydra
 import torch
@@ -22,39 +21,32 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.table import Table
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from pl_sparse.callbacks import Front, History, RandomState, Shrink, Sparsity, Status
+from pl_sparse.callbacks import AccuracyBudget, Front, History, Quantize, RandomState, Shrink, Sparsity, Status
 from pl_sparse.callbacks.lines import Lines
 from pl_sparse.callbacks.prefix import Prefix
 from pl_sparse.callbacks.track import Track, closing, publish
 from pl_sparse.callbacks.whole import WholeCheckpoints
-from pl_sparse.export.shrink import save_plan
-from pl_sparse.files import replacing, write_csv, write_json, write_text
+from pl_sparse.deploy import deploy, exports, merged, refuse
+from pl_sparse.export.format import Export
+from pl_sparse.files import write_json
+from pl_sparse.hardware import Hardware
 from pl_sparse.naming import suggestion
-from pl_sparse.report import Summary, layer_rows, plot_layers, plot_training, summary_table
+from pl_sparse.outcome import figures, first, integers_of, one, tell, write
+from pl_sparse.runs import built, make_module
 from pl_sparse.schedule import Iterative, Staircase, Tickets
-from pl_sparse.settings import ConfigError, check, target
+from pl_sparse.settings import CONF, ConfigError, check
 from pl_sparse.sweep.identity import fingerprint
 from pl_sparse.sweep.launch import arguments
 from pl_sparse.sweep.prefix import prefix
 from pl_sparse.sweep.runs import run
-from pl_sparse.tasks.classifier import Classifier
 
 __all__ = ["main", "train"]
 
-T = TypeVar("T")
-
 log = logging.getLogger(__name__)
-
-_PACKAGE = Path(__file__).parent
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-"""The configuration: inside an installed package, beside it in a checkout."""
 
 _AXES = ("scorer", "schedule", "structure", "allocation", "updater", "masking")
 
@@ -82,20 +74,30 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"ckpt_path={cfg.ckpt_path} is no file: checkpoints are in <run>/checkpoints/last.ckpt")
     seed_everything(cfg.seed, workers=True, verbose=False)
 
-    sparsity = _sparsity(cfg)
+    hardware: Hardware = built(cfg, "hardware")
+    sparsity = _sparsity(cfg, hardware)
     schedule = sparsity.pruner.schedule
     if isinstance(schedule, Tickets) and schedule.epochs is not None:
         cfg.trainer.max_epochs = schedule.training_epochs
-    data: LightningDataModule | None = _built(cfg, "data") if cfg.get("data") else None
-    module, cut = _module(cfg, data)
+    data: LightningDataModule | None = built(cfg, "data") if cfg.get("data") else None
+    module, cut = make_module(cfg, data)
+    quantize: list[Quantize] = [built(cfg, "quantization")] if cfg.get("quantization") else []
+    budget: list[AccuracyBudget] = [built(cfg, "target")] if cfg.get("target") else []
+    formats = exports(cfg)
+    _check_types(hardware, quantize, {format.dtype for format in formats.values()})
+    refuse(formats, hardware, module, data, sparsity.pruner.structure, sparsity.pruner.target or 0.0)
     history = History(folder / "history.csv")
     front = _front(cfg, folder, sparsity)
     status = Status(folder, cfg.objective, identity)
-    before = [_built(cfg, "regularizer")] if cfg.get("regularizer") else []
-    after = [_built(cfg, key) for key in ("rewind", "distill") if cfg.get(key)]
+    before = [built(cfg, "regularizer")] if cfg.get("regularizer") else []
+    after = [built(cfg, key) for key in ("rewind", "distill") if cfg.get(key)]
     if cfg.shrink_every is not None:
+        if quantize or budget:
+            raise ConfigError(
+                "shrink_every goes with neither quantization nor target: shrink the trained model instead"
+            )
         after.append(_shrink(cfg.shrink_every))
-    own = [*front, *before, sparsity, *after, history, status, RandomState()]
+    own = [*front, *before, sparsity, *after, *quantize, history, *budget, status, RandomState()]
     try:
         if not sparsity.pruner.structure.needs_example:  # else a batch is needed
             sparsity.pruner.attach(module)
@@ -107,7 +109,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     with status:
         try:
             _fit(cfg, trainer, module, data, own, shared)
-            metrics = _finish(cfg, folder, trainer, module, data, cut, own)
+            metrics = _finish(cfg, folder, trainer, module, data, cut, own, hardware, formats)
         finally:
             if shared:
                 shared.release()
@@ -123,12 +125,12 @@ def _fit(
     shared: Prefix | None,
 ) -> None:
     """Train, from the run's own checkpoint, from the start it shares with others, or from the beginning."""
-    history = _one(own, History)
+    history = one(own, History)
     start: str | None = cfg.ckpt_path
     if shared and trainer.world_size == 1:
-        start, steps = shared.fork(_one(own, Sparsity), start, cfg.trainer.max_epochs)
+        start, steps = shared.fork(one(own, Sparsity), start, cfg.trainer.max_epochs)
         if steps:
-            _one(own, Status).share(steps)
+            one(own, Status).share(steps)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
     except (ValueError, MisconfigurationException, RuntimeError) as error:
@@ -156,13 +158,14 @@ def _finish(
     data: LightningDataModule | None,
     cut: str,
     own: list[Any],
+    hardware: Hardware,
+    formats: Mapping[str, Export],
 ) -> dict[str, Any]:
-    """Test, and write what a run leaves behind."""
-    sparsity = _one(own, Sparsity)
+    """Test, and write what a run leaves behind, its metrics last: a run that has them is done."""
     tests = cfg.test and (data is not None or _has(module, "test_dataloader")) and _has(module, "test_step")
     rows: list[dict[str, Any]] = []
     for path in [path for callback in own if isinstance(callback, Front) for path in callback.paths]:
-        saved = _load(path, trainer, module, sparsity)
+        saved = _load(path, trainer, module, own)
         _remove(trainer, module)
         scores: dict[str, float] = {}
         loggers, trainer.loggers = trainer.loggers, []
@@ -172,9 +175,10 @@ def _finish(
             scores |= trainer.test(module, datamodule=data, verbose=False)[0]
         trainer.loggers = loggers
         if trainer.is_global_zero:
-            row = _metrics(cfg, path.parent, trainer, module, cut, own, scores)
+            row = figures(cfg, path.parent, trainer, module, cut, own, scores)
             rows.append({**row, "epochs": saved["epoch"], "steps": saved["global_step"], "level": len(rows)})
-    best = _load_best(trainer, module, sparsity)
+    budget, quantize = first(own, AccuracyBudget), first(own, Quantize)
+    best = _load_best(trainer, module, own) if budget is None else budget.epoch
     _remove(trainer, module)
     tested: Mapping[str, float] = {}
     if tests:
@@ -183,13 +187,17 @@ def _finish(
         return {}
     if rows:
         write_json(folder / "front.json", rows)
-    metrics = _write(cfg, folder, trainer, module, cut, own, best, tested, rows)
+    converted = None
+    if quantize is not None:
+        converted, zeros = integers_of(quantize, module, one(own, Sparsity).pruner, folder)
+        tested = {**tested, **zeros}
+    metrics, summary = write(cfg, folder, trainer, module, cut, own, best, tested)
+    if formats:
+        metrics = merged(metrics, deploy(module, data, formats, folder, hardware, converted, cfg.export_measure))
+    write_json(folder / "metrics.json", metrics)
+    tell(folder, summary, metrics, rows)
     publish(trainer.loggers, folder, metrics, trainer.global_step)
     return metrics
-
-
-def _one(own: list[Any], kind: type[T]) -> T:
-    return next(callback for callback in own if isinstance(callback, kind))
 
 
 def _front(cfg: DictConfig, folder: Path, sparsity: Sparsity) -> list[Front]:
@@ -198,6 +206,12 @@ def _front(cfg: DictConfig, folder: Path, sparsity: Sparsity) -> list[Front]:
         raise ConfigError("levels=... are those of schedule=staircase (of schedule=tickets: schedule.sparsities=...)")
     if not cfg.front:
         return []
+    for key, why in (
+        ("quantization", "the models before it begins would have other weights than integers"),
+        ("target", "the budget decides on the levels, and keeps one model"),
+    ):
+        if cfg.get(key):
+            raise ConfigError(f"front=true goes with {key}=none alone: {why}")
     if not isinstance(schedule, (Staircase, Iterative, Tickets)):
         raise ConfigError(
             f"front=true needs a schedule that rests on its levels, or the models there would not have been trained at "
@@ -207,26 +221,17 @@ def _front(cfg: DictConfig, folder: Path, sparsity: Sparsity) -> list[Front]:
     return [Front(folder)]
 
 
-def _built(cfg: DictConfig, key: str) -> Any:
-    """The object that a node of the configuration describes."""
-    try:
-        return instantiate(cfg[key])
-    except Exception as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, (ValueError, TypeError, ImportError, FileNotFoundError)):
-            raise ConfigError(f"{key}: {cause}") from error
-        raise
-
-
-def _sparsity(cfg: DictConfig) -> Sparsity:
+def _sparsity(cfg: DictConfig, hardware: Hardware) -> Sparsity:
     """The callback, its axes checked against each other and the hardware."""
     for what in ("sparsity", "label_smoothing"):
         if cfg[what] is not None and not 0 <= cfg[what] <= 1:
             raise ConfigError(f"{what}={cfg[what]} must be in [0, 1]")
-    axes = {axis: _built(cfg, axis) for axis in _AXES}
-    refusal = _built(cfg, "hardware").refusal(axes["structure"])
-    if refusal is not None and axes["schedule"].final > 0:
-        raise ConfigError(refusal)
+    axes = {axis: built(cfg, axis) for axis in _AXES}
+    objection = hardware.objection(axes["structure"], axes["schedule"].final)
+    if objection is not None and axes["schedule"].final > 0:
+        if hardware.strict:
+            raise ConfigError(objection)
+        rank_zero_warn(objection)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {key: plain[key] for key in ("include", "exclude", "first", "last", "overrides", "misfit")}
     options |= {key: plain[key] for key in ("ablation", "calibration_batches")}
@@ -243,37 +248,14 @@ def _shrink(every: int) -> Shrink:
         raise ConfigError(f"shrink_{error}") from error
 
 
-def _module(cfg: DictConfig, data: LightningDataModule | None) -> tuple[LightningModule, str]:
-    """The module to train, and the prefix of its weights' names that reports leave out.
-
-    A LightningModule is taken as it is; any other model is given `shape` and `classes`, if it asks for them, and is
-    wrapped into a `Classifier`.
-    """
-    called = target(cfg.model, "model")
-    facts = {key: getattr(data, key) for key in ("shape", "classes") if hasattr(data, key)}
-    if isclass(called) and issubclass(called, LightningModule):
-        module: LightningModule = _given(cfg, "model", called, facts)
-        return module, ""
-    net = _given(cfg, "model", called, facts)
-    if isinstance(net, LightningModule):
-        return net, ""
-    if "classes" not in facts:
-        raise ConfigError(
-            f"model={cfg.model._target_} is no LightningModule, and data has no `classes` to train it as a classifier"
-        )
-    module = Classifier(
-        net, facts["classes"], _built(cfg, "optimizer"), _built(cfg, "lr_schedule"), cfg.label_smoothing
-    )
-    return module, "net."
-
-
-def _given(cfg: DictConfig, key: str, called: Any, facts: dict[str, Any]) -> Any:
-    wanted = signature(called).parameters
-    node = cfg[key].copy()
-    for name, value in facts.items():
-        if name in wanted and name not in node:
-            node[name] = list(value) if isinstance(value, tuple) else value
-    return _built(OmegaConf.create({key: node}), key)
+def _check_types(hardware: Hardware, quantize: list[Quantize], written: set[str]) -> None:
+    """The type of the weights is one that the hardware computes with, and that the exports can have."""
+    trained = quantize[0].quantization.dtype if quantize else "float32"
+    if "int8" in written and trained == "int4":
+        raise ConfigError("export=onnx_int8 has 8-bit weights, and quantization=int4_weight trains 4-bit ones")
+    refusal = hardware.refusal("int8" if "int8" in written else trained)
+    if refusal is not None:
+        raise ConfigError(refusal + (", or export=onnx_int8" if "int8" in hardware.dtypes else ""))
 
 
 def _trainer(cfg: DictConfig, callbacks: list[Any]) -> Trainer:
@@ -322,29 +304,32 @@ def _loggers(cfg: DictConfig) -> list[Any]:
 
 def _each(cfg: DictConfig, group: str) -> list[Any]:
     nodes: Any = cfg.get(group) or {}
-    return [_built(nodes, name) for name, node in nodes.items() if node is not None]
+    return [built(nodes, name) for name, node in nodes.items() if node is not None]
 
 
 def _has(module: LightningModule, hook: str) -> bool:
     return getattr(type(module), hook) is not getattr(LightningModule, hook)
 
 
-def _load_best(trainer: Trainer, module: LightningModule, sparsity: Sparsity) -> int | None:
+def _load_best(trainer: Trainer, module: LightningModule, own: list[Any]) -> int | None:
     """Take up the weights and masks of the best checkpoint at the target; the epoch it is of, or None for the last."""
     for checkpoint in trainer.checkpoint_callbacks:
         path = getattr(checkpoint, "best_model_path", "")
         if path and getattr(checkpoint, "monitor", None) and Path(path).is_file():
-            return int(_load(path, trainer, module, sparsity)["epoch"])
+            return int(_load(path, trainer, module, own)["epoch"])
     return None
 
 
-def _load(path: str | Path, trainer: Trainer, module: LightningModule, sparsity: Sparsity) -> Mapping[str, Any]:
+def _load(path: str | Path, trainer: Trainer, module: LightningModule, own: list[Any]) -> Mapping[str, Any]:
     saved: Mapping[str, Any] = trainer.strategy.load_checkpoint(path, weights_only=True)
     if (shrink := Shrink.of(trainer)) is not None:
         shrink.load(trainer, module, saved)
     module.load_state_dict(saved["state_dict"])
+    sparsity, quantize = one(own, Sparsity), first(own, Quantize)
     if sparsity.state_key in saved["callbacks"]:
         sparsity.pruner.load_state_dict(saved["callbacks"][sparsity.state_key])
+    if quantize is not None:
+        quantize.quantization.load_state_dict(saved["callbacks"][quantize.state_key]["ranges"])
     return saved
 
 
@@ -352,141 +337,6 @@ def _remove(trainer: Trainer, module: LightningModule) -> None:
     """With shrink_every, take out what was masked since the last removal; there is no more training."""
     if (shrink := Shrink.of(trainer)) is not None:
         shrink.shrink(trainer, module)
-
-
-def _metrics(
-    cfg: DictConfig,
-    folder: Path,
-    trainer: Trainer,
-    module: LightningModule,
-    cut: str,
-    own: list[Any],
-    scores: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Save the weights that the module has to `folder`/model.safetensors, and count them there."""
-    weights = folder / "model.safetensors"
-    tensors = {
-        name.replace("_orig_mod.", "").removeprefix(cut): tensor.detach().cpu().contiguous()
-        for name, tensor in module.state_dict().items()
-    }
-    shared: dict[int, str] = {}
-    for name in list(tensors):  # safetensors refuses tensors that share memory
-        if shared.setdefault(tensors[name].data_ptr(), name) != name:
-            tensors[name] = tensors[name].clone()
-    with replacing(weights) as temporary:
-        save_file(tensors, temporary)
-    if (shrink := Shrink.of(trainer)) is not None:
-        save_plan(shrink.plan.below(cut), module, folder)
-
-    history, sparsity = _one(own, History), _one(own, Sparsity)
-    pruner = sparsity.pruner
-    summary = sparsity.summarize(module, cut)
-    prunable = [param.name.removeprefix(cut) for param in pruner.params]
-    nonzero, count = _nonzeros(weights, prunable), pruner.numel
-    # inputs that left the model because nothing feeds them any more were not pruned
-    unread = pruner.kept - sum(int(torch.count_nonzero(param.mask)) for param in pruner.params)
-    return {
-        "method": cfg.method or type(pruner.scorer).__name__.lower(),
-        "scorer": type(pruner.scorer).__name__.lower(),
-        "schedule": type(pruner.schedule).__name__.lower(),
-        "structure": pruner.structure.label,
-        "allocation": type(pruner.allocation).__name__.lower(),
-        "masking": type(pruner.masking).__name__.lower(),
-        "seed": cfg.seed,
-        "sparsity_requested": pruner.target if pruner.at_target else pruner.level,
-        "sparsity": 1 - (nonzero + unread) / count,
-        "sparsity_model": summary.sparsity_model,
-        "at_target": pruner.at_target,
-        **pruner.scorer.facts(pruner.groups),
-        "params_total": summary.params_total,
-        "params_left": summary.params_left,
-        "params_prunable": count,
-        "params_nonzero": summary.params_nonzero,
-        "macs_dense": summary.macs_dense,
-        "macs_sparse": summary.macs_sparse,
-        **{name: float(value) for name, value in scores.items()},
-        "size_bytes": {"dense": summary.bytes_dense, "compressed": summary.bytes_compressed},
-        "train_seconds": round(history.seconds, 3),
-        "epochs": len(history.rows),
-        "steps": trainer.global_step,
-        "epoch_best": None,
-        "device": str(trainer.strategy.root_device),
-    }
-
-
-def _write(
-    cfg: DictConfig,
-    folder: Path,
-    trainer: Trainer,
-    module: LightningModule,
-    cut: str,
-    own: list[Any],
-    best: int | None,
-    tested: Mapping[str, float],
-    levels: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Write what a run leaves behind, its metrics last, and tell where."""
-    sparsity = _one(own, Sparsity)
-    rows = _one(own, History).rows
-    at_best = next((row for row in rows if best is not None and int(row["epoch"]) == best), rows[-1] if rows else {})
-    scores = {name: value for name, value in at_best.items() if name.startswith(("val", "train"))}
-    metrics = _metrics(cfg, folder, trainer, module, cut, own, {**scores, **tested})
-    metrics |= {"sparsity_requested": sparsity.pruner.target, "epoch_best": best}
-    summary = sparsity.summarize(module, cut)
-    title = f"{metrics['method']}, {metrics['structure']}, sparsity {metrics['sparsity']:.4f}"
-    write_csv(folder / "layers.csv", layer_rows(summary))
-    if rows:
-        plot_training(rows, folder / "training.png", title)
-    plot_layers(summary, folder / "layers.png", title)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_json(folder / "metrics.json", metrics)
-    _tell(folder, summary, metrics, levels)
-    return metrics
-
-
-def _nonzeros(path: Path, names: list[str]) -> int:
-    """The weights of some tensors that are not zero, counted in the saved file."""
-    with safe_open(path, framework="pt") as file:
-        return sum(int(torch.count_nonzero(file.get_tensor(name))) for name in names)
-
-
-_WRITTEN = {
-    "metrics.json": "the figures of the run",
-    "front.json": "the figures of each level",
-    "training.png": "loss, accuracy and sparsity over the epochs",
-    "layers.png": "density of each layer",
-    "history.csv": "a row an epoch",
-    "layers.csv": "a row a layer",
-    "model.safetensors": "the sparse weights",
-    "shrunk.json": "what was removed from the model, for export.load_shrunk",
-    "tickets.png": "accuracy of each round over the remaining weights",
-    "tickets.csv": "a row a round",
-    "levels": "mask and weights of each round",
-    "checkpoints": "best at the target sparsity, and last",
-}
-
-
-def _tell(folder: Path, summary: Summary, metrics: Mapping[str, Any], levels: list[dict[str, Any]]) -> None:
-    console = Console()
-    console.print()
-    console.print(summary_table(summary))
-    if levels:
-        names = [
-            name for name in ("sparsity", "val/acc", "test/acc", "macs_sparse", "params_nonzero") if name in levels[0]
-        ]
-        table = Table(*names, title="the front, each level at the end of its training")
-        for row in levels:
-            table.add_row(*(f"{row[name]:.4f}" if row[name] <= 1 else f"{row[name]:,.0f}" for name in names))
-        console.print(table)
-    scores = [(name, metrics[name]) for name in ("val/acc", "test/acc", "test/loss") if name in metrics]
-    line = ", ".join(f"{name} {value:.4f}" for name, value in scores)
-    epoch = metrics["epoch_best"]
-    which = f"best at the target: epoch {epoch + 1}" if epoch is not None else "last epoch"
-    console.print(f"{line} ({which} of {metrics['epochs']}, {metrics['train_seconds']:.1f} s of training)".lstrip())
-    console.print(f"\nwritten to {folder}:", highlight=False, soft_wrap=True)
-    for name, what in _WRITTEN.items():
-        if (folder / name).exists():
-            console.print(f"  {name:<18} {what}", highlight=False)
 
 
 # The command
@@ -568,6 +418,10 @@ def _explained(error: BaseException, arguments: list[str]) -> str:
         if options and missing:
             group, _, name = str(missing).rpartition("/")
             return f"{group}={name}: there is no such {group}. {suggestion(name, options)}"
+        if missing and (CONF / str(missing)).parent.is_dir():  # one of a list: export=[onnx,csv]
+            group, _, name = str(missing).rpartition("/")
+            names = [path.stem for path in (CONF / group).glob("*.yaml")]
+            return f"{group}={name}: there is no such {group}. {suggestion(name, names)}"
     keys = [argument.partition("=")[0].lstrip("+~") for argument in arguments if "=" in argument]
     known = _keys(arguments)
     wrong = [key for key in keys if key not in known and not key.startswith("hydra")]

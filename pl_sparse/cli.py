@@ -19,6 +19,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("pl_sparse.inspection:show", "tell what a run left, and draw its masks"),
     "compare": ("pl_sparse.inspection:compare", "tell how two runs differ"),
     "doctor": ("pl_sparse.doctor:main", "tell versions, extras, devices, and which hardware targets work"),
+    "export": ("pl_sparse.deploy:export", "write the model of a finished run in other formats"),
+    "bench": ("pl_sparse.deploy:bench", "measure the model of a finished run, dense and exported side by side"),
 }
 """What each subcommand calls, imported when it is asked for, and a line of help."""
 

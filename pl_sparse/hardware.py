@@ -1,45 +1,79 @@
-"""What a device can make of zeros: which structures it accelerates."""
+"""What a device can make of zeros: which structures it accelerates, in which number formats, run how."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pl_sparse.structure import NM, Channel, Head, Structure
+from pl_sparse.structure import Structure, structure
+
+__all__ = ["Hardware"]
 
 
-@dataclass(frozen=True)
-class Hardware(ABC):
-    """A device that the trained model is to run on."""
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """A device that the trained model is to run on, as data: each YAML of conf/hardware is one.
 
-    @abstractmethod
-    def refusal(self, structure: Structure) -> str | None:
-        """Why the device cannot use zeros of this structure, and what it could use; None if it can."""
+    Args:
+        name: what messages call it.
+        accelerates: structures whose zeros it skips, by name ("nm24", "channel"); None: any.
+        least_sparsity: the sparsity below which skipping zeros costs more than it saves.
+        multiple: it computes with channels in multiples of this; what a layer keeps is best one.
+        dtypes: the types of weights it computes with, best first.
+        exports: the formats that it runs, best first.
+        strict: whether a structure that it cannot use is refused, or only warned about.
+        budget_kb: how many kilobytes (1000 bytes) the exported file may have; None: any size.
 
+    >>> ampere = Hardware(name="ampere", accelerates=["nm24", "channel"])
+    >>> ampere.objection(structure("nm24"), 0.5) is None
+    True
+    >>> print(ampere.objection(structure("unstructured"), 0.9))
+    hardware=ampere cannot use zeros of structure=unstructured: they make nothing faster. What it accelerates: \
+structure=nm24, channel
 
-@dataclass(frozen=True)
-class Generic(Hardware):
-    """No device in particular: every structure is allowed, no speed is promised."""
-
-    def refusal(self, structure: Structure) -> str | None:
-        return None
-
-
-@dataclass(frozen=True)
-class Ampere(Hardware):
-    """NVIDIA GPUs with sparse tensor cores (compute capability 8.0 and up).
-
-    They accelerate 2:4, and the smaller dense layers that are left when channels or heads are removed.
-
-    Source: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378.
+    Raises:
+        ValueError: an unknown structure, or a number that makes no sense.
     """
 
-    def refusal(self, structure: Structure) -> str | None:
-        if isinstance(structure, (Channel, Head)) or (
-            isinstance(structure, NM) and (structure.n, structure.m) == (2, 4)
-        ):
+    name: str
+    accelerates: Sequence[str] | None = None
+    least_sparsity: float = 0.0
+    multiple: int = 1
+    dtypes: Sequence[str] = ("float32", "int8", "int4")
+    exports: Sequence[str] = ("onnx",)
+    strict: bool = True
+    budget_kb: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.accelerates or ():
+            structure(name)
+        if self.multiple < 1:
+            raise ValueError(f"multiple={self.multiple!r} must be 1 or more")
+        if not self.dtypes or not self.exports:
+            raise ValueError(f"hardware={self.name} needs at least one of dtypes and one of exports")
+        if self.budget_kb is not None and self.budget_kb <= 0:
+            raise ValueError(f"budget_kb={self.budget_kb!r} must be above 0")
+
+    def objection(self, pruned: Structure, sparsity: float) -> str | None:
+        """Why zeros of this structure, at this sparsity, make nothing faster here, and what would; None if they do."""
+        if self.accelerates is not None and pruned.label not in {structure(name).label for name in self.accelerates}:
+            return (
+                f"hardware={self.name} cannot use zeros of structure={pruned.label}: they make nothing faster. "
+                f"What it accelerates: structure={', '.join(self.accelerates)}"
+            )
+        reached = sparsity if pruned.fixed is None else pruned.fixed
+        if reached < self.least_sparsity:
+            return (
+                f"hardware={self.name} gains from zeros at a sparsity of {self.least_sparsity:g} or more, and this "
+                f"will be {reached:g}: raise sparsity"
+                + (f", with a structure other than {pruned.label}" if pruned.fixed is not None else "")
+            )
+        return None
+
+    def refusal(self, dtype: str) -> str | None:
+        """Why weights of this type cannot run here, and which can; None if they can."""
+        if dtype in self.dtypes:
             return None
-        return (
-            f"hardware=ampere cannot use zeros of structure={structure.label}: its sparse tensor cores know 2:4 alone. "
-            "What it accelerates: structure=nm24, channel, head"
-        )
+        ways = {"int8": "quantization=int8", "int4": "quantization=int4_weight"}
+        known = ", ".join(ways.get(name, "quantization=none") for name in self.dtypes)
+        return f"hardware={self.name} does not compute with {dtype} weights: use {known}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TypeAlias, TypeVar
 
@@ -35,6 +35,24 @@ def _parse(time: Time, what: str) -> tuple[float, str]:
     if time != int(time):
         raise ValueError(f"{what}={time!r}: a fraction of training is at most 1, and optimizer steps are whole")
     return float(time), "steps"
+
+
+def step_of(time: Time, what: str, total: float, steps_per_epoch: int | None) -> int:
+    """The optimizer step of a time in a training of `total` steps (infinity: not known).
+
+    Raises:
+        ValueError: it is no time, or a part of a length that is not known; `what` is its name in the message.
+    """
+    value, unit = _parse(time, what)
+    if unit == "steps" or value == 0:
+        return int(value)
+    length = steps_per_epoch if unit == "epochs" else total
+    if length is None or length == float("inf"):
+        raise ValueError(
+            f"{what}={time!r} is a part of training or of an epoch, whose length is not known: give it in steps, or "
+            "set max_epochs or max_steps"
+        )
+    return round(value * length)
 
 
 def _sparsity(value: float, what: str) -> None:
@@ -521,3 +539,39 @@ class Cyclic(Schedule):
             return ()
         last = max(k for k, at in enumerate(phases) if at == step)
         return (self.final if last % 2 == 0 else self.low,)
+
+
+@dataclass(eq=False)
+class Plan:
+    """What is decided while training: the level due at each step, and whether the last one is reached."""
+
+    levels: dict[int, float] = field(default_factory=dict)
+    done: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paced(Schedule):
+    """Levels that something else decides on while training goes on (`AccuracyBudget`); until it does, `final` at `end`.
+
+    `every` has no meaning here.
+
+    Args:
+        plan: where the decisions are; None: nothing decides.
+
+    >>> Paced(final=0.9, plan=Plan({40: 0.2})).levels(40, 100)
+    (0.2,)
+    """
+
+    plan: Plan | None = None
+    end: Time = 1.0
+
+    def curve(self, x: float) -> float:
+        return self.final
+
+    def levels(self, step: int, total: int) -> tuple[float, ...]:
+        if self.plan is None:
+            return (self.final,) if step == self.span(total)[1] else ()
+        return (self.plan.levels[step],) if step in self.plan.levels else ()
+
+    def reached(self, step: int, total: int) -> bool:
+        return super().reached(step, total) if self.plan is None else self.plan.done

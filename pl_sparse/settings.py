@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_object
@@ -19,7 +20,11 @@ from pydantic import (
 
 from pl_sparse.naming import suggestion
 
-__all__ = ["ConfigError", "check", "target"]
+__all__ = ["CONF", "ConfigError", "check", "target"]
+
+_PACKAGE = Path(__file__).parent
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+"""The configuration: inside an installed package, beside it in a checkout."""
 
 _TOP: dict[str, Any] = {
     "sparsity": float | None,
@@ -44,6 +49,7 @@ _TOP: dict[str, Any] = {
     "mode": typing.Literal["max", "min"],
     "label_smoothing": float,
     "test": bool,
+    "export_measure": bool,
     "ckpt_path": str | None,
     "output_dir": str | None,
 }

@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from pl_sparse.app import CONF, train
+from pl_sparse.app import train
+from pl_sparse.deploy import export
 from pl_sparse.export import load_shrunk
-from pl_sparse.settings import ConfigError
+from pl_sparse.runs import load_run
+from pl_sparse.settings import CONF, ConfigError
 from pl_sparse.tasks.classifier import Classifier
 from pl_sparse.tasks.data import Digits
 from pl_sparse.tasks.models import lenet300
@@ -115,6 +117,46 @@ def test_the_same_seed_is_the_same_run(tmp_path: Path) -> None:
     assert a["test/loss"] == b["test/loss"] != c["test/loss"]
 
 
+def test_exports_and_what_they_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = train(config(tmp_path, "export=[onnx,csr]", "export_measure=true"))
+    assert {"model.onnx", "model_csr.safetensors", "bench.json", "bench.csv", "bench.png"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    assert metrics["test/acc_exported"] == pytest.approx(metrics["test/acc"])
+    assert metrics["latency_ms"] > 0 and metrics["latency_dense_ms"] > 0
+    assert metrics["size_bytes"]["exported"] == (tmp_path / "model.onnx").stat().st_size
+    assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    bench = json.loads((tmp_path / "bench.json").read_text())
+    assert {(row["format"], row["batch"]) for row in bench["rows"]} == {
+        (f, b) for f in ("onnx", "csr") for b in (1, 32)
+    }
+    assert "against dense in the same runtime" in capsys.readouterr().out
+
+    # the finished run once more, from its folder
+    export([str(tmp_path), "--to", "safetensors"])
+    assert json.loads((tmp_path / "metrics.json").read_text())["size_bytes"]["exported"] < 50_000
+    with pytest.raises(SystemExit):
+        export([str(tmp_path), "--to", "onxx"])
+    assert "Did you mean 'onnx'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        export([str(tmp_path / "nowhere")])
+    assert "no folder of a finished run" in capsys.readouterr().err
+    module, _, _ = load_run(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(module.net.state_dict()[name], value) for name, value in saved.items())  # type: ignore[operator,union-attr]
+
+
+def test_a_run_has_its_metrics_once_it_has_its_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "config.yaml").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pl_sparse.app.deploy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path, "export=[csr]", "trainer.max_epochs=1"))
+    assert not (tmp_path / "metrics.json").exists()  # resume=true takes those for a finished run
+
+
 class Own(LightningModule):
     """A module with its own loss, data and optimizer."""
 
@@ -175,6 +217,13 @@ def test_loggers_get_the_curves(tmp_path: Path) -> None:
         (["trainer.devices=0"], "trainer: "),
         (["ckpt_path=nowhere.ckpt"], "is no file"),
         (["mode=maximum"], "mode='maximum'"),
+        (["export=semi_structured"], "export=semi_structured: sparse tensor cores know 2:4 alone"),
+        (["hardware=mcu", "structure=channel"], "hardware=mcu does not compute with float32.*quantization=int8"),
+        (["quantization=int4_weight", "export=onnx_int8"], "trains 4-bit ones"),
+        (["quantization=int8", "quantization.begin=1.0"], "integers must be simulated before the end"),
+        (["quantization=int4_weight", "quantization.quantization.group=48"], "no linear layer has a multiple of"),
+        (["front=true", "schedule=staircase", "levels=[0.5,0.9]", "quantization=int8"], "with quantization=none alone"),
+        (["front=true", "target=accuracy_drop"], "front=true goes with target=none alone"),
     ],
 )
 def test_what_cannot_run_is_refused_before_training(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -199,6 +248,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         ("method=gmpp", "there is no such method. Did you mean 'gmp'"),
         ("sparsty=0.5", "sparsty is no setting. Did you mean 'sparsity'"),
         ("structure.m=4", "structure.m is no setting"),
+        ("export=[onnx,csrr]", "there is no such export. Did you mean 'csr'"),
     ],
 )
 def test_misspelt_arguments_are_told_in_one_line(tmp_path: Path, argument: str, message: str) -> None:
@@ -206,7 +256,16 @@ def test_misspelt_arguments_are_told_in_one_line(tmp_path: Path, argument: str, 
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("options", [[], ["scorer=movement"], ["masking=ste", "model=vit_tiny", "model.dropout=0.1"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["scorer=movement"],
+        ["masking=ste", "model=vit_tiny", "model.dropout=0.1"],
+        pytest.param(["target=accuracy_drop", "target.warmup=0.1"], marks=pytest.mark.slow),
+        pytest.param(["quantization=int8", "quantization.begin=0.2", "model=lenet5"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, options: list[str]) -> None:
     arguments = [*options, "trainer.max_epochs=12", "hydra.run.dir=whole"]
     subprocess.run(command(*arguments), cwd=tmp_path, check=True, capture_output=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "pl_sparse"
 FLOORS = [  # a module imports from the floors above it in this list only
-    {"naming", "topk", "files", "pareto"},
-    {"masked"},
+    {"naming", "topk", "files", "trace", "pareto"},
+    {"masked", "measure", "quantize"},
     {"probe", "attention"},
     {"coupling"},
     {"structure", "schedule", "cost"},
@@ -17,12 +17,15 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"allocation", "hardware", "masking", "latency"},
     {"budget", "updater", "regularizer"},
     {"pruner"},
-    {"report", "export.shrink"},
+    {"report"},
+    {"export.format", "export.shrink"},
+    {"export.compressed", "export.csr", "export.onnx", "export.pt2"},
+    {"export.semi_structured"},
     {"export"},
     {"callbacks.judging", "callbacks.calibration", "callbacks.whole"},
-    {"callbacks.sparsity", "callbacks.random_state", "callbacks.distill"},
+    {"callbacks.sparsity", "callbacks.quantize", "callbacks.random_state", "callbacks.distill"},
     {"callbacks.history", "callbacks.rewind", "callbacks.regularize", "callbacks.track"},
-    {"callbacks.front", "callbacks.prefix", "callbacks.status", "callbacks.shrink"},
+    {"callbacks.accuracy_budget", "callbacks.front", "callbacks.prefix", "callbacks.status", "callbacks.shrink"},
     {"callbacks.lines"},
     {"callbacks", "tasks", "tasks.lr", "tasks.models", "tasks.data"},
     {"tasks.classifier", "tasks.text"},
@@ -30,14 +33,16 @@ FLOORS = [  # a module imports from the floors above it in this list only
     {"boards"},
     {"hooks"},
     {"settings"},
+    {"runs"},
+    {"deploy", "outcome"},
     {"sweep", "sweep.identity", "sweep.launch"},
     {"sweep.prefix", "sweep.runs"},
     {"sweep.monitor"},
     {"app"},
     {"cli"},
 ]
-WITH_LIGHTNING = ("callbacks", "tasks", "sweep", "app", "cli")
-WITH_HYDRA = ("hooks", "settings", "sweep", "app", "cli")
+WITH_LIGHTNING = ("callbacks", "tasks", "runs", "deploy", "outcome", "sweep", "app", "cli")
+WITH_HYDRA = ("hooks", "settings", "runs", "deploy", "outcome", "sweep", "app", "cli")
 
 
 def modules() -> dict[str, Path]:

@@ -1,8 +1,10 @@
 """Lightning callbacks."""
 
+from pl_sparse.callbacks.accuracy_budget import AccuracyBudget
 from pl_sparse.callbacks.distill import Distill
 from pl_sparse.callbacks.front import Front
 from pl_sparse.callbacks.history import History
+from pl_sparse.callbacks.quantize import Quantize
 from pl_sparse.callbacks.random_state import RandomState
 from pl_sparse.callbacks.regularize import Regularize
 from pl_sparse.callbacks.rewind import Rewind
@@ -12,9 +14,11 @@ from pl_sparse.callbacks.status import Status
 from pl_sparse.callbacks.track import Track
 
 __all__ = [
+    "AccuracyBudget",
     "Distill",
     "Front",
     "History",
+    "Quantize",
     "RandomState",
     "Regularize",
     "Rewind",

@@ -18,6 +18,16 @@ from torchmetrics import Metric
 from pl_sparse.probe import Probe
 
 
+def first_batches(trainer: Trainer, count: int) -> list[Any]:
+    """So many training batches, on the device of training."""
+    loader: Any = trainer.train_dataloader
+    if isinstance(loader, Mapping | list | tuple):
+        source = (batch for batch, *_ in CombinedLoader(loader))
+    else:
+        source = iter(copy.copy(loader))  # a loader that counts its batches must not count these
+    return [trainer.strategy.batch_to_device(batch) for batch in islice(source, count)]
+
+
 class Calibration:
     """Losses by the module's own `training_step`, on the first batches of its training data.
 
@@ -46,12 +56,7 @@ class Calibration:
         return Probe(self.module, self._batches, self._loss, mean if self.trainer.world_size > 1 else None)
 
     def _batches(self) -> list[Any]:
-        loader: Any = self.trainer.train_dataloader
-        if isinstance(loader, Mapping | list | tuple):
-            source = (batch for batch, *_ in CombinedLoader(loader))
-        else:
-            source = iter(copy.copy(loader))  # a loader that counts its batches must not count these
-        return [self.trainer.strategy.batch_to_device(batch) for batch in islice(source, self.count)]
+        return first_batches(self.trainer, self.count)
 
     def _loss(self, batch: Any) -> Tensor:
         arguments = inspect.signature(self.module.training_step).parameters

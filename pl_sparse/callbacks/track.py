@@ -19,8 +19,8 @@ from pl_sparse.callbacks.sparsity import Sparsity
 
 __all__ = ["Track", "closing", "publish"]
 
-_FILES = ("metrics.json", "config.yaml", "history.csv", "layers.csv", "tickets.csv")
-_PICTURES = ("training.png", "layers.png", "tickets.png")
+_FILES = ("metrics.json", "config.yaml", "history.csv", "layers.csv", "tickets.csv", "bench.csv")
+_PICTURES = ("training.png", "layers.png", "tickets.png", "bench.png")
 
 
 class Track(Callback):

@@ -1,5 +1,27 @@
 """Trained models in files that are smaller, or faster, on a named target."""
 
+from pl_sparse.export.compressed import Compressed, load_compressed, save_compressed
+from pl_sparse.export.csr import CSR, to_csr
+from pl_sparse.export.format import Export
+from pl_sparse.export.onnx import ONNX, ONNXInt8
+from pl_sparse.export.pt2 import TorchExport
+from pl_sparse.export.semi_structured import SemiStructured, to_semi_structured
 from pl_sparse.export.shrink import Shrunk, load_shrunk, save_shrunk, shrink
 
-__all__ = ["Shrunk", "load_shrunk", "save_shrunk", "shrink"]
+__all__ = [
+    "CSR",
+    "ONNX",
+    "Compressed",
+    "Export",
+    "ONNXInt8",
+    "SemiStructured",
+    "Shrunk",
+    "TorchExport",
+    "load_compressed",
+    "load_shrunk",
+    "save_compressed",
+    "save_shrunk",
+    "shrink",
+    "to_csr",
+    "to_semi_structured",
+]

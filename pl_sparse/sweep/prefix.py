@@ -17,7 +17,7 @@ from pl_sparse.sweep.identity import code, data, digest, settings
 __all__ = ["prefix"]
 
 _LATER = (
-    "sparsity", "levels", "schedule", "scorer", "structure", "allocation", "updater", "masking", "hardware", "method",
+    "sparsity", "levels", "schedule", "scorer", "structure", "allocation", "updater", "masking", "method",
     "overrides", "misfit", "last", "ablation", "calibration_batches", "front", "test", "objective",
     "objectives", "mode", "shrink_every",
 )  # fmt: skip
@@ -37,6 +37,8 @@ def prefix(cfg: DictConfig, sparsity: Sparsity, epochs: int | None) -> Prefix | 
     pruner = sparsity.pruner
     if where is None or not pruner.attached or not epochs or cfg.trainer.max_steps not in (-1, None):
         return None
+    if cfg.get("target"):
+        return None  # its warm-up is no part of the schedule, and what follows it is decided as it goes
     plain = settings(cfg)
     learned = pruner.masking.samples or not pruner.updater.targets_sparsity
     observed = pruner.scorer.observes or learned or getattr(pruner.updater, "redistribute", False)
@@ -44,7 +46,8 @@ def prefix(cfg: DictConfig, sparsity: Sparsity, epochs: int | None) -> Prefix | 
     axes = {key: plain[key] for key in _LATER if key not in ("sparsity", "levels", "schedule", "front", "test")}
     schedule: dict[str, Any] = dict(plain["schedule"])
     rounds = _rounds(pruner.schedule, epochs)
-    if isinstance(pruner.schedule, Tickets) and pruner.schedule.epochs is not None:
+    counted = isinstance(pruner.schedule, Tickets) and pruner.schedule.epochs is not None
+    if counted and not cfg.get("quantization"):  # which begins at a fraction of all epochs
         early["trainer"] = {**early["trainer"], "max_epochs": None}  # follows from the number of rounds
     common = [early, axes if observed else None, plain["front"], code(plain), data(plain["data"])]
     kind = {key: value for key, value in schedule.items() if key not in ("final", "sparsities")}

@@ -140,7 +140,7 @@ def _whole(path: Path) -> dict[str, Any] | None:
 @rank_zero_only
 def _forget(folder: Path) -> None:
     """A run that begins anew in a folder is not taken for the one that was there."""
-    for name in ("metrics.json", "front.json", "status.json"):
+    for name in ("metrics.json", "front.json", "status.json", "ranges.safetensors", "bench.json"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -1,0 +1,205 @@
+"""As sparse as validation allows."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.schedule import Paced, Plan, Time, step_of
+
+__all__ = ["AccuracyBudget"]
+
+
+class AccuracyBudget(Callback):
+    """Raises the sparsity while a metric of validation stays within a budget; ends with the sparsest model that did.
+
+    It needs a `Sparsity(schedule=Paced(final=0.99))` callback before it. After a dense warm-up each level removes the
+    fraction `rate` of the weights that are left, s' = 1 - (1 - s)(1 - rate), and is trained until an epoch's metric
+    holds: m >= reference - drop (mode "max"). One that does not hold within `patience` epochs is taken back, weights,
+    masks and optimizer included, and the next one removes half as much. The schedule's `final` is the most that is
+    tried. A resumed training is the uninterrupted one.
+
+    Args:
+        drop: what the metric may lose, in its own unit.
+        metric: a metric that is logged at each validation.
+        mode: "max" if more is better, else "min".
+        reference: the metric of the dense model; None for the best of the warm-up.
+        warmup: how long the model is trained dense first.
+        patience: epochs in which a level has to hold.
+        rate: the part of the remaining weights that the next level removes.
+        least: below this rate training ends.
+
+    Attributes:
+        epoch: the epoch of the model that it ends with.
+
+    Raises:
+        ValueError: there is no Sparsity callback before it, its schedule or structure leave nothing to decide, or the
+            metric is not logged.
+    """
+
+    def __init__(
+        self,
+        drop: float = 0.01,
+        metric: str = "val/acc",
+        mode: Literal["max", "min"] = "max",
+        reference: float | None = None,
+        warmup: Time = 0.2,
+        patience: int = 3,
+        rate: float = 0.5,
+        least: float = 0.02,
+    ) -> None:
+        if drop < 0:
+            raise ValueError(f"drop={drop!r} must not be negative: what the metric may lose")
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode={mode!r} is neither 'max' nor 'min'")
+        if patience < 1:
+            raise ValueError(f"patience={patience!r} must be 1 or more epochs")
+        if not 0 < least <= rate < 1:
+            raise ValueError(f"least={least!r} and rate={rate!r} must be 0 < least <= rate < 1")
+        self.drop = drop
+        self.metric = metric
+        self.mode = mode
+        self.reference = reference
+        self.warmup = warmup
+        self.patience = patience
+        self.rate = rate
+        self.least = least
+        self.epoch: int | None = None
+        self._plan = Plan()
+        self._dense: float | None = None  # the reference, once the warm-up is over
+        self._rate = rate
+        self._tried = 0  # epochs at this level
+        self._level = 0.0  # the one that is tried
+        self._held: dict[str, Any] | None = None
+        self._best = float("-inf")  # the metric of what is held, more is better
+        self._until = 0
+
+    # Before training
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pruner = Sparsity.of(trainer).pruner
+        schedule = pruner.schedule
+        if not isinstance(schedule, Paced):
+            raise ValueError(
+                f"an accuracy budget decides on the levels, which schedule={type(schedule).__name__.lower()} does "
+                "itself: use schedule=paced"
+            )
+        if pruner.structure.fixed is not None:
+            raise ValueError(
+                f"structure={pruner.structure.label} prescribes a sparsity of {pruner.structure.fixed:g}, so that an "
+                "accuracy budget has nothing to decide: use structure=unstructured, channel, block4x4 or another"
+            )
+        pruner.schedule = Paced(final=schedule.final, plan=self._plan)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        batches = trainer.num_training_batches
+        accumulate = max(trainer.accumulate_grad_batches, 1)
+        per_epoch = None if batches == float("inf") else max(-(-int(batches) // accumulate), 1)
+        self._until = step_of(self.warmup, "warmup", trainer.estimated_stepping_batches, per_epoch)
+        if self._plan.done:  # resumed from the end, which may have come before the last epoch
+            trainer.should_stop = True
+
+    # Decisions
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.metric not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            raise ValueError(f"metric={self.metric} is not logged at the end of an epoch; there is {known}")
+        sign = 1 if self.mode == "max" else -1
+        value = sign * float(trainer.callback_metrics[self.metric])
+        pruner = Sparsity.of(trainer).pruner
+        self._tried += 1
+        if self._dense is None:
+            if self._held is None or value > self._best:
+                self._hold(trainer, pl_module, value)
+            if pruner.step >= self._until:
+                self._dense = sign * self._best if self.reference is None else self.reference
+                self._try(trainer)
+        elif value >= sign * self._dense - self.drop:
+            self._hold(trainer, pl_module, value)
+            self._try(trainer)
+        elif self._tried >= self.patience:
+            self._restore(trainer, pl_module)
+            self._rate /= 2
+            self._try(trainer)
+        last = trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if trainer.should_stop or last:  # before checkpoints are written
+            self._finish(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, pl_module)  # where something else ended the training
+
+    def _try(self, trainer: Trainer) -> None:
+        """Prune further at the next step, if there is further."""
+        pruner = Sparsity.of(trainer).pruner
+        assert self._held is not None
+        held: float = self._held["pruner"]["level"]
+        if self._rate < self.least or held >= pruner.schedule.final:
+            trainer.should_stop = True
+            return
+        self._tried = 0
+        self._level = min(1 - (1 - held) * (1 - self._rate), pruner.schedule.final)
+        self._plan.levels[pruner.step] = self._level
+
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._plan.done or self._held is None:
+            return
+        self._restore(trainer, module)
+        self._plan.done = True
+        if self._held["pruner"]["level"] == 0:
+            rank_zero_warn(
+                f"no sparse model was within drop={self.drop:g} of {self.metric} {self._dense}: the model is dense. "
+                "Train longer, allow a larger drop, or begin with a smaller rate"
+            )
+
+    # The model that holds
+
+    def _hold(self, trainer: Trainer, module: LightningModule, value: float) -> None:
+        self._best, self.epoch = value, trainer.current_epoch
+        self._held = {
+            "module": {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()},
+            "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers],
+            "pruner": copy.deepcopy(Sparsity.of(trainer).pruner.state_dict()),
+        }
+
+    @torch.no_grad()
+    def _restore(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self._held is not None
+        module.load_state_dict(self._held["module"])
+        for optimizer, state in zip(trainer.optimizers, self._held["optimizers"], strict=True):
+            rates = [group["lr"] for group in optimizer.param_groups]
+            optimizer.load_state_dict(copy.deepcopy(state))
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate  # time goes on
+        pruner = Sparsity.of(trainer).pruner
+        now = pruner.state_dict()
+        clock = {"step": now["step"], "updated": now["updated"], "num_updates": now["num_updates"] + 1}
+        pruner.load_state_dict({**copy.deepcopy(self._held["pruner"]), **clock})
+        self._level = self._held["pruner"]["level"]
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "levels": self._plan.levels,
+            "done": self._plan.done,
+            "dense": self._dense,
+            "rate": self._rate,
+            "tried": self._tried,
+            "level": self._level,
+            "best": self._best,
+            "epoch": self.epoch,
+            "held": self._held,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._plan.levels.update(state_dict["levels"])
+        self._plan.done = state_dict["done"]
+        self._dense, self._rate = state_dict["dense"], state_dict["rate"]
+        self._tried, self._level = state_dict["tried"], state_dict["level"]
+        self._best, self.epoch, self._held = state_dict["best"], state_dict["epoch"], state_dict["held"]

@@ -1,0 +1,175 @@
+"""The callback that trains a model to compute with integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pl_sparse.callbacks.calibration import first_batches
+from pl_sparse.callbacks.judging import Judging
+from pl_sparse.quantize import Quantization
+from pl_sparse.schedule import Time, step_of
+
+__all__ = ["Quantize"]
+
+
+class Quantize(Callback):
+    """Trains for integers: `Trainer(callbacks=[Sparsity(sparsity=0.9), Quantize(Int8())])`.
+
+    From `begin` on the module's network computes with rounded weights, while its parameters stay what the optimizer,
+    masks and checkpoints know. Validation sees the rounded network too, and checkpoints and early stopping that
+    monitor a metric judge only from then on. After training it stays so; `quantization.convert()` gives the network
+    with integers, `quantization.release()` goes back to floating point. A resumed training is the uninterrupted one.
+
+    Args:
+        quantization: `Int8()` or `Int4Weight()`.
+        begin: when integers are simulated for the first time, best after the last pruning.
+        freeze: when ranges and BatchNorm's statistics stay what they are.
+        network: the name of the submodule that is quantized; None for `net` where there is one, else the module itself,
+            whose `forward` its `training_step` must then call.
+
+    Raises:
+        ValueError: before training starts, if the network cannot be quantized, or there are several processes.
+    """
+
+    def __init__(
+        self, quantization: Quantization, begin: Time = 0.7, freeze: Time = 0.9, network: str | None = None
+    ) -> None:
+        self.quantization = quantization
+        self.begin = begin
+        self.freeze = freeze
+        self.network = network
+        self.active = False
+        self._frozen = False
+        self._first = True
+        self._calls = 0
+        self._hook: RemovableHandle | None = None
+        self._at = (0, 0)
+        self._restored: Mapping[str, Any] | None = None
+        self._example: Tensor | None = None
+        self._judging: Judging | None = None
+
+    def _net(self, module: LightningModule) -> nn.Module:
+        if self.network is not None:
+            return module.get_submodule(self.network)
+        found = getattr(module, "net", None)
+        return found if isinstance(found, nn.Module) else module
+
+    # Before training
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            raise ValueError("ranges of activations are not shared between processes: quantization trains in one alone")
+        self._judging = Judging(trainer, lambda: self.active)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        batches = trainer.num_training_batches
+        accumulate = max(trainer.accumulate_grad_batches, 1)
+        per_epoch = None if batches == float("inf") else max(-(-int(batches) // accumulate), 1)
+        total = trainer.estimated_stepping_batches
+        begin, freeze = (
+            step_of(time, what, total, per_epoch) for time, what in ((self.begin, "begin"), (self.freeze, "freeze"))
+        )
+        if begin >= total or freeze < begin:
+            raise ValueError(
+                f"begin={self.begin!r} is step {begin} and freeze={self.freeze!r} is step {freeze}, of {total}: "
+                "integers must be simulated before the end, and ranges stay only after that"
+            )
+        self._at = begin, freeze
+        with torch.random.fork_rng():  # a loader that shuffles draws its seed
+            x = _input(first_batches(trainer, 1)[0])
+        self._example = x
+        net = self._net(pl_module)
+        restored, self._restored = self._restored, None
+        if trainer.global_step == 0 and self.active:  # a second fit
+            self.quantization.release()
+            self.active = False
+        self._frozen = False
+        # Even where it begins later: what cannot be quantized is told before training.
+        self.quantization.prepare(net, x)
+        if restored is not None and restored["active"]:
+            self.active = True
+            self._frozen = restored["frozen"]
+            self.quantization.load_state_dict(restored["ranges"])
+        else:
+            self.quantization.release()
+        self._first = True
+        self._calls = 0
+        self._hook = net.register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, args: Any) -> None:
+        self._calls += 1
+
+    # Steps
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step // max(len(trainer.optimizers), 1)
+        assert self._example is not None
+        if step >= self._at[0] and not self.active:
+            self.quantization.prepare(self._net(pl_module), self._example)
+            self.active = True
+        if step >= self._at[1] and not self._frozen:
+            self.quantization.freeze()
+            self._frozen = True
+        net = self._net(pl_module)
+        if self._first and "forward" in vars(net):
+            # Multiply-accumulates of the first batch are counted by hooks of layers, which a graph does not call.
+            training = net.training
+            with torch.no_grad():
+                type(net).forward(net.eval(), _input(batch))
+            net.train(training)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._first:
+            return
+        self._first = False
+        self._unhook()
+        if not self._calls:
+            name = self.network or ("net" if self._net(pl_module) is not pl_module else "the module's forward")
+            raise ValueError(
+                f"training_step did not call {name}, so that nothing would be quantized: give Quantize(network=...) "
+                f"the submodule that it calls, one of {', '.join(key for key, _ in pl_module.named_children())}"
+            )
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        self._unhook()
+        if self._judging is not None:
+            self._judging.release()
+            self._judging = None
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"active": self.active, "frozen": self._frozen, "ranges": self.quantization.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+
+def _input(batch: Any) -> Tensor:
+    """The input of the network in a batch: the tensor that it is or begins with."""
+    x = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"quantization traces networks of one tensor, and a training batch is a {type(batch).__name__} that does "
+            "not begin with one"
+        )
+    return x

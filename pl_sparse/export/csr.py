@@ -1,0 +1,257 @@
+"""Layers that skip zeros on a CPU: weights in compressed sparse rows."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pl_sparse.export.format import Export, Run
+from pl_sparse.files import replacing
+from pl_sparse.structure import Structure
+
+__all__ = ["CSR", "CSRConv2d", "CSRLinear", "to_csr"]
+
+
+class CSRLinear(nn.Module):
+    """y = x W^T + b with W (out, in) in compressed sparse rows: the products with zeros are not made.
+
+    Computes (b + W x^T)^T, which is the order that the kernels are fast in; indices have 32 bits.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> with torch.no_grad():
+    ...     _ = layer.weight.copy_(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]])), layer.bias.zero_()
+    ...     CSRLinear.of(layer)(torch.tensor([[5.0, 7.0, 9.0]])).tolist()
+    [[14.0, 5.0]]
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor, values: Tensor, inputs: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.register_buffer("rows", rows)
+        self.register_buffer("columns", columns)
+        self.register_buffer("values", values)
+        self.register_buffer("bias", bias)
+        self._matrix: Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> CSRLinear:
+        """The same layer, its zeros left out."""
+        return cls(*_rows(layer.weight), layer.in_features, None if layer.bias is None else layer.bias.detach())
+
+    @property
+    def matrix(self) -> Tensor:
+        """W, (out, in)."""
+        if self._matrix is None:  # buffers are moved and loaded, a tensor made of them is not
+            rows, columns, values = (self.get_buffer(name) for name in ("rows", "columns", "values"))
+            size = (len(rows) - 1, self.inputs)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*beta state.*")
+                self._matrix = torch.sparse_csr_tensor(rows, columns, values, size, check_invariants=False)
+        return self._matrix
+
+    def times(self, x: Tensor) -> Tensor:
+        """W x + b for x (in, samples)."""
+        matrix = self.matrix
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        if bias is None:
+            return matrix @ x
+        return torch.addmm(bias[:, None].expand(-1, x.shape[1]), matrix, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.times(x.reshape(-1, self.inputs).t()).t().reshape(*x.shape[:-1], -1)
+
+
+class CSRConv2d(nn.Module):
+    """A convolution as a product of its weight, (out, in * kernel) in compressed sparse rows, with unfolded inputs."""
+
+    def __init__(self, layer: nn.Conv2d, matrix: CSRLinear) -> None:
+        super().__init__()
+        self.matrix = matrix
+        pads: Any = layer.padding
+        self.shape = list(zip(layer.kernel_size, layer.stride, layer.dilation, pads, strict=True))
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d) -> CSRConv2d:
+        """The same layer, its zeros left out."""
+        flat = layer.weight.flatten(1)
+        bias = None if layer.bias is None else layer.bias.detach()
+        return cls(layer, CSRLinear(*_rows(flat), flat.shape[1], bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = [
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, (kernel, stride, dilation, pad) in zip(x.shape[-2:], self.shape, strict=True)
+        ]
+        kernel, stride, dilation, pad = zip(*self.shape, strict=True)
+        unfolded = F.unfold(x, kernel, dilation, pad, stride)
+        columns = unfolded.transpose(0, 1).flatten(1)  # (in * kernel, samples * positions)
+        return self.matrix.times(columns).unflatten(1, (len(x), *out)).transpose(0, 1)
+
+
+def _rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row starts, columns and values of the non-zeros of a matrix."""
+    kept = (weight != 0).detach()
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
+    return starts.int(), kept.nonzero()[:, 1].int(), weight.detach()[kept]
+
+
+def _convertible(module: nn.Module) -> str | None:
+    """Why a layer has no sparse form here; None if it has."""
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1:
+            return "it is a grouped convolution"
+        if isinstance(module.padding, str) or module.padding_mode != "zeros":
+            return f"its padding is {module.padding_mode} {module.padding}"
+    return None
+
+
+def _layers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in net.named_modules():
+        if type(module) in (nn.Linear, nn.Conv2d):  # a subclass may be one whose weight is read by another module
+            yield name, module
+
+
+def _sparse(layer: nn.Module) -> nn.Module:
+    return CSRConv2d.of(layer) if isinstance(layer, nn.Conv2d) else CSRLinear.of(layer)  # type: ignore[arg-type]
+
+
+def _replace(net: nn.Module, name: str, layer: nn.Module) -> None:
+    parent = net.get_submodule(name.rpartition(".")[0])
+    setattr(parent, name.rpartition(".")[2], layer)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0  # its fused path reads the weights of its layers instead of calling them
+
+
+@torch.no_grad()
+def to_csr(
+    net: nn.Module, example: Tensor, where: Literal["faster", "all"] = "faster"
+) -> tuple[nn.Module, list[str], list[str]]:
+    """A copy of a model whose linear layers and convolutions skip zeros.
+
+    Args:
+        net: any model; its weights are sparse.
+        example: inputs, (samples, *shape); the speeds are compared on them.
+        where: "faster" replaces the layers that are faster so on this machine, "all" every one that has zeros.
+
+    Returns:
+        The copy in eval mode, the names of the layers that were replaced, and why each other one was not.
+    """
+    net = copy.deepcopy(net).eval()
+    seen: dict[str, Tensor] = {}
+
+    def looking(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.setdefault(name, args[0])
+
+        return look
+
+    handles = [layer.register_forward_pre_hook(looking(name)) for name, layer in _layers(net)]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it calls no submodule
+    try:
+        net(example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for handle in handles:
+            handle.remove()
+    replaced, notes = [], []
+    for name, layer in list(_layers(net)):
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
+        reason = _convertible(layer)
+        if reason is None and name not in seen:
+            reason = "the model does not call it"
+        if reason is None and not zeros:
+            reason = "it has no zeros"
+        if reason is None:
+            sparse = _sparse(layer)
+            if where == "faster" and (slower := _times(sparse, layer, seen[name])) > 0.95:
+                reason = f"at {zeros:.0%} sparsity its sparse form takes {slower:.2f} of the dense time"
+            else:
+                _replace(net, name, sparse)
+                replaced.append(name)
+                continue
+        notes.append(f"{name or type(layer).__name__} stays dense: {reason}")
+    return net, replaced, notes
+
+
+def _times(sparse: nn.Module, dense: nn.Module, x: Tensor, rounds: int = 15) -> float:
+    """How long `sparse` takes, in units of what `dense` takes: the median over rounds in which both run."""
+    ratios = []
+    for attempt in range(rounds + 3):
+        spent = []
+        for layer in (sparse, dense) if attempt % 2 else (dense, sparse):
+            begin = time.perf_counter()
+            layer(x)
+            spent.append(time.perf_counter() - begin)
+        first, second = spent
+        ratios.append(first / second if attempt % 2 else second / first)
+    ratios = sorted(ratios[3:])
+    return ratios[len(ratios) // 2]
+
+
+class CSR(Export):
+    """A model for CPUs that skips zeros of any pattern: weights in compressed sparse rows (MKL's kernels).
+
+    The file is safetensors; each layer that was replaced has `rows`, `columns`, `values` and `bias` in place of its
+    weight, and the metadata names these layers.
+
+    Args:
+        where: "faster" replaces the layers that are faster so on this machine, "all" every one that has zeros.
+    """
+
+    file = "model_csr.safetensors"
+    runtime = "torch"
+    advice = "more zeros (from about 90 % on), larger linear layers, larger batches, or structure=channel"
+
+    def __init__(self, where: Literal["faster", "all"] = "faster") -> None:
+        self.where = where
+
+    def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
+        if not any(_convertible(layer) is None for _, layer in _layers(net)):
+            return (
+                f"{type(net).__name__} has no plain Linear or Conv2d layer, and only these have a sparse form. "
+                "export=onnx and export=safetensors take any model"
+            )
+        return None
+
+    def write(self, net: nn.Module, example: Tensor, path: Path) -> list[str]:
+        sparse, replaced, notes = to_csr(net, example, self.where)
+        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in sparse.state_dict().items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {"csr": json.dumps(replaced)})
+        if not replaced:
+            notes.insert(0, "no layer is faster with sparse kernels: this is the dense model")
+        return notes
+
+    def open(self, path: Path, net: nn.Module) -> Run:
+        net = copy.deepcopy(net).eval()
+        with safe_open(path, framework="pt") as file:
+            replaced = json.loads((file.metadata() or {}).get("csr", "null"))
+            if replaced is None:
+                raise ValueError(f"{path} has no layers in compressed sparse rows: write it with export=csr")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name in replaced:
+            _replace(net, name, _loaded(net.get_submodule(name), name, tensors))
+        net.load_state_dict(tensors)
+        return net
+
+
+def _loaded(layer: nn.Module, name: str, tensors: dict[str, Tensor]) -> nn.Module:
+    """The sparse form of a layer, of what is in a file."""
+    inner = f"{name}.matrix" if isinstance(layer, nn.Conv2d) else name
+    inputs = layer.weight[0].numel()  # type: ignore[index]
+    parts = [tensors[f"{inner}.{part}"] for part in ("rows", "columns", "values")]
+    linear = CSRLinear(parts[0], parts[1], parts[2], inputs, tensors.get(f"{inner}.bias"))
+    return CSRConv2d(layer, linear) if isinstance(layer, nn.Conv2d) else linear

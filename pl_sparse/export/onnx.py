@@ -1,0 +1,155 @@
+"""ONNX files, for ONNX Runtime and whatever else reads them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.export.format import Export, Run, missing
+from pl_sparse.files import replacing
+from pl_sparse.structure import Structure
+from pl_sparse.trace import traceable, traced
+
+__all__ = ["ONNX", "ONNXInt8", "open_onnx", "save_onnx"]
+
+
+def save_onnx(net: nn.Module, example: Tensor, path: Path) -> None:
+    """Write a model to an ONNX file that takes batches of any size; its input is called "input", its output "output".
+
+    Raises:
+        ValueError: torch.export cannot trace the model.
+        ImportError: onnx or onnxscript is missing.
+    """
+    lacking = missing("export", "onnx", "onnxscript")
+    if lacking is not None:
+        raise ImportError(f"export=onnx: {lacking}")
+    program = traced(net, example)
+    with _quiet():
+        made = torch.onnx.export(program, dynamo=True, input_names=["input"], output_names=["output"], verbose=False)
+    assert made is not None
+    for node in made.model.graph:  # where each node came from: a third of a small file
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    with replacing(path) as temporary:
+        made.save(temporary)
+
+
+def open_onnx(path: Path, threads: int | None = None) -> Run:
+    """An ONNX file in ONNX Runtime, on the CPU.
+
+    Args:
+        threads: as many as torch uses, if None. Idle ones do not spin, which would slow down what else is measured.
+
+    Raises:
+        ImportError: onnxruntime is missing.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError("ONNX files run in onnxruntime: pip install 'pl_sparse[export]'") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(np.asarray(session.run(None, {name: x.detach().cpu().numpy()})[0]))
+
+    return run
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of itself."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class ONNX(Export):
+    """The model in ONNX, checked in ONNX Runtime against torch.
+
+    ONNX Runtime multiplies zeros like other numbers: what makes it faster are channels and heads that are gone.
+
+    Args:
+        tolerance: the largest difference of outputs, as a part of their largest absolute value.
+    """
+
+    file = "model.onnx"
+    runtime = "ONNX Runtime"
+    advice = (
+        "channels that are gone (structure=channel, structure=head), or sparse kernels (export=csr): ONNX Runtime "
+        "multiplies zeros like other numbers"
+    )
+
+    def __init__(self, tolerance: float = 1e-4) -> None:
+        self.tolerance = tolerance
+
+    def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
+        lacking = missing("export", "onnx", "onnxscript", "onnxruntime")
+        if lacking is not None or example is None:
+            return lacking
+        return traceable(copy.deepcopy(net).eval(), example)
+
+    def write(self, net: nn.Module, example: Tensor, path: Path) -> list[str]:
+        save_onnx(net, example, path)
+        with torch.no_grad():
+            wanted = net(example)
+        found = open_onnx(path)(example)
+        error = float((wanted - found).abs().max() / wanted.abs().max().clamp(min=1e-12))
+        if error > self.tolerance:
+            raise ValueError(
+                f"the outputs of {path} in ONNX Runtime differ from torch's by {error:.1e} of the largest, more than "
+                f"tolerance={self.tolerance:g}"
+            )
+        return [f"outputs in ONNX Runtime differ from torch's by at most {error:.1e} of the largest"]
+
+    def open(self, path: Path, net: nn.Module) -> Run:
+        return open_onnx(path)
+
+    def dense(self, net: nn.Module, example: Tensor, folder: Path) -> Run:
+        save_onnx(net, example, folder / "dense.onnx")
+        return open_onnx(folder / "dense.onnx")
+
+
+class ONNXInt8(ONNX):
+    """The model with 8-bit weights and activations in ONNX (QuantizeLinear and DequantizeLinear around each layer).
+
+    With quantization=int8 it is the one that was trained so; otherwise it is quantized after training, on training
+    batches. Rounding falls differently in two runtimes now and then, hence the wider tolerance; the accuracy is told
+    beside it.
+
+    Args:
+        tolerance: the largest difference of outputs, as a part of their largest absolute value.
+    """
+
+    file = "model_int8.onnx"
+    dtype = "int8"
+    advice = "a processor with 8-bit dot products, larger layers, or channels that are gone (structure=channel)"
+
+    def __init__(self, tolerance: float = 0.1) -> None:
+        super().__init__(tolerance)
+
+    def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
+        return missing("quantize", "torchao") or super().refusal(net, example, structure, sparsity)

@@ -1,0 +1,36 @@
+"""Graphs of torch operators, in torch's own format."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.export.format import Export, Run
+from pl_sparse.files import replacing
+from pl_sparse.structure import Structure
+from pl_sparse.trace import traceable, traced
+
+__all__ = ["TorchExport"]
+
+
+class TorchExport(Export):
+    """The model as a graph of torch operators (.pt2), which loads without the code of its class."""
+
+    file = "model.pt2"
+
+    def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
+        return None if example is None else traceable(copy.deepcopy(net).eval(), example)
+
+    def write(self, net: nn.Module, example: Tensor, path: Path) -> list[str]:
+        program = traced(net, example)
+        with replacing(path) as temporary:
+            torch.export.save(program, temporary)
+        return []
+
+    def open(self, path: Path, net: nn.Module) -> Run:
+        module: Any = torch.export.load(path).module()
+        return module

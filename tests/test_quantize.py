@@ -1,0 +1,214 @@
+"""Trained for integers: what is pruned is the integer 0, and the integers compute what was simulated."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pl_sparse import Sparsity
+from pl_sparse.callbacks import Quantize, RandomState
+from pl_sparse.export import ONNXInt8
+from pl_sparse.quantize import Int4Weight, Int8, Quantization, integers, post_training
+from pl_sparse.tasks.data import Batches
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1), nn.Flatten(), nn.Linear(64, 8),
+        nn.ReLU(), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(64, 1, 6, 6, generator=generator), torch.randint(3, (64,), generator=generator)
+    return x + y[:, None, None, None], y
+
+
+class Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+        self.ranges: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+
+
+def fit(
+    folder: Path, module: LightningModule, quantization: Quantization, ckpt: str | None = None, **options: Any
+) -> tuple[Sparsity, Quantize]:
+    x, y = data()
+    sparsity = Sparsity(sparsity=0.75, schedule="cubic", allocation="uniform", report=False)
+    quantize = Quantize(quantization, **{"begin": 0.5, "freeze": 0.75, **options})
+    saving = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    best = ModelCheckpoint(dirpath=folder, filename="best", monitor="val/acc", mode="max")
+    trainer = Trainer(
+        max_epochs=8,
+        accelerator="cpu",
+        callbacks=[sparsity, quantize, RandomState(), best, saving],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    validation = Batches(3 * x + 9, y, 32)  # of another range
+    trainer.fit(module, Batches(x, y, 16, shuffle=True), validation, ckpt_path=ckpt, weights_only=True)
+    return sparsity, quantize
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Module, Sparsity, Quantize]:
+    folder = tmp_path_factory.mktemp("int8")
+    module = Module()
+    return folder, module, *fit(folder, module, Int8())
+
+
+Trained = tuple[Path, Module, Sparsity, Quantize]
+
+
+def test_parameters_and_masks_are_what_they_were(trained: Trained) -> None:
+    folder, module, sparsity, quantize = trained
+    assert quantize.active and sparsity.pruner.sparsity == pytest.approx(0.75, abs=0.002)
+    for param in sparsity.pruner.params:
+        assert param.weight is dict(module.named_parameters())[param.name]
+        assert not param.weight[~param.mask].any()
+    saved = torch.load(folder / "epoch=7.ckpt", weights_only=True)["state_dict"]
+    plain = Module()
+    plain.load_state_dict(saved, strict=True)
+    assert list(saved) == list(plain.state_dict())
+
+
+def test_integers_compute_what_was_simulated(trained: Trained, tmp_path: Path) -> None:
+    _, module, sparsity, quantize = trained
+    module.eval()
+    x, _ = data()
+    converted = quantize.quantization.convert()
+    with torch.no_grad():
+        simulated, made = module.net(x), converted(x)
+    step = float(simulated.abs().max()) / 100
+    assert float((simulated - made).abs().max()) < 2 * step
+
+    found = integers(converted, module.net)
+    assert list(found) and set(found) == {"0.weight", "5.weight", "7.weight"}
+    for param in sparsity.pruner.params:
+        values = found[param.name.removeprefix("net.")]
+        assert values.dtype == torch.int8 and not values[~param.mask].any()
+        assert int(values.min()) >= -127 and int(values.abs().max()) == 127
+    # symmetric with a scale for each output channel, from the equation
+    weight = module.net[5].weight.detach()  # type: ignore[union-attr]
+    for row, value in zip(weight, found["5.weight"], strict=True):
+        scale = float(row.abs().max()) / 127
+        for w, q in zip(row.tolist(), value.tolist(), strict=True):
+            assert abs(w / scale - q) < 0.501 if scale else q == 0
+    # and a BatchNorm folded into the convolution does not move its zeros
+    conv, norm = module.net[0], module.net[1]
+    factor = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[union-attr,operator]
+    folded = (conv.weight * factor[:, None, None, None]).detach()  # type: ignore[union-attr,operator]
+    scales = folded.abs().amax((1, 2, 3), keepdim=True) / 127
+    assert float((folded / scales - found["0.weight"]).abs().max()) < 0.51
+
+    export = ONNXInt8()
+    export.write(converted, x, tmp_path / export.file)
+    run = export.open(tmp_path / export.file, module.net)
+    with torch.no_grad():
+        assert torch.equal(run(x[:5]).argmax(1), converted(x[:5]).argmax(1))
+
+
+def test_the_best_is_a_rounded_one(trained: Trained) -> None:
+    folder, *_ = trained
+    assert torch.load(folder / "best.ckpt", weights_only=True)["epoch"] >= 4
+
+
+def test_ranges_and_statistics_stay_at_the_end(trained: Trained) -> None:
+    folder, *_ = trained
+    saved = [torch.load(folder / f"epoch={epoch}.ckpt", weights_only=True) for epoch in range(8)]
+    ranges = [checkpoint["callbacks"]["Quantize"]["ranges"] for checkpoint in saved]
+    means = [checkpoint["state_dict"]["net.1.running_mean"] for checkpoint in saved]
+    assert not ranges[3] and ranges[4]
+    activation = next(name for name, value in ranges[5].items() if name.endswith("max_val") and value.numel() == 1)
+    assert ranges[4][activation] != ranges[5][activation] and not torch.equal(means[4], means[5])
+    assert ranges[6][activation] == ranges[7][activation] and torch.equal(means[6], means[7])
+    # validation has inputs of three times the size, which must not enter the range of the inputs
+    x, _ = data()
+    assert float(ranges[5]["activation_post_process_0.activation_post_process.max_val"]) <= float(x.max())
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])
+def test_a_resumed_run_is_the_uninterrupted_one(trained: Trained, at: int) -> None:
+    folder, module, _, quantize = trained
+    resumed = Module()
+    _, again = fit(folder, resumed, Int8(), str(folder / f"epoch={at}.ckpt"))
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    ours, theirs = again.quantization.state_dict(), quantize.quantization.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_quantized_after_training() -> None:
+    net = network().eval()
+    with torch.no_grad():
+        net[5].weight[:, ::2] = 0  # type: ignore[index,operator]
+    x, _ = data()
+    converted = post_training(net, [x[:32], x[32:]])
+    with torch.no_grad():
+        wanted, found = net(x), converted(x)
+    assert 0 < float((wanted - found).abs().max()) < 0.05 * float(wanted.abs().max())
+    assert not integers(converted, net)["5.weight"][:, ::2].any()
+
+
+def test_four_bits(tmp_path: Path) -> None:
+    module = Module()
+    sparsity, quantize = fit(tmp_path, module, Int4Weight(group=32))
+    torch.load(tmp_path / "epoch=7.ckpt", weights_only=True)
+    module.eval()
+    x, _ = data()
+    converted = quantize.quantization.convert()
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), module.net(x), atol=1e-4, rtol=1e-4)
+    found = integers(converted, module.net)
+    assert set(found) == {"5.weight"}  # the last one has 8 inputs
+    weight, values = module.net[5].weight.detach(), found["5.weight"]  # type: ignore[union-attr]
+    mask = next(param.mask for param in sparsity.pruner.params if param.name == "net.5.weight")
+    assert not values[~mask].any() and int(values.min()) >= -8 and int(values.max()) <= 7
+    for i in range(8):
+        for group in range(2):
+            part = slice(32 * group, 32 * group + 32)
+            # the smallest scale at which the group fits into [-8, 7]
+            scale = max(float(weight[i, part].max()) / 7, -float(weight[i, part].min()) / 8, 1e-30)
+            error = weight[i, part] / scale - values[i, part]
+            assert float(error.abs().max()) < 1.1
+    quantize.quantization.release()
+    assert type(module.net[5]) is nn.Linear and sparsity.pruner.params[1].weight is module.net[5].weight
+
+
+def test_what_cannot_be_quantized_is_told_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no linear layer has a multiple of group=48 inputs; there are 5 with 64"):
+        fit(tmp_path, Module(), Int4Weight(group=48))
+    with pytest.raises(ValueError, match="integers must be simulated before the end"):
+        fit(tmp_path, Module(), Int8(), begin=0.8, freeze=0.2)
+
+
+def test_a_network_that_is_not_called_is_told(tmp_path: Path) -> None:
+    class Other(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.body(batch[0]), batch[1])
+
+    with pytest.raises(ValueError, match=r"training_step did not call net.*Quantize\(network=\.\.\.\).*net, body"):
+        fit(tmp_path, Other(), Int4Weight(group=32))
