@@ -167,7 +167,7 @@ def test_splicing_has_hysteresis() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"updater": DropGrow(), "masking": "ste", "schedule": "constant"}, "grows weights from zero"),
+        ({"updater": DropGrow(), "masking": "ste", "schedule": "constant"}, "sparse weights alone"),
         ({"updater": "splice", "masking": "hard"}, "masking=ste or auto"),
         ({"updater": "drop_grow", "schedule": "cubic"}, "schedule=constant"),
         ({"updater": "drop_grow", "schedule": "constant", "structure": "nm24"}, "masking=srste"),
