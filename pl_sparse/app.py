@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pl_sparse.budget import Budget
 from pl_sparse.callbacks import AccuracyBudget, Front, History, Quantize, RandomState, Shrink, Sparsity, Status
 from pl_sparse.callbacks.lines import Lines
 from pl_sparse.callbacks.prefix import Prefix
@@ -193,7 +194,10 @@ def _finish(
         tested = {**tested, **zeros}
     metrics, summary = write(cfg, folder, trainer, module, cut, own, best, tested)
     if formats:
-        metrics = merged(metrics, deploy(module, data, formats, folder, hardware, converted, cfg.export_measure))
+        shrink = first(own, Shrink)
+        removed = shrink.plan.below(cut) if shrink is not None else None
+        found = deploy(module, data, formats, folder, hardware, converted, removed, cfg.export_measure)
+        metrics = merged(metrics, found)
     write_json(folder / "metrics.json", metrics)
     tell(folder, summary, metrics, rows)
     publish(trainer.loggers, folder, metrics, trainer.global_step)
@@ -232,6 +236,9 @@ def _sparsity(cfg: DictConfig, hardware: Hardware) -> Sparsity:
         if hardware.strict:
             raise ConfigError(objection)
         rank_zero_warn(objection)
+    for key in ("budget_ms", "macs"):
+        if getattr(hardware, key) is not None and not isinstance(axes["allocation"], Budget):
+            raise ConfigError(f"hardware.{key} is met by allocation=budget structure=coupled")
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {key: plain[key] for key in ("include", "exclude", "first", "last", "overrides", "misfit")}
     options |= {key: plain[key] for key in ("ablation", "calibration_batches")}

@@ -21,12 +21,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pl_sparse.coupling import Plan
 from pl_sparse.export.format import Export, Run, forwarding
+from pl_sparse.export.shrink import save_shrunk, shrink
 from pl_sparse.files import write_csv, write_json
 from pl_sparse.hardware import Hardware
 from pl_sparse.measure import Comparison, compare, cost_table, device_name, plot_costs, verdict
 from pl_sparse.naming import suggestion
-from pl_sparse.quantize import Quantization, post_training
+from pl_sparse.quantize import Int8, Quantization, post_training
 from pl_sparse.runs import built, load_run, network
 from pl_sparse.settings import CONF, ConfigError
 from pl_sparse.structure import Structure
@@ -78,14 +80,19 @@ def deploy(
     folder: Path,
     hardware: Hardware,
     converted: nn.Module | None = None,
+    removed: Plan | None = None,
     measure: bool = False,
     seconds: float = 2.0,
 ) -> dict[str, Any]:
     """Write a trained module in each format, and measure what was written beside the dense model.
 
+    Formats that hold their graph are given the network without the channels and heads that are all zero, which is
+    written to `folder`/shrunk too, as `load_shrunk` reads it.
+
     Args:
         module: in floating point.
         converted: its network with integers, if it was trained for them.
+        removed: what left the network while it was trained.
         measure: latency, memory and accuracy, too.
         seconds: of measuring, for each format and batch size.
 
@@ -99,14 +106,17 @@ def deploy(
     example = _samples(inputs, max(_BATCHES))
     sparse = copy.deepcopy(network(module)).eval()
     sparse.requires_grad_(False)
-    dense = _filled(sparse)
+    dense = _filled(sparse, removed)
+    smaller = _shrunk(sparse, example, folder, hardware.multiple) if any(f.whole for f in formats.values()) else sparse
+    if smaller is not sparse and converted is not None:
+        converted = _transferred(smaller, example, folder) or converted
     found: dict[str, Any] = {}
     rows: list[Comparison] = []
     verdicts: dict[str, str] = {}
     for name, format in formats.items():
-        net = sparse
+        net = smaller if format.whole else sparse
         if format.dtype == "int8":
-            net = converted if converted is not None else post_training(sparse, inputs)
+            net = converted if converted is not None else post_training(net, inputs)
         path = folder / format.file
         try:
             with torch.no_grad():
@@ -114,9 +124,9 @@ def deploy(
         except (ValueError, ImportError) as error:
             raise ConfigError(f"export={name}: {error}") from error
         size = path.stat().st_size
-        smaller = _bytes(dense) / size
+        ratio = _bytes(dense) / size
         console.print(
-            f"{name}: {path}, {size / 1e3:,.1f} kB ({smaller:.1f}x smaller than dense)", highlight=False, soft_wrap=True
+            f"{name}: {path}, {size / 1e3:,.1f} kB ({ratio:.1f}x smaller than dense)", highlight=False, soft_wrap=True
         )
         for note in notes:
             console.print(f"  {note}", highlight=False, soft_wrap=True)
@@ -146,6 +156,44 @@ def deploy(
         for line in verdicts.values():
             console.print(line, highlight=False, soft_wrap=True)
     return found
+
+
+def _shrunk(net: nn.Module, example: Tensor, folder: Path, multiple: int) -> nn.Module:
+    """The network without its masked channels and heads, saved to `folder`/shrunk; itself where there are none."""
+    console = Console()
+    if not any(bool((weight.flatten(1) == 0).all(1).any()) for weight in net.parameters() if weight.dim() > 1):
+        return net
+    copied = copy.deepcopy(net)
+    try:
+        found = shrink(copied, example[:2], multiple=multiple)
+    except (ImportError, ValueError) as error:
+        console.print(f"masked channels stay in the files: {error}", highlight=False, soft_wrap=True)
+        return net
+    for layer, reason in found.left.items():
+        console.print(f"{layer} has masked channels that stay: {reason}", highlight=False, soft_wrap=True)
+    if not found.plan:
+        return net
+    save_shrunk(copied, found.plan, folder / "shrunk")
+    console.print(
+        f"shrunk: {folder / 'shrunk'}, {found.before:,} -> {found.after:,} parameters", highlight=False, soft_wrap=True
+    )
+    return copied
+
+
+def _transferred(net: nn.Module, example: Tensor, folder: Path) -> nn.Module | None:
+    """A shrunk network with 8-bit integers, in the ranges that the whole one learned; None for other integers."""
+    ranges = folder / "ranges.safetensors"
+    return _integers(Int8(), net, example, ranges) if ranges.is_file() else None
+
+
+def _integers(quantization: Quantization, net: nn.Module, example: Tensor, ranges: Path) -> nn.Module:
+    """The network with integers, in ranges that were learned."""
+    quantization.prepare(net, example)
+    try:
+        quantization.load_state_dict(load_file(ranges))
+        return quantization.convert()
+    finally:
+        quantization.release()
 
 
 def _measured(
@@ -224,9 +272,14 @@ def _samples(batches: Sequence[Tensor], count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _filled(net: nn.Module) -> nn.Module:
-    """A dense model of the same size: small random values where there are zeros."""
+def _filled(net: nn.Module, removed: Plan | None = None) -> nn.Module:
+    """A dense model of the size that it once had: small random values where there are zeros."""
     net = copy.deepcopy(net)
+    if removed is not None:
+        removed.undo(net)
+    for name, buffer in net.named_buffers():
+        if name.endswith("running_var"):
+            buffer[buffer == 0] = 1
     generator = torch.Generator().manual_seed(0)
     for weight in net.parameters():
         zeros = weight == 0
@@ -304,7 +357,9 @@ def _again(folder: Path, names: Sequence[str] | None, measure: bool, seconds: fl
     refuse(formats, hardware, module, data, structure, metrics["sparsity"])
     integers = any(format.dtype == "int8" for format in formats.values())
     converted = _converted(folder, cfg, module, data) if integers else None
-    found = deploy(module, data, formats, folder, hardware, converted, measure, seconds)
+    plan = folder / "shrunk.json"
+    removed = Plan.from_state_dict(json.loads(plan.read_text())) if plan.is_file() else None
+    found = deploy(module, data, formats, folder, hardware, converted, removed, measure, seconds)
     write_json(folder / "metrics.json", merged(metrics, found))
 
 
@@ -314,12 +369,8 @@ def _converted(
     """The network of a run with the 8-bit integers that it was trained for; None if it was not."""
     if not (folder / "ranges.safetensors").is_file():
         return None
-    quantization: Quantization = built(cfg, "quantization").quantization
-    quantization.prepare(network(module), next(iter(_inputs(module, data, 1))))
-    quantization.load_state_dict(load_file(folder / "ranges.safetensors"))
-    converted = quantization.convert()
-    quantization.release()
-    return converted
+    example = next(iter(_inputs(module, data, 1)))
+    return _integers(built(cfg, "quantization").quantization, network(module), example, folder / "ranges.safetensors")
 
 
 def merged(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

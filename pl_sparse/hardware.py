@@ -23,6 +23,8 @@ class Hardware:
         exports: the formats that it runs, best first.
         strict: whether a structure that it cannot use is refused, or only warned about.
         budget_kb: how many kilobytes (1000 bytes) the exported file may have; None: any size.
+        budget_ms: how many milliseconds a batch of two may take; None: any time.
+        macs: what may be left of the multiply-accumulates: a fraction, or above 1 their number for a sample; None: any.
 
     >>> ampere = Hardware(name="ampere", accelerates=["nm24", "channel"])
     >>> ampere.objection(structure("nm24"), 0.5) is None
@@ -43,6 +45,8 @@ structure=nm24, channel
     exports: Sequence[str] = ("onnx",)
     strict: bool = True
     budget_kb: float | None = None
+    budget_ms: float | None = None
+    macs: float | None = None
 
     def __post_init__(self) -> None:
         for name in self.accelerates or ():
@@ -51,8 +55,10 @@ structure=nm24, channel
             raise ValueError(f"multiple={self.multiple!r} must be 1 or more")
         if not self.dtypes or not self.exports:
             raise ValueError(f"hardware={self.name} needs at least one of dtypes and one of exports")
-        if self.budget_kb is not None and self.budget_kb <= 0:
-            raise ValueError(f"budget_kb={self.budget_kb!r} must be above 0")
+        for key in ("budget_kb", "budget_ms", "macs"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ValueError(f"{key}={value!r} must be above 0")
 
     def objection(self, pruned: Structure, sparsity: float) -> str | None:
         """Why zeros of this structure, at this sparsity, make nothing faster here, and what would; None if they do."""

@@ -106,6 +106,7 @@ class Int8(Quantization):
         for node in list(graph.graph.nodes):
             if node.target is torch.ops.aten.add_.Tensor and "num_batches_tracked" in str(node.args[0]):
                 graph.graph.erase_node(node)  # it counts validation batches too, and nothing reads it
+        _guard(graph)
         self._net, self._graph, self._mode, self._frozen = net, graph, None, False
         self._example = example[:2]
         vars(net)["forward"] = self._forward
@@ -152,6 +153,7 @@ class Int8(Quantization):
 
             with torch.no_grad():
                 graph(self._example.cpu())  # ranges of the weights as they are now
+            _unguard(graph)
             return convert_pt2e(graph)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -169,7 +171,43 @@ class Int8(Quantization):
         known = {name for name in self._graph.state_dict() if name.startswith(_OBSERVERS)}
         if known != set(tensors):
             raise ValueError("the ranges are of another model, or of another version of torchao")
+        for name, module in self._graph.named_children():
+            if name.startswith(_OBSERVERS) and module.is_per_channel:  # of a weight: taken from the weight itself
+                for key in [key for key in tensors if key.startswith(f"{name}.")]:
+                    del tensors[key]
         self._graph.load_state_dict(tensors, strict=False)
+
+
+def _guard(graph: torch.fx.GraphModule) -> None:
+    """Divide by 1 in place of a scale of 0.
+
+    In training, a folded convolution is divided by its BatchNorm's scale, and that of a masked channel is zero.
+    """
+    ops = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.target is ops.div.Tensor and _is_convolution(node.args[0]):
+            with graph.graph.inserting_before(node):
+                zero = graph.graph.call_function(ops.eq.Scalar, (node.args[1], 0))
+                safe = graph.graph.call_function(ops.masked_fill.Scalar, (node.args[1], zero, 1.0))
+            node.args = (node.args[0], safe)
+    graph.recompile()
+
+
+def _unguard(graph: torch.fx.GraphModule) -> None:
+    """Undo `_guard`: torchao recognizes its own pattern only."""
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.aten.masked_fill.Scalar and all(_is_folded(user) for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _is_convolution(node: Any) -> bool:
+    return isinstance(node, torch.fx.Node) and "aten.conv" in str(node.target)
+
+
+def _is_folded(node: torch.fx.Node) -> bool:
+    return node.target is torch.ops.aten.div.Tensor and _is_convolution(node.args[0])
 
 
 class Int4Weight(Quantization):
@@ -334,7 +372,36 @@ def _quantizer(training: bool) -> Any:
         ch_axis=0,
         observer_or_fake_quant_ctr=weight,
     )
-    return X86InductorQuantizer().set_global(QuantizationConfig(activations, activations, weights, None, training))
+
+    class WithSums(X86InductorQuantizer):  # type: ignore[misc]
+        """With integers on both sides of a sum, too, and none between a layer or a sum and its ReLU."""
+
+        def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+            model = super().annotate(model)
+            _annotate_sums(model, activations)
+            return model
+
+    return WithSums().set_global(QuantizationConfig(activations, activations, weights, None, training))
+
+
+def _annotate_sums(model: torch.fx.GraphModule, spec: Any) -> None:
+    """Runtimes have kernels for layers, and sums, of integers with a ReLU within."""
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+
+    ops, key = torch.ops.aten, "quantization_annotation"
+    annotated = [node for node in model.graph.nodes if node.meta.get(key) is not None]
+    for node in annotated:
+        if node.target in (ops.add.Tensor, ops.add_.Tensor):
+            for source in node.args:
+                if isinstance(source, torch.fx.Node) and source in annotated:
+                    node.meta[key].input_qspec_map[source] = spec
+                    source.meta[key].output_qspec = spec
+    for node in model.graph.nodes:
+        if node.target in (ops.relu.default, ops.relu_.default):
+            source = node.args[0]
+            if source in annotated and source.meta[key].output_qspec is not None and len(source.users) == 1:
+                source.meta[key].output_qspec = None
+                node.meta[key] = QuantizationAnnotation(output_qspec=spec, _annotated=True)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
+from pl_sparse.export.shrink import load_shrunk
 from pl_sparse.settings import ConfigError, target
 from pl_sparse.tasks.classifier import Classifier
 
@@ -73,6 +74,8 @@ def network(module: LightningModule) -> nn.Module:
 def load_run(folder: str | os.PathLike[str]) -> tuple[LightningModule, LightningDataModule | None, DictConfig]:
     """The trained module of a finished run, its data and its configuration.
 
+    A module that was shrunk in training has the shapes that it ended with.
+
     Args:
         folder: what `output_dir` was, with config.yaml and model.safetensors.
 
@@ -87,9 +90,12 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[LightningModule, Lightning
     assert isinstance(cfg, DictConfig)
     data = built(cfg, "data") if cfg.get("data") else None
     module, prefix = make_module(cfg, data)
-    tensors = {prefix + name: value for name, value in load_file(folder / "model.safetensors").items()}
     try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
+        if (folder / "shrunk.json").is_file():
+            load_shrunk(network(module), folder)
+        else:
+            tensors = load_file(folder / "model.safetensors")
+            module.load_state_dict({prefix + name: value for name, value in tensors.items()})
+    except (RuntimeError, ValueError) as error:
         raise ConfigError(f"the weights in {folder} are of another model than its config.yaml: {error}") from error
     return module.eval(), data, cfg

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import onnx
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -21,7 +23,7 @@ from torch.nn import functional as F
 from pl_sparse.app import train
 from pl_sparse.deploy import export
 from pl_sparse.export import load_shrunk
-from pl_sparse.runs import load_run
+from pl_sparse.runs import load_run, make_module
 from pl_sparse.settings import CONF, ConfigError
 from pl_sparse.tasks.classifier import Classifier
 from pl_sparse.tasks.data import Digits
@@ -146,6 +148,48 @@ def test_exports_and_what_they_cost(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(torch.equal(module.net.state_dict()[name], value) for name, value in saved.items())  # type: ignore[operator,union-attr]
 
 
+COUPLED = ["model=resnet20", "model.width=4", "structure=coupled", "allocation=uniform", "sparsity=0.5"]
+
+
+def plain(data: Any) -> LightningModule:
+    cfg = config(Path(), *COUPLED)
+    OmegaConf.set_struct(cfg, False)
+    return make_module(cfg, data)[0]
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_masked_channels_leave_exported_files(tmp_path: Path, quantization: str) -> None:
+    name = "onnx" if quantization == "none" else "onnx_int8"
+    options = [*COUPLED, f"quantization={quantization}", f"export={name}", "export_measure=true", "hardware=cpu"]
+    metrics = train(config(tmp_path, *options))
+    assert metrics["test/acc_exported"] == pytest.approx(metrics["test/acc"], abs=0.005)
+    module, data, _ = load_run(tmp_path)
+    whole, small = module.net, plain(data).net  # type: ignore[union-attr]
+    load_shrunk(small, tmp_path / "shrunk")  # type: ignore[arg-type]
+    x = Digits().test_dataloader().x[:50]
+    assert torch.allclose(small.eval()(x), whole(x), atol=1e-4)  # type: ignore[operator,union-attr]
+    stages = small.get_submodule("stage3")  # type: ignore[union-attr]
+    assert {block.conv2.out_channels for block in stages} == {8} and stages[0].conv1.out_channels % 4 == 0  # type: ignore[union-attr]
+    size = sum(weight.numel() for weight in small.parameters())  # type: ignore[union-attr]
+    written = (tmp_path / ("model.onnx" if name == "onnx" else "model_int8.onnx")).read_bytes()
+    found = sum(math.prod(tensor.dims) for tensor in onnx.load_from_string(written).graph.initializer)
+    assert size * 0.9 < found < size * 1.3 < 0.6 * sum(weight.numel() for weight in whole.parameters())  # type: ignore[union-attr]
+
+
+def test_a_run_that_was_shrunk_in_training_is_exported_and_measured_against_what_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config(tmp_path, *COUPLED, "shrink_every=1"))
+    module, _, _ = load_run(tmp_path)
+    full = plain(Digits())
+    few, many = (sum(weight.numel() for weight in net.parameters()) for net in (module, full))
+    assert few < 0.5 * many
+    capsys.readouterr()
+    export([str(tmp_path), "--to", "safetensors"])
+    size = (tmp_path / "model.safetensors.zst").stat().st_size
+    assert f"({4 * many / size:.1f}"[:3] in capsys.readouterr().out
+
+
 def test_a_run_has_its_metrics_once_it_has_its_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: object) -> None:
         assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "config.yaml").is_file()
@@ -220,6 +264,8 @@ def test_loggers_get_the_curves(tmp_path: Path) -> None:
         (["export=semi_structured"], "export=semi_structured: sparse tensor cores know 2:4 alone"),
         (["hardware=mcu", "structure=channel"], "hardware=mcu does not compute with float32.*quantization=int8"),
         (["quantization=int4_weight", "export=onnx_int8"], "trains 4-bit ones"),
+        (["hardware.budget_ms=2"], "hardware.budget_ms is met by allocation=budget structure=coupled"),
+        (["hardware.macs=-1"], "macs=-1 must be above 0"),
         (["quantization=int8", "quantization.begin=1.0"], "integers must be simulated before the end"),
         (["quantization=int4_weight", "quantization.quantization.group=48"], "no linear layer has a multiple of"),
         (["front=true", "schedule=staircase", "levels=[0.5,0.9]", "quantization=int8"], "with quantization=none alone"),

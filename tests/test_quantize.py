@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from pl_sparse import Sparsity
 from pl_sparse.callbacks import Quantize, RandomState
-from pl_sparse.export import ONNXInt8
+from pl_sparse.export import ONNXInt8, shrink
 from pl_sparse.quantize import Int4Weight, Int8, Quantization, integers, post_training
 from pl_sparse.tasks.data import Batches
+from pl_sparse.tasks.models import resnet20
 
 
 def network() -> nn.Sequential:
@@ -212,3 +213,68 @@ def test_a_network_that_is_not_called_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"training_step did not call net.*Quantize\(network=\.\.\.\).*net, body"):
         fit(tmp_path, Other(), Int4Weight(group=32))
+
+
+def test_a_channel_whose_scale_is_masked_stays_finite_and_is_folded() -> None:
+    net = network()
+    with torch.no_grad():
+        for weight in (net[0].weight, net[1].weight, net[1].bias):
+            weight[1] = 0
+    x, y = data()
+    quantization = Int8()
+    quantization.prepare(net, x)
+    net.train()
+    F.cross_entropy(net(x), y).backward()
+    assert all(bool(weight.grad.isfinite().all()) for weight in net.parameters())
+    assert float(net[0].weight.grad[0].abs().max()) > 0
+    net.eval()
+    simulated = net(x)
+    converted = quantization.convert()
+    assert "batch_norm" not in converted.code and "masked_fill" not in converted.code
+    assert torch.allclose(converted(x), simulated, atol=0.05)
+
+
+def test_ranges_fit_a_network_with_fewer_channels() -> None:
+    net, x = network().eval(), data()[0]
+    with torch.no_grad():
+        for weight in (net[0].weight, net[1].weight, net[1].bias):
+            weight[1] = 0
+    whole = Int8()
+    whole.prepare(net, x)
+    net.train()(x)
+    net.eval()
+    state, wanted = whole.state_dict(), whole.convert()(x)
+    whole.release()
+    shrink(net, x[:2])
+    assert net[0].out_channels == 3
+    small = Int8()
+    small.prepare(net, x)
+    small.load_state_dict(state)
+    with torch.no_grad():
+        error = (small.convert()(x) - wanted).abs()  # a value between two integers may be rounded to the other one
+    assert float(error.max()) < 0.02 and float(error.median()) < 1e-6
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_every_layer_of_a_residual_network_has_integers_on_both_sides(trained: bool) -> None:
+    net, x = resnet20(shape=(1, 8, 8), classes=3, width=4), data()[0]
+    x = F.pad(x, (1, 1, 1, 1))
+    if trained:
+        quantization = Int8()
+        quantization.prepare(net, x)
+        net.train()(x)
+        converted = quantization.convert()
+    else:
+        converted = post_training(net, [x])
+    quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
+    layers = 0
+    for node in converted.graph.nodes:  # type: ignore[union-attr]
+        if node.target is torch.ops.aten.conv2d.default:
+            (user,) = node.users
+            if user.target is torch.ops.aten.relu.default:
+                (user,) = user.users
+            assert user.target is quantize, user
+            layers += 1
+    assert layers == 21
+    # one rounding for each value: the input, layers (two of them projections), sums, and what is pooled
+    assert sum(node.target is quantize for node in converted.graph.nodes) <= 33  # type: ignore[union-attr]

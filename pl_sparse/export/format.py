@@ -27,6 +27,8 @@ class Export(ABC):
         runtime: what runs it.
         dtype: the type of its weights; "int8" is given the quantized model to write.
         advice: what makes it faster than a dense model.
+        whole: whether the file holds the graph too, so that it runs without the model's class; channels and heads that
+            are all zero are taken out before it is written.
     """
 
     file: ClassVar[str]
@@ -36,6 +38,7 @@ class Export(ABC):
     )
     runtime: ClassVar[str] = "torch"
     dtype: ClassVar[str] = "float32"
+    whole: ClassVar[bool] = False
 
     def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
         """Why such a model cannot be written so, as far as is known before it is trained; None if it can.

@@ -98,6 +98,7 @@ class ONNX(Export):
 
     file = "model.onnx"
     runtime = "ONNX Runtime"
+    whole = True
     advice = (
         "channels that are gone (structure=channel, structure=head), or sparse kernels (export=csr): ONNX Runtime "
         "multiplies zeros like other numbers"

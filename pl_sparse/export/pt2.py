@@ -21,6 +21,7 @@ class TorchExport(Export):
     """The model as a graph of torch operators (.pt2), which loads without the code of its class."""
 
     file = "model.pt2"
+    whole = True
 
     def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
         return None if example is None else traceable(copy.deepcopy(net).eval(), example)

@@ -48,6 +48,7 @@ def shrink(
     example: Any,
     masks: Mapping[str, Tensor] | None = None,
     optimizers: Sequence[Optimizer] = (),
+    multiple: int = 1,
 ) -> Shrunk:
     """Take all channels and heads that are masked out of a model, in place.
 
@@ -66,6 +67,7 @@ def shrink(
         example: inputs, as the model is called with: a tensor, a tuple of arguments or a dict of keywords.
         masks: which weights are kept, by name; what has no mask is kept. None: what is not zero is kept.
         optimizers: those that train the model; their state is cut too.
+        multiple: channels that are masked stay where a layer would not keep a multiple of so many.
 
     Raises:
         ImportError: Torch-Pruning is not installed.
@@ -74,7 +76,8 @@ def shrink(
     """
     before = sum(parameter.numel() for parameter in model.parameters())
     found = couplings(model, example)
-    plan, folds, left = _found(model, example, found, dead(model, found, masks), _dead_heads(model, masks))
+    gone = [(coupling, _rounded(coupling, units, multiple)) for coupling, units in dead(model, found, masks)]
+    plan, folds, left = _found(model, example, found, gone, _dead_heads(model, masks))
     cut_states = shrink_optimizers(optimizers, model, plan)
     for fold in folds:
         fold.apply(model)
@@ -97,6 +100,11 @@ def dead(
         if sources and not bool(alive.all()):
             out.append((coupling, (~alive).nonzero().flatten().tolist()))
     return out
+
+
+def _rounded(coupling: Coupling, units: list[int], multiple: int) -> list[int]:
+    """Fewer units to remove, so that a multiple is left, if there are enough."""
+    return units[-(coupling.units - len(units)) % multiple :]
 
 
 def _kept(module: Any, name: str, masks: Mapping[str, Tensor] | None) -> Tensor:
