@@ -21,8 +21,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from pl_sparse.export import ONNX, save_compressed, to_csr
+from pl_sparse.export.onnx import open_onnx, save_onnx
 from pl_sparse.files import write_json
 from pl_sparse.measure import device_name, latencies, percentile, ratio
+from pl_sparse.quantize import post_training
 from pl_sparse.tasks import models
 
 OUT = Path(__file__).parent.parent / "outputs" / "benchmarks"
@@ -104,6 +106,22 @@ def fewer_channels(seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
+def integers(seconds: float) -> list[dict[str, Any]]:
+    """8-bit weights and activations beside floating point, both under ONNX Runtime."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for width in (16, 32):
+            torch.manual_seed(0)
+            net, x = models.resnet20(shape=(1, 28, 28), classes=10, width=width).eval(), torch.randn(32, 1, 28, 28)
+            paths = [Path(folder) / name for name in ("float.onnx", "int8.onnx")]
+            save_onnx(net, x, paths[0])
+            save_onnx(post_training(net, [x]), x, paths[1])
+            dense, whole = (open_onnx(path) for path in paths)
+            for batch in (1, 32):
+                rows.append(side_by_side(f"resnet20, width {width}, 8 bits, ONNX", dense, whole, x[:batch], seconds))
+    return rows
+
+
 def files() -> list[dict[str, Any]]:
     rows = []
     torch.manual_seed(0)
@@ -130,7 +148,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = device_name()
     with torch.no_grad():
-        timed = sparse_kernels(options.seconds) + fewer_channels(options.seconds)
+        timed = [row for part in (sparse_kernels, fewer_channels, integers) for row in part(options.seconds)]
     sizes = files()
 
     table = Table("model", "batch", "dense ms", "exported ms", "faster", caption=device, caption_justify="left")

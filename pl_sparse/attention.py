@@ -27,6 +27,7 @@ _STACKED = ("qkv", "in_proj", "c_attn", "Wqkv", "qkv_proj")
 _INTERLEAVED = ("query_key_value",)
 _OUTPUT = {"out_proj", "o_proj", "proj", "dense", "c_proj", "out_lin", "to_out", "wo", "o", "out", "fc_out"}
 _COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "heads", "nhead")
+_SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _SIZES = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim", "d_kv")
 _FEED_FORWARD = (
     (("intermediate.dense",), "output.dense"),
@@ -54,15 +55,27 @@ class Attention:
     """An attention layer whose heads are known.
 
     Attributes:
-        name: its path in the model.
+        name: its path in the model, or "attention" for the model itself.
         heads: how many can be removed on their own: with grouped queries, the key/value heads.
         weights: module and name of each of its weights, and how it is seen as (heads, weights of a head); the output
             projection comes last.
+        path: its path in the model.
     """
 
     name: str
     heads: int
     weights: tuple[tuple[nn.Module, str, Layout], ...]
+    path: str = ""
+
+    def numbers(self, module: nn.Module, left: int) -> dict[str, tuple[int, int]]:
+        """The attributes of the layer's module that say how many heads there are, or how wide they are together: what
+        they are, and what they are with so many heads left."""
+        width = _sizes(self.weights[-1][0])[1]
+        found = {}
+        for key, value in vars(module).items():
+            if isinstance(value, int) and not isinstance(value, bool) and (key in _COUNTS + _SHARED or value == width):
+                found[key] = (value, value * left // self.heads)
+        return found
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,8 @@ def _torch(path: str, module: nn.MultiheadAttention) -> Attention:
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         inputs = [(name, Layout("heads", heads=heads)) for name in names]
     output = (module.out_proj, "weight", Layout("heads", heads=heads, columns=True))
-    return Attention(path or "attention", heads, (*((module, name, layout) for name, layout in inputs), output))
+    weights = (*((module, name, layout) for name, layout in inputs), output)
+    return Attention(path or "attention", heads, weights, path)
 
 
 def _linear(module: nn.Module) -> bool:
@@ -195,6 +209,7 @@ def _read(
         name,
         shared,
         tuple((layer, "weight", Layout("heads", heads=shared, parts=p, columns=c)) for layer, p, c in layers),
+        path,
     )
 
 

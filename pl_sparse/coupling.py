@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.attention import Attention, attentions
 from pl_sparse.masked import Cut
 from pl_sparse.probe import undisturbed
 
@@ -154,9 +155,10 @@ def _traced(model: nn.Module, example: Any) -> list[Coupling]:
                 f"{type(model).__name__} cannot be traced with the example of its inputs: {error}. Give the inputs it "
                 "is called with as example_input_array"
             ) from error
+    heads = {layer for each in attentions(model) if isinstance(each, Attention) for layer, _, _ in each.weights[:-1]}
     seen: set[tuple[str, str]] = set()
     for module in list(graph.module2node):
-        if not isinstance(module, _WEIGHTED) or (paths[module], "out") in seen:
+        if not isinstance(module, _WEIGHTED) or (paths[module], "out") in seen or module in heads:
             continue
         count = module.weight.shape[1 if isinstance(module, _TRANSPOSED) else 0]
         pruner = graph.get_pruner_of_module(module)
@@ -312,8 +314,13 @@ class Plan:
         model: nn.Module,
         removed: Iterable[tuple[Coupling, Sequence[int]]],
         heads: Mapping[str, Sequence[int]] | None = None,
+        counted: Collection[str] = (),
     ) -> Plan:
-        """The plan that takes some units of each coupling, and some heads of attention layers, out of a model."""
+        """The plan that takes some units of each coupling, and some heads of attention layers, out of a model.
+
+        Args:
+            counted: those attention layers of other kinds than torch's whose own numbers of heads change, too.
+        """
         cuts: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
         module: Any
         for coupling, chosen in removed:
@@ -322,8 +329,20 @@ class Plan:
                 gone = {place for unit in chosen for place in port.places[unit]}
                 for short, dim, period in _cut_by(module, port.side):
                     cuts[f"{port.path}.{short}"][dim] |= {place % period for place in gone} if period else gone
+        found = {each.path: each for each in attentions(model) if isinstance(each, Attention)} if heads else {}
+        paths = {module: path for path, module in model.named_modules()}
+        numbers = {}
         for path, chosen in (heads or {}).items():
             attention: Any = model.get_submodule(path)
+            if not isinstance(attention, nn.MultiheadAttention):
+                for layer, dim, gone in _of_heads(found[path], chosen):
+                    cuts[f"{paths[layer]}.weight"][dim] |= gone
+                    inside = layer is not found[path].weights[-1][0]
+                    if inside and isinstance(getattr(layer, "bias", None), Tensor):
+                        cuts[f"{paths[layer]}.bias"][0] |= gone
+                if path in counted:
+                    numbers[path] = found[path].numbers(attention, found[path].heads - len(chosen))
+                continue
             size, count = attention.head_dim, attention.num_heads
             gone = {head * size + i for head in chosen for i in range(size)}
             for short in _own(attention):
@@ -357,6 +376,7 @@ class Plan:
             plan.layers[path] = {
                 key: (int(getattr(module, key)), value) for key, value in after.items() if getattr(module, key) != value
             }
+        plan.layers |= {path: changes for path, changes in numbers.items() if changes}
         return plan
 
     @torch.no_grad()
@@ -493,6 +513,15 @@ def _cut_by(module: nn.Module, side: str) -> list[tuple[str, int, int]]:
     return [("weight", 1, int(period))]
 
 
+def _of_heads(attention: Attention, chosen: Sequence[int]) -> Iterator[tuple[nn.Module, int, set[int]]]:
+    """The weights of an attention layer: the dimension that its heads are in, and the indices there of some of them."""
+    for layer, name, layout in attention.weights:
+        shape = layer.get_parameter(name).shape
+        dim = int(layout.columns)
+        index = torch.arange(shape[dim]).unsqueeze(1 - dim).expand(shape)
+        yield layer, dim, set(layout.view(index)[list(chosen)].flatten().tolist())
+
+
 def _attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """What a layer's attributes are with tensors of these shapes."""
     if isinstance(module, nn.Linear):
@@ -507,6 +536,8 @@ def _attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dic
     if isinstance(module, nn.MultiheadAttention):
         rows = shapes["in_proj_weight"][0] // 3 if "in_proj_weight" in shapes else shapes["q_proj_weight"][0]
         return {"num_heads": rows // module.head_dim}
+    if hasattr(module, "nf"):  # GPT-2's linear layer
+        return {"nx": shapes["weight"][0], "nf": shapes["weight"][1]}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": shapes["weight"][0]}
     return {"num_features": next(shape[0] for shape in shapes.values() if shape)}
@@ -591,7 +622,7 @@ def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
 def _trial(model: nn.Module) -> Iterator[None]:
     """Afterwards the model has the very tensors, gradients and attributes that it has now."""
     tensors = [(tensor, tensor.data, tensor.grad) for tensor in _named(model).values()]
-    layers = [(module, key, getattr(module, key)) for module in model.modules() for key in _changing(module)]
+    numbers = [(m, key, value) for m in model.modules() for key, value in vars(m).items() if isinstance(value, int)]
     with undisturbed(model), torch.no_grad():
         try:
             for tensor, _, _ in tensors:
@@ -601,15 +632,11 @@ def _trial(model: nn.Module) -> Iterator[None]:
             for tensor, data, grad in tensors:
                 tensor.data = data
                 tensor.grad = grad
-            for module, key, value in layers:
+            for module, key, value in numbers:
                 setattr(module, key, value)
+            for module in model.modules():
                 if isinstance(module, nn.MultiheadAttention):
                     FewerHeads.suit(module)
-
-
-def _changing(module: nn.Module) -> list[str]:
-    keys = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_parameters")
-    return [key for key in (*keys, "num_heads") if isinstance(getattr(module, key, None), int)]
 
 
 def _holds(model: nn.Module, example: Any, found: Sequence[Coupling]) -> bool:

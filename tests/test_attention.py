@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from pl_sparse import Pruner
 from pl_sparse.attention import Attention, Unknown, attentions, feed_forwards
+from pl_sparse.export import load_shrunk, save_shrunk, shrink
 from pl_sparse.masked import Group, find
 from pl_sparse.schedule import OneShot
 from pl_sparse.scorer import Movement, Taylor
@@ -353,3 +355,39 @@ def test_hybrid_needs_transformers_and_whole_blocks() -> None:
         Pruner("magnitude", "oneshot", "hybrid", sparsity=0.5).attach(nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"qkv.weight of shape 48x16 is not made of blocks of 5x4: .*exclude"):
         Pruner("magnitude", "oneshot", "hybrid5x4", sparsity=0.5).attach(Fused())
+
+
+REMOVABLE = ("BERT", "RoBERTa", "DistilBERT", "ViT", "Llama", "Mistral", "Qwen3, heads wider than the model")
+NOT_REMOVABLE = ("T5", "Phi-3, fused and grouped", "fused")  # a bias for each head; sizes written into the code
+
+
+@pytest.mark.parametrize("case", REMOVABLE + NOT_REMOVABLE)
+def test_silent_heads_are_removed_where_the_code_allows_it_and_named_where_not(case: str, tmp_path: Path) -> None:
+    make, inputs, *_ = CASES[case]
+    torch.manual_seed(0)
+    model, x = make().eval(), inputs()
+    layers = [each for each in attentions(model) if isinstance(each, Attention)]
+    gone = 0
+    with torch.no_grad():
+        for layer in layers:
+            module, name, layout = layer.weights[-1]
+            weight = module.get_parameter(name)
+            view = layout.view(weight.clone())
+            view[1] = 0
+            weight.copy_(layout.restore(view, weight.shape))
+            biases = [getattr(each, "bias", None) for each, _, _ in layer.weights[:-1]]
+            gone += sum(each.get_parameter(key).numel() // layer.heads for each, key, _ in layer.weights)
+            gone += sum(bias.numel() // layer.heads for bias in biases if bias is not None)
+        masked = output(model, x)
+        result = shrink(model, x)
+        assert torch.allclose(output(model, x), masked, rtol=0, atol=1e-5)
+        if case in NOT_REMOVABLE:
+            assert set(result.left) == {layer.path for layer in layers} and result.before == result.after
+            return
+        assert not result.left and result.before - result.after == gone
+        save_shrunk(model, result.plan, tmp_path)
+        fresh = make().eval()
+        load_shrunk(fresh, tmp_path)
+        assert torch.equal(output(fresh, x), output(model, x))
+        result.plan.undo(model)
+        assert torch.allclose(output(model, x), masked, rtol=0, atol=1e-5)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pl_sparse.attention import Attention, Unknown, attentions
 from pl_sparse.coupling import Coupling, Plan, called, couplings, difference
 from pl_sparse.files import replacing, write_json
 from pl_sparse.masked import Cut
@@ -55,10 +56,11 @@ def shrink(
     A channel goes if its weights are zero in all layers that it comes out of, through residual joins, concatenations,
     grouped and depthwise convolutions, norms of channels, and flattening. If it is not silent but emits a constant (a
     bias, the shift of a norm), the constant is added to the bias of the layers that read it, where that is exact:
-    linear layers, and convolutions without padding. A head of `nn.MultiheadAttention` goes if it adds nothing to the
-    output. Each layer keeps at least one channel or head. The outputs are compared with those of the masked model, in
-    evaluation mode, before anything is removed for good: what would change them by more than 1e-5 (relative to the
-    largest output, if that is above 1) stays, and is named in the result.
+    linear layers, and convolutions without padding. A head goes if it adds nothing to the output: of
+    `nn.MultiheadAttention`, and of other attention layers whose heads are known (`structure.Head`). Each layer keeps
+    at least one channel or head. The outputs are compared with those of the masked model, in evaluation mode, before
+    anything is removed for good: what would change them by more than 1e-5 (relative to the largest output, if that is
+    above 1) stays, and is named in the result.
 
     Parameters stay the same objects, with less in them, so that optimizers go on training them; a Pruner is told by
     `pruner.shrink(result.plan.tensors)`.
@@ -119,17 +121,19 @@ def _kept(module: Any, name: str, masks: Mapping[str, Tensor] | None) -> Tensor:
 def _dead_heads(model: nn.Module, masks: Mapping[str, Tensor] | None) -> dict[str, list[int]]:
     """The heads whose part of the output projection is zero, by attention layer."""
     found = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.MultiheadAttention) or module.bias_k is not None:
+    paths = {module: path for path, module in model.named_modules()}
+    for attention in attentions(model):
+        if isinstance(attention, Unknown):
             continue
-        name = f"{path}.out_proj.weight" if path else "out_proj.weight"
-        weight = module.out_proj.weight.detach() != 0 if masks is None else masks.get(name)
+        output, name, layout = attention.weights[-1]
+        full = f"{paths[output]}.{name}".lstrip(".")
+        weight = output.get_parameter(name).detach() != 0 if masks is None else masks.get(full)
         if weight is None:
             continue
-        alive = weight.unflatten(1, (module.num_heads, -1)).any(2).any(0)
+        alive = layout.view(weight).any(1)
         if not bool(alive.all()):
-            found[path] = (~alive).nonzero().flatten().tolist()
-    return found
+            found[attention.path] = (~alive).nonzero().flatten().tolist()
+    return {path: units for path, units in found.items() if getattr(model.get_submodule(path), "bias_k", None) is None}
 
 
 def _found(
@@ -165,18 +169,22 @@ def _found(
                 folds = [fold for fold in folds if fold.unit not in failed]
         if units:
             candidates.append((coupling, units, folds))
-    some = {path: dead[1:] if len(dead) == _heads(model, path) else dead for path, dead in heads.items()}
+    counts = {each.path: each.heads for each in attentions(model) if isinstance(each, Attention)} if heads else {}
+    some = {path: dead[1:] if len(dead) == counts[path] else dead for path, dead in heads.items()}
     some = {path: dead for path, dead in some.items() if dead}
+    counted: set[str] = set()
 
     def holds(parts: Sequence[tuple[Coupling, list[int], list[_Fold]]], heads: Mapping[str, list[int]]) -> bool:
         def change(model: nn.Module) -> None:
             for _, _, folds in parts:
                 for fold in folds:
                     fold.apply(model)
-            Plan.of(model, [(coupling, units) for coupling, units, _ in parts], heads).apply(model)
+            Plan.of(model, [(coupling, units) for coupling, units, _ in parts], heads, counted).apply(model)
 
         return difference(model, example, change) <= _TOLERANCE
 
+    # some kinds of attention read their number of heads off the weights, others are told
+    counted |= {path for path, dead in some.items() if not _torchs(model, path) and not holds([], {path: dead})}
     if not holds(candidates, some):  # find out which, one after the other
         why = "without it the outputs would be others: its channels cannot be followed"
         good: list[tuple[Coupling, list[int], list[_Fold]]] = []
@@ -192,13 +200,12 @@ def _found(
             else:
                 left[path] = why
         candidates, some = good, fine
-    plan = Plan.of(model, [(coupling, units) for coupling, units, _ in candidates], some)
+    plan = Plan.of(model, [(coupling, units) for coupling, units, _ in candidates], some, counted)
     return plan, [fold for _, _, folds in candidates for fold in folds], left
 
 
-def _heads(model: nn.Module, path: str) -> int:
-    module: Any = model.get_submodule(path)
-    return int(module.num_heads)
+def _torchs(model: nn.Module, path: str) -> bool:
+    return isinstance(model.get_submodule(path), nn.MultiheadAttention)
 
 
 def shrink_optimizers(optimizers: Sequence[Optimizer], model: nn.Module, plan: Plan) -> Callable[[], None]:
