@@ -78,7 +78,10 @@ def rigl(seeds: Sequence[int]) -> str:
         """
         Claim (Evci et al. 2020, table 2): with the first two layers of LeNet-300-100 99 and 89 % sparse and the last
         one dense, RigL reaches an error of 1.44 %, and connects only about half of the pixels and few of the hidden
-        units. Pixels and units on a path from an input to an output:
+        units. The error is not reached here. Tried, with one seed each: 200 epochs (2.4 %), a first drop fraction of
+        0.3 (2.2 %) with weight decay 1e-4 (2.5 %; 184 and 88 units alive), updates every 1,000 steps (2.4 %), a rate of
+        0.1 (2.8 %), pixels in [0, 1] in place of standardized ones (2.9 %). Pixels and units on a path from an input
+        to an output:
         """,
         table(["", "error %, best", "last epoch", "alive"], rows),
         "`python train.py experiment=mnist_rigl_lenet300`",
@@ -102,9 +105,10 @@ def dns(seeds: Sequence[int]) -> str:
         "Dynamic network surgery",
         """
         Claim (Guo et al. 2016, table 1): 98.2 % of LeNet-300-100 and 99.1 % of LeNet-5 removed without loss. Each
-        layer keeps the share that it keeps in the paper; the thresholds here follow
-        from these counts. Not reached here: training is short (30 and 10 epochs), and at the paper's rate LeNet-300-100
-        diverged when its last weights went.
+        layer keeps the share that it keeps in the paper; the thresholds here follow from these counts. Training is
+        short (30 and 10 epochs), surgery goes on for most of it, and the rate falls as a cosine: with a rate that falls
+        in steps while weights still go, errors were 4.9 % on LeNet-300-100, and surgery on LeNet-5 that ends at 70 % in
+        place of 80 % of training left 3.3 %.
         """,
         table(["network", "sparsity", "published error %", "ours, best", "last epoch", "seeds"], rows),
         "`python train.py experiment=mnist_dns_lenet300`, `python train.py experiment=mnist_dns_lenet5`",
