@@ -158,7 +158,7 @@ def snip(seeds: Sequence[int]) -> str:
         sparsity, where biases are pruned too and training takes 250 epochs or so. Ours prunes weights alone and trains
         20 (LeNet-5: 8) epochs; it stays behind. Tried on LeNet-300-100 at 98 %, with one seed each: 60 epochs (3.1 %),
         a rate that falls as a cosine (3.3 %; 60 epochs: 3.0 %), ten batches for the scores (3.1 %), the initialization
-        of the paper, variance scaling (3.2 %; 60 epochs: 3.1 %), weight decays of 0 and 1e-4 (3.5 %). The training error
+        of the paper, variance scaling (3.2 %; 60 epochs: 3.1 %), weight decays of 0 and 1e-4 (3.5 %). Training error
         is 2 % there: the masks leave too little, rather than training too short.
         """,
         table(
