@@ -40,7 +40,8 @@ def aware(seeds: Sequence[int]) -> str:
         "Pruning-aware against post-training",
         """
         The comparison everyone quotes: under one point against two to five. LeNet-300-100 on Fashion-MNIST, 15 epochs
-        in all, two seeds; in parentheses the points above the dense network.
+        in all, two seeds; in parentheses the points above the dense network. Magnitude chooses among all weights, Wanda
+        and SparseGPT within each layer, on one batch of 128 images (with 32 batches SparseGPT has 54 % at 90 %).
         """,
         table(["method", "80 %", "90 %", "95 %"], rows),
         f"`python train.py {_FASHION} method=gmp sparsity=0.9`, and `method=sparsegpt`, tuned by `schedule.begin=0.8`",
