@@ -43,6 +43,6 @@ def test_the_scorer_of_the_guide_works(tmp_path: Path) -> None:
     assert "2:4" in told and "actual 50.00%" in told
     told = run(
         "-m", "pytest", "tests/test_contract.py", "-q", "-n", "0", "-p", "no:cacheprovider",
-        "-k", f"{name.lower()} and (cubic or yaml)",
+        "-k", f"{name.lower()} and (cubic or linear or oneshot or yaml)",
     )  # fmt: skip
     assert int(re.findall(r"(\d+) passed", told)[0]) > 10 and "failed" not in told
