@@ -44,9 +44,12 @@ def _last(run: Run, seeds: Sequence[int]) -> str:
 
 _CHANNELS = "experiment=fashion_channels_resnet20"
 CHANNELS_DENSE = Run("channels_dense", f"{_CHANNELS} method=dense", seeds=2)
+_SLIMMING = "regularizer.regularizer.strength=0.01 regularizer.until=0.4 schedule.begin=0.4"
 CHANNELS = {
-    method: Run(f"channels_{method}", f"{_CHANNELS} method={method} model=resnet20 model.width=8", seeds=2)
-    for method in ("slimming", "group_lasso", "gmp")
+    method: Run(
+        f"channels_{method}", f"{_CHANNELS} method={method} model=resnet20 model.width=8 {more}".strip(), seeds=2
+    )
+    for method, more in {"slimming": _SLIMMING, "group_lasso": "", "gmp": ""}.items()
 }
 
 
@@ -62,10 +65,11 @@ def channels(seeds: Sequence[int]) -> str:
         Claim (Liu et al. 2017, table 1; CIFAR-10): with 40 % of the channels of a ResNet removed by the scales of its
         batch norms, accuracy is that of the dense network after fine-tuning. ResNet-20 of width 8 on 10,000 images of
         Fashion-MNIST, half the weights in whole channels, 12 epochs; penalty until 60 %, then removal and
-        fine-tuning. `gmp` removes channels by magnitude without a penalty.
+        fine-tuning. Slimming has a hundred times the paper's penalty, as training is that much shorter, until 40 %
+        (with the paper's, until 60 %, it ends at 78.5). `gmp` removes channels by magnitude without a penalty.
         """,
         table(["method", "sparsity", "test accuracy %", "MACs left", "seeds"], rows),
-        f"`python train.py {_CHANNELS} method=slimming model=resnet20 model.width=8`",
+        f"`python train.py {_CHANNELS} method=slimming model=resnet20 model.width=8 {_SLIMMING}`",
     )
 
 
