@@ -36,6 +36,7 @@ from pl_sparse.structure import Structure
 __all__ = ["bench", "deploy", "export", "exports", "refuse", "tested"]
 
 _BATCHES = (1, 32)
+_RANGES = "ranges.safetensors"
 _CALIBRATION = 8
 """Training batches that post-training quantization looks at."""
 
@@ -108,8 +109,9 @@ def deploy(
     sparse.requires_grad_(False)
     dense = _filled(sparse, removed)
     smaller = _shrunk(sparse, example, folder, hardware.multiple) if any(f.whole for f in formats.values()) else sparse
-    if smaller is not sparse and converted is not None:
-        converted = _transferred(smaller, example, folder) or converted
+    ranges = folder / _RANGES
+    if smaller is not sparse and converted is not None and ranges.is_file():
+        converted = _integers(Int8(), smaller, example, ranges)
     found: dict[str, Any] = {}
     rows: list[Comparison] = []
     verdicts: dict[str, str] = {}
@@ -178,12 +180,6 @@ def _shrunk(net: nn.Module, example: Tensor, folder: Path, multiple: int) -> nn.
         f"shrunk: {folder / 'shrunk'}, {found.before:,} -> {found.after:,} parameters", highlight=False, soft_wrap=True
     )
     return copied
-
-
-def _transferred(net: nn.Module, example: Tensor, folder: Path) -> nn.Module | None:
-    """A shrunk network with 8-bit integers, in the ranges that the whole one learned; None for other integers."""
-    ranges = folder / "ranges.safetensors"
-    return _integers(Int8(), net, example, ranges) if ranges.is_file() else None
 
 
 def _integers(quantization: Quantization, net: nn.Module, example: Tensor, ranges: Path) -> nn.Module:
@@ -367,10 +363,10 @@ def _converted(
     folder: Path, cfg: DictConfig, module: LightningModule, data: LightningDataModule | None
 ) -> nn.Module | None:
     """The network of a run with the 8-bit integers that it was trained for; None if it was not."""
-    if not (folder / "ranges.safetensors").is_file():
+    if not (folder / _RANGES).is_file():
         return None
     example = next(iter(_inputs(module, data, 1)))
-    return _integers(built(cfg, "quantization").quantization, network(module), example, folder / "ranges.safetensors")
+    return _integers(built(cfg, "quantization").quantization, network(module), example, folder / _RANGES)
 
 
 def merged(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

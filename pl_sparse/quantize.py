@@ -389,18 +389,18 @@ def _annotate_sums(model: torch.fx.GraphModule, spec: Any) -> None:
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
 
     ops, key = torch.ops.aten, "quantization_annotation"
-    annotated = [node for node in model.graph.nodes if node.meta.get(key) is not None]
-    for node in annotated:
-        if node.target in (ops.add.Tensor, ops.add_.Tensor):
+    for node in model.graph.nodes:
+        if node.target in (ops.add.Tensor, ops.add_.Tensor) and node.meta.get(key) is not None:
             for source in node.args:
-                if isinstance(source, torch.fx.Node) and source in annotated:
+                if isinstance(source, torch.fx.Node) and source.meta.get(key) is not None:
                     node.meta[key].input_qspec_map[source] = spec
                     source.meta[key].output_qspec = spec
     for node in model.graph.nodes:
         if node.target in (ops.relu.default, ops.relu_.default):
             source = node.args[0]
-            if source in annotated and source.meta[key].output_qspec is not None and len(source.users) == 1:
-                source.meta[key].output_qspec = None
+            layer = source.meta.get(key)
+            if layer is not None and layer.output_qspec is not None and len(source.users) == 1:
+                layer.output_qspec = None
                 node.meta[key] = QuantizationAnnotation(output_qspec=spec, _annotated=True)
 
 
