@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from pl_sparse.core.files import write_json
 from pl_sparse.export import ONNX, save_compressed, to_csr
+from pl_sparse.export.measure import device_name, latencies, percentile, ratio
 from pl_sparse.export.onnx import open_onnx, save_onnx
-from pl_sparse.files import write_json
-from pl_sparse.measure import device_name, latencies, percentile, ratio
 from pl_sparse.quantize import post_training
 from pl_sparse.tasks import models
 

@@ -23,10 +23,11 @@ from rich.table import Table
 from torch import nn
 
 from pl_sparse.allocation import Units
+from pl_sparse.core.files import write_json
+from pl_sparse.core.group import Group
+from pl_sparse.core.targets import find
 from pl_sparse.export import shrink
-from pl_sparse.files import write_json
-from pl_sparse.latency import LatencyTable, Network
-from pl_sparse.masked import Group, find
+from pl_sparse.network.latency import LatencyTable, Network
 from pl_sparse.structure import Channel
 from pl_sparse.tasks import models
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from pl_sparse import Sparsity
 from pl_sparse.callbacks import Shrink
-from pl_sparse.files import write_json
+from pl_sparse.core.files import write_json
 from pl_sparse.schedule import Linear
 from pl_sparse.structure import Channel
 from pl_sparse.tasks.classifier import Classifier

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pl_sparse import Sparsity
-from pl_sparse.files import write_json
+from pl_sparse.core.files import write_json
 from pl_sparse.schedule import Constant
 from pl_sparse.tasks import models
 from pl_sparse.tasks.classifier import Classifier

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from pl_sparse.allocation import Global, Units, choose
-from pl_sparse.masked import find
+from pl_sparse.core.targets import find
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import Unstructured
 

@@ -24,10 +24,13 @@ from torch.optim import Optimizer
 
 from pl_sparse import structure as structures
 from pl_sparse.allocation import LAMP, Allocation, Units
-from pl_sparse.masked import Cut, Group, MaskedParameter, Patterns, find, select
+from pl_sparse.core.cut import Cut
+from pl_sparse.core.group import Group
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import build, suggestion
+from pl_sparse.core.targets import Patterns, find, select
 from pl_sparse.masking import STE, Frozen, Gated, Hard, Masking, Shrunk
-from pl_sparse.naming import build, suggestion
-from pl_sparse.probe import Probe
+from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Constant, OneShot, Schedule
 from pl_sparse.scorer import Scorer
 from pl_sparse.structure import Channel, Structure

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pl_sparse.allocation import ERK, LAMP, Allocation, Global, Uniform, Units, choose, kept, lamp
-from pl_sparse.masked import Group, MaskedParameter, find
-from pl_sparse.naming import build
+from pl_sparse.core.group import Group
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import build
+from pl_sparse.core.targets import find
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import NM, Block, Channel, Structure, Unstructured
 

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from pl_sparse.app import train
-from pl_sparse.deploy import export
+from pl_sparse.app.deploy import export
+from pl_sparse.app.parts import load_run, make_module
+from pl_sparse.app.settings import CONF, ConfigError
+from pl_sparse.app.training import train
 from pl_sparse.export import load_shrunk
-from pl_sparse.runs import load_run, make_module
-from pl_sparse.settings import CONF, ConfigError
 from pl_sparse.tasks.classifier import Classifier
 from pl_sparse.tasks.data import Digits
 from pl_sparse.tasks.models import lenet300
@@ -197,7 +197,7 @@ def test_a_run_has_its_metrics_once_it_has_its_exports(tmp_path: Path, monkeypat
         assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "config.yaml").is_file()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pl_sparse.app.deploy", killed)
+    monkeypatch.setattr("pl_sparse.app.training.deploy", killed)
     with pytest.raises(KeyboardInterrupt):
         train(config(tmp_path, "export=[csr]", "trainer.max_epochs=1"))
     assert not (tmp_path / "metrics.json").exists()  # resume=true takes those for a finished run

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from pl_sparse import Pruner, Sparsity
-from pl_sparse.app import train
-from pl_sparse.probe import Probe
+from pl_sparse.app.training import train
+from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import OneShot
 from pl_sparse.scorer import SNIP, GraSP, SynFlow
 from pl_sparse.structure import NM

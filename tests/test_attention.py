@@ -11,9 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from pl_sparse import Pruner
-from pl_sparse.attention import Attention, Unknown, attentions, feed_forwards
-from pl_sparse.export import load_shrunk, save_shrunk, shrink
-from pl_sparse.masked import Group, find
+from pl_sparse.core.group import Group
+from pl_sparse.core.targets import find
+from pl_sparse.export import (
+    load_shrunk,
+    save_shrunk,
+    shrink,
+)
+from pl_sparse.network.attention import Attention, Unknown, attentions, feed_forwards
 from pl_sparse.schedule import OneShot
 from pl_sparse.scorer import Movement, Taylor
 from pl_sparse.structure import Head

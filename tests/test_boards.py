@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from test_loggers import read_offline
 from test_pareto import made
 
-from pl_sparse.boards import hand_over_sweep
-from pl_sparse.overview import overview
+from pl_sparse.integrations.wandb_report import hand_over_sweep
+from pl_sparse.results.overview import overview
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed")
 
@@ -81,7 +81,7 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 def report(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    command = [sys.executable, "-c", "from pl_sparse.cli import main; main()", "report", str(folder)]
+    command = [sys.executable, "-c", "from pl_sparse.app.cli import main; main()", "report", str(folder)]
     settings = {"NETRC": str(folder / "none"), "WANDB_CONFIG_DIR": str(folder.parent / "settings"), **env}
     return subprocess.run(command, env={**kept, **settings}, capture_output=True, text=True, check=False)
 

@@ -11,12 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from pl_sparse import Pruner
-from pl_sparse.allocation import Units
-from pl_sparse.budget import Budget
-from pl_sparse.cost import MacCounter, macs
+from pl_sparse.allocation import Budget, Units
+from pl_sparse.core.targets import find
 from pl_sparse.export import shrink
-from pl_sparse.latency import LatencyTable, Network
-from pl_sparse.masked import find
+from pl_sparse.network.latency import LatencyTable, Network
+from pl_sparse.network.macs import MacCounter, macs
 from pl_sparse.regularizer import Latency
 from pl_sparse.structure import Channel
 from pl_sparse.tasks.models import resnet20

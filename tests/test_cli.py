@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_pareto import made
 
-from pl_sparse import cli, doctor
-from pl_sparse.files import write_csv
+from pl_sparse.app import cli, doctor
+from pl_sparse.core.files import write_csv
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_extras_that_lack_something(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_completion_passes_over_the_subcommand() -> None:
     line = "pl-sparse train scorer=magn"
     done = subprocess.run(
-        [sys.executable, "-c", "from pl_sparse.cli import main; main()", "-sc", "query=bash"],
+        [sys.executable, "-c", "from pl_sparse.app.cli import main; main()", "-sc", "query=bash"],
         env={**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))},
         capture_output=True,
         text=True,

@@ -19,13 +19,13 @@ from torch.nn import functional as F
 
 from pl_sparse import Pruner
 from pl_sparse.allocation import Allocation, kept
-from pl_sparse.masked import find
+from pl_sparse.app.settings import check
+from pl_sparse.core.registry import build, catalogue
+from pl_sparse.core.targets import find
 from pl_sparse.masking import Masking
-from pl_sparse.naming import build, catalogue
-from pl_sparse.probe import Probe
+from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Schedule
 from pl_sparse.scorer import Scorer
-from pl_sparse.settings import check
 from pl_sparse.structure import NM, Row, Structure, Transposable
 from pl_sparse.structure import structure as named
 from pl_sparse.tasks.data import Digits

@@ -22,7 +22,7 @@ def test_the_scorer_of_the_guide_works(tmp_path: Path) -> None:
     assert len(code) == len(yaml) == 1 and Path(path).stem == name.lower()
 
     for part in ("pl_sparse", "conf", "tests"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / part, tmp_path / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("train.py", "pyproject.toml"):
         shutil.copy(ROOT / part, tmp_path / part)
     assert not (tmp_path / path).exists()

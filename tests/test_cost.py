@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.cost import MacCounter, macs
+from pl_sparse.network.macs import MacCounter, macs
 
 
 def positions(model: nn.Module, *inputs: Tensor) -> dict[str, float]:

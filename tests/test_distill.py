@@ -16,11 +16,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Sparsity
-from pl_sparse.app import CONF, train
+from pl_sparse.app.settings import CONF
+from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.training import train
 from pl_sparse.callbacks import Distill, RandomState
 from pl_sparse.callbacks.distill import distillation
 from pl_sparse.schedule import OneShot
-from pl_sparse.settings import ConfigError
 
 
 def divergence(student: list[list[float]], teacher: list[list[float]], temperature: float) -> float:

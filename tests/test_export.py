@@ -19,9 +19,9 @@ from pl_sparse.export import (
     save_compressed,
 )
 from pl_sparse.export.csr import CSRConv2d, CSRLinear, to_csr
+from pl_sparse.export.hardware import Hardware
+from pl_sparse.export.measure import Comparison, Cost, latencies, percentile, ratio, verdict
 from pl_sparse.export.semi_structured import unfit
-from pl_sparse.hardware import Hardware
-from pl_sparse.measure import Comparison, Cost, latencies, percentile, ratio, verdict
 from pl_sparse.structure import NM, Channel, Unstructured, structure
 from pl_sparse.tasks.models import lenet5, vit_tiny
 
@@ -247,7 +247,7 @@ def test_the_verdict_does_not_flatter() -> None:
 
 
 def test_dense_and_sparse_models_differ_in_their_zeros_alone() -> None:
-    from pl_sparse.deploy import _filled
+    from pl_sparse.app.deploy import _filled
 
     net = sparse(nn.Sequential(nn.Linear(20, 20)))
     dense = _filled(net)

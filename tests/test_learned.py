@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Pruner, Sparsity
 from pl_sparse.allocation import Global
-from pl_sparse.gate import Gate, open_probability, slope, stretched
-from pl_sparse.masked import find
+from pl_sparse.core.gate import Gate, open_probability, slope, stretched
+from pl_sparse.core.targets import find
 from pl_sparse.schedule import Constant, Cubic
 from pl_sparse.scorer import HardConcrete, Magnitude, SoftMovement, SoftThreshold
 from pl_sparse.structure import Channel, Feature, Head, Structure, Unstructured

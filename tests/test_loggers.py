@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from test_app import config
 
 from pl_sparse import Sparsity
-from pl_sparse.app import train
+from pl_sparse.app.training import train
 from pl_sparse.callbacks import Track
 from pl_sparse.schedule import Linear
 from pl_sparse.tasks.classifier import Classifier

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pl_sparse.masked import find, select
+from pl_sparse.core.targets import find, select
 
 
 class Tied(nn.Module):

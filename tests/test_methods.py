@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from test_app import config
 
 from pl_sparse.allocation import kept
-from pl_sparse.app import CONF, train
-from pl_sparse.masked import find
+from pl_sparse.app.settings import CONF
+from pl_sparse.app.training import train
+from pl_sparse.core.targets import find
 from pl_sparse.structure import NM, Row, Unstructured
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from test_pareto import made
 
-from pl_sparse.files import write_json
-from pl_sparse.overview import overview
-from pl_sparse.pareto import AXES
+from pl_sparse.core.files import write_json
+from pl_sparse.results.fronts import AXES
+from pl_sparse.results.overview import overview
 
 ROOT = Path(__file__).parent.parent
 EVIL = "</script><img src=x onerror=alert(1)>&\"'"
@@ -73,7 +73,7 @@ def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of the 1 runs below .* has test/loss yet"):
         overview([tmp_path], tmp_path, key="test/loss")
     for arguments, message in (([], "required: DIR"), (["nowhere"], "nowhere is no folder")):
-        code = "import sys; from pl_sparse.cli import main; main()"
+        code = "import sys; from pl_sparse.app.cli import main; main()"
         command = [sys.executable, "-c", code, "pareto", *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pl_sparse.files import write_json
-from pl_sparse.pareto import AXES, Group, best, dense, front, gather, group, hypervolume, metric, pareto, smallest
+from pl_sparse.core.files import write_json
+from pl_sparse.results.fronts import AXES, Group, best, dense, front, group, hypervolume, metric, pareto, smallest
+from pl_sparse.results.runs import gather
 
 KEY = "test/acc"
 

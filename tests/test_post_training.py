@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pl_sparse import Pruner
-from pl_sparse.masked import find
-from pl_sparse.probe import Probe
+from pl_sparse.core.targets import find
+from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Linear, OneShot
 from pl_sparse.tasks.models import vit_tiny
 from pl_sparse.updater import Reconstruct

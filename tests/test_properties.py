@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pl_sparse import Pruner
 from pl_sparse.allocation import kept
-from pl_sparse.probe import Probe
+from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Cyclic
 from pl_sparse.structure import Head
 from pl_sparse.updater import DropGrow, Prune

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 from pl_sparse import Sparsity
 from pl_sparse.callbacks import Quantize, RandomState
-from pl_sparse.export import ONNXInt8, shrink
+from pl_sparse.export import (
+    ONNXInt8,
+    shrink,
+)
 from pl_sparse.quantize import Int4Weight, Int8, Quantization, integers, post_training
 from pl_sparse.tasks.data import Batches
 from pl_sparse.tasks.models import resnet20

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from pl_sparse import Pruner, Sparsity
 from pl_sparse.allocation import Uniform
 from pl_sparse.callbacks import RandomState, Regularize
-from pl_sparse.masked import find
-from pl_sparse.probe import Probe
+from pl_sparse.core.targets import find
+from pl_sparse.network.probe import Probe
 from pl_sparse.regularizer import L1, GroupLasso, GrowingL2, Latency, Regularizer, Slimming, step_sizes
 from pl_sparse.schedule import OneShot
 from pl_sparse.structure import Block, Channel, Head, Kernel, Row, Structure, Unstructured

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from pl_sparse.files import replacing, write_csv, write_json, write_text
-from pl_sparse.report import LayerRow, Summary, dead_layers, layer_rows, plot_layers, plot_training, summary_table
+from pl_sparse.core.files import replacing, write_csv, write_json, write_text
+from pl_sparse.results.figures import plot_layers, plot_training
+from pl_sparse.results.summary import LayerRow, Summary, dead_layers, layer_rows, summary_table
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Pruner, Sparsity
-from pl_sparse.app import train
+from pl_sparse.app.training import train
 from pl_sparse.callbacks import Rewind
 from pl_sparse.schedule import Cubic, Iterative, Tickets
 from pl_sparse.scorer import Ticket

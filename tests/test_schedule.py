@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pl_sparse.naming import build, catalogue
+from pl_sparse.core.registry import build, catalogue
 from pl_sparse.schedule import Constant, Cubic, Cyclic, Exponential, Iterative, Linear, OneShot, Schedule
 
 NAMES = sorted(catalogue(Schedule))

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from pl_sparse import Pruner
-from pl_sparse.masked import MaskedParameter, find
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.targets import find
 from pl_sparse.schedule import Linear
 from pl_sparse.scorer import Gradient, Magnitude, Movement, Random, Scorer, Taylor
 

@@ -15,11 +15,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Pruner, Sparsity
 from pl_sparse.callbacks import RandomState, Shrink
-from pl_sparse.coupling import FewerHeads, Plan, couplings
-from pl_sparse.export import load_shrunk, save_shrunk, shrink
-from pl_sparse.masked import Cut
+from pl_sparse.core.cut import Cut
+from pl_sparse.export import (
+    load_shrunk,
+    save_shrunk,
+    shrink,
+)
 from pl_sparse.schedule import Linear
 from pl_sparse.structure import Channel, Head
+from pl_sparse.surgery.heads import FewerHeads
+from pl_sparse.surgery.plan import Plan
+from pl_sparse.surgery.trial import couplings
 from pl_sparse.tasks.models import conv4, lenet5, lenet300, resnet20, vit_tiny
 
 

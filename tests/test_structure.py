@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pl_sparse.masked import Layout, find
+from pl_sparse.core.layouts import Layout
+from pl_sparse.core.targets import find
 from pl_sparse.structure import NM, Block, Channel, Head, Kernel, Row, Structure, Transposable, Unstructured, structure
 
 

@@ -17,11 +17,11 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
 from pl_sparse import app
-from pl_sparse.callbacks.status import read_status
+from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.sweep import launch
+from pl_sparse.app.sweep.monitor import statuses
+from pl_sparse.callbacks.run.status import read_status
 from pl_sparse.schedule import Tickets
-from pl_sparse.settings import ConfigError
-from pl_sparse.sweep import launch
-from pl_sparse.sweep.monitor import statuses
 
 ROOT = Path(__file__).parent.parent
 TINY = ["data.limit=128", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
@@ -213,7 +213,7 @@ def test_a_plugin_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_objective_that_is_no_metric_is_told() -> None:
-    from pl_sparse.sweep.runs import _value
+    from pl_sparse.app.sweep.job import _value
 
     metrics: dict[str, Any] = {"sparsity": 0.9, "val/acc": 0.5, "size_bytes": {"compressed": 10}}
     assert _value(metrics, "density") == pytest.approx(0.1) and _value(metrics, "size") == 10

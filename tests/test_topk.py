@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pl_sparse.topk import threshold, top_k
+from pl_sparse.core.topk import threshold, top_k
 
 
 def naive(scores: list[torch.Tensor], keep: int) -> list[torch.Tensor]:

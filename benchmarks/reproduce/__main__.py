@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.reproduce import at_init, dynamic, lottery, posttraining, structured
 from benchmarks.reproduce.runs import ROOT, console, section
-from pl_sparse.files import write_text
+from pl_sparse.core.files import write_text
 
 EXPERIMENTS = {
     **lottery.EXPERIMENTS,

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from benchmarks.reproduce.runs import OUT, Experiment, Run, accuracy, errors, section, table
 from pl_sparse import Pruner
-from pl_sparse.files import write_json
-from pl_sparse.masked import find
-from pl_sparse.probe import Probe
+from pl_sparse.core.files import write_json
+from pl_sparse.core.targets import find
+from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import OneShot
 from pl_sparse.scorer import GraSP, Scorer, SynFlow
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from benchmarks.reproduce.runs import ROOT, Experiment, Run, evaluate, section, spread, table
-from pl_sparse.files import replacing
+from pl_sparse.core.files import replacing
 
 # MNIST-1D
 

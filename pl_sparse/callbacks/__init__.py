@@ -3,15 +3,15 @@
 from pl_sparse.callbacks.accuracy_budget import AccuracyBudget
 from pl_sparse.callbacks.distill import Distill
 from pl_sparse.callbacks.front import Front
-from pl_sparse.callbacks.history import History
 from pl_sparse.callbacks.quantize import Quantize
 from pl_sparse.callbacks.random_state import RandomState
 from pl_sparse.callbacks.regularize import Regularize
 from pl_sparse.callbacks.rewind import Rewind
+from pl_sparse.callbacks.run.history import History
+from pl_sparse.callbacks.run.mask_log import Track
+from pl_sparse.callbacks.run.status import Status
 from pl_sparse.callbacks.shrink import Shrink
 from pl_sparse.callbacks.sparsity import Sparsity
-from pl_sparse.callbacks.status import Status
-from pl_sparse.callbacks.track import Track
 
 __all__ = [
     "AccuracyBudget",

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torchmetrics import Metric
 
-from pl_sparse.probe import Probe
+from pl_sparse.network.probe import Probe
 
 
 def first_batches(trainer: Trainer, count: int) -> list[Any]:

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pl_sparse.callbacks.best_at_target import Judging
 from pl_sparse.callbacks.calibration import first_batches
-from pl_sparse.callbacks.judging import Judging
 from pl_sparse.quantize import Quantization
 from pl_sparse.schedule import Time, step_of
 

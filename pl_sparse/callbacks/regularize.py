@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.sparsity import Sparsity
-from pl_sparse.masked import Group, Patterns, find
+from pl_sparse.core.group import Group
+from pl_sparse.core.targets import Patterns, find
 from pl_sparse.regularizer import Regularizer
 from pl_sparse.schedule import OneShot, Time
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pl_sparse.callbacks.sparsity import Sparsity
-from pl_sparse.files import replacing, write_csv, write_json
-from pl_sparse.report import plot_tickets
+from pl_sparse.core.files import replacing, write_csv, write_json
+from pl_sparse.results.figures import plot_tickets
 from pl_sparse.schedule import Tickets
 
 __all__ = ["Rewind", "training_length"]

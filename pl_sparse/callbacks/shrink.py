@@ -15,9 +15,9 @@ from pl_sparse.callbacks.calibration import example_of
 from pl_sparse.callbacks.regularize import Regularize
 from pl_sparse.callbacks.rewind import Rewind
 from pl_sparse.callbacks.sparsity import Sparsity
-from pl_sparse.coupling import Plan
-from pl_sparse.export.shrink import shrink
 from pl_sparse.structure import Channel, Head
+from pl_sparse.surgery.plan import Plan
+from pl_sparse.surgery.shrink import shrink
 
 __all__ = ["Shrink"]
 

@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.allocation import Allocation
+from pl_sparse.callbacks.best_at_target import Judging
 from pl_sparse.callbacks.calibration import Calibration, example_of
-from pl_sparse.callbacks.judging import Judging
-from pl_sparse.cost import MacCounter, macs
-from pl_sparse.masked import Patterns
+from pl_sparse.core.targets import Patterns
 from pl_sparse.masking import Masking
+from pl_sparse.network.macs import MacCounter, macs
 from pl_sparse.pruner import Pruner
-from pl_sparse.report import Summary, summarize, summary_table
+from pl_sparse.results.summary import Summary, summarize, summary_table
 from pl_sparse.schedule import Schedule
 from pl_sparse.scorer import Scorer
 from pl_sparse.structure import Structure

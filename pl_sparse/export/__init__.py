@@ -6,7 +6,8 @@ from pl_sparse.export.format import Export
 from pl_sparse.export.onnx import ONNX, ONNXInt8
 from pl_sparse.export.pt2 import TorchExport
 from pl_sparse.export.semi_structured import SemiStructured, to_semi_structured
-from pl_sparse.export.shrink import Shrunk, load_shrunk, save_shrunk, shrink
+from pl_sparse.surgery.saved import load_shrunk, save_shrunk
+from pl_sparse.surgery.shrink import Shrunk, shrink
 
 __all__ = [
     "CSR",

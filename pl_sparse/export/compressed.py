@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from pl_sparse.core.files import replacing
 from pl_sparse.export.format import Export, Run, missing
-from pl_sparse.files import replacing
 from pl_sparse.structure import Structure
 
 __all__ = ["Compressed", "load_compressed", "save_compressed"]

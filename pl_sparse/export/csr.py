@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pl_sparse.core.files import replacing
 from pl_sparse.export.format import Export, Run
-from pl_sparse.files import replacing
 from pl_sparse.structure import Structure
 
 __all__ = ["CSR", "CSRConv2d", "CSRLinear", "to_csr"]

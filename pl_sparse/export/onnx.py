@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.core.files import replacing
 from pl_sparse.export.format import Export, Run, missing
-from pl_sparse.files import replacing
+from pl_sparse.network.graph import traceable, traced
 from pl_sparse.structure import Structure
-from pl_sparse.trace import traceable, traced
 
 __all__ = ["ONNX", "ONNXInt8", "open_onnx", "save_onnx"]
 

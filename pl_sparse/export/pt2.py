@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.core.files import replacing
 from pl_sparse.export.format import Export, Run
-from pl_sparse.files import replacing
+from pl_sparse.network.graph import traceable, traced
 from pl_sparse.structure import Structure
-from pl_sparse.trace import traceable, traced
 
 __all__ = ["TorchExport"]
 

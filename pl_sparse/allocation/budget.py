@@ -1,0 +1,139 @@
+"""Channels allocated so that the pruned network costs no more than a budget: milliseconds, kilobytes or MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.allocation.base import Allocation
+from pl_sparse.allocation.units import Units
+from pl_sparse.core.group import Group
+from pl_sparse.network.latency import LatencyTable, Network
+
+__all__ = ["Budget"]
+
+
+@dataclass(frozen=True)
+class Budget(Allocation):
+    """The least important channels for what they cost go, until the network costs no more than the budget.
+
+    What is kept is worth sum over groups log(sum of the scores of its kept units), so that what counts is the share of
+    a group's importance and no group is emptied. Blocks of `multiple` channels, the least important of a group, are
+    candidates; the one that loses the least worth for the cost that its removal saves goes, costs are computed anew,
+    and so on. A group keeps at least one block. The way there follows the schedule: at a level s the budget is
+    full^(1 - p) budget^p with p = s / final, `full` being what the dense network costs. `sparsity` is the pace alone;
+    what is reached follows from the budget.
+
+    It needs coupled channels, which are what can be removed (`structure=coupled`).
+
+    Source: Shen et al., Structural pruning via latency-saliency knapsack (HALP), 2022, arXiv:2210.06659, sections 3.2
+    and 3.4; there importance is summed without the logarithm, and a knapsack solver chooses, not a greedy rule.
+
+    Args:
+        final: the schedule's final sparsity.
+        ms: milliseconds for one batch of the example's size on this machine, by a measured table of layers.
+        kb: kilobytes (1000 bytes) of weights and biases.
+        macs: multiply-accumulates: a fraction of the dense network's up to 1, above that their number for a sample.
+        bytes: of a weight, for kb: 4 for float32, 1 for int8.
+        multiple: how many channels go at once.
+        table: where latencies are kept, see `latency.LatencyTable`.
+
+    Raises:
+        ValueError: not exactly one of ms, kb and macs is given, or it is not above 0.
+    """
+
+    final: float = 1.0
+    ms: float | None = None
+    kb: float | None = None
+    macs: float | None = None
+    bytes: int = 4
+    multiple: int = 1
+    table: str | None = None
+    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        given = {key: getattr(self, key) for key in ("ms", "kb", "macs") if getattr(self, key) is not None}
+        if len(given) != 1:
+            raise ValueError(
+                "allocation=budget needs one of ms (milliseconds), kb (kilobytes), macs (a fraction or a number), got "
+                + (", ".join(given) or "none of them")
+            )
+        if next(iter(given.values())) <= 0:
+            raise ValueError(f"{next(iter(given))}={next(iter(given.values()))!r} must be above 0")
+        for key in ("multiple", "bytes"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)!r} must be 1 or more")
+
+    @property
+    def what(self) -> str:
+        """What is limited: "ms", "kb" or "macs"."""
+        return next(key for key in ("ms", "kb", "macs") if getattr(self, key) is not None)
+
+    def start(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
+        if example is None or not all(group.feeds for group in groups):
+            raise ValueError(
+                "allocation=budget knows what channels cost only where they can be removed: use structure=coupled"
+            )
+        network = Network(groups, model, example)
+        table = LatencyTable(self.table) if self.what == "ms" else None
+        if table is not None:
+            table.measure(network.layers)
+        self._known.update(network=network, table=table)
+        full, least = self.cost(network.units), self.cost([min(self.multiple, n) for n in network.units])
+        budget = self.limit(1.0)
+        if least > budget:
+            raise ValueError(
+                f"the budget of {budget:.4g} {self.what} cannot be met: with {self.multiple} channels in each group "
+                f"the network costs {least:.4g} {self.what} ({full:.4g} when dense)"
+            )
+
+    def cost(self, kept: Sequence[int]) -> float:
+        """What the network costs with so many units of each group."""
+        cost = float(self._known["network"].cost(kept, self.what, self._known["table"]))
+        return cost * self.bytes / 4 if self.what == "kb" else cost
+
+    def limit(self, progress: float) -> float:
+        """The budget at a part of the way to the final one."""
+        full = self.cost(self._known["network"].units)
+        target = float(getattr(self, self.what))
+        if self.what == "macs" and target <= 1:
+            target *= full
+        return float(full ** (1 - progress) * target**progress) if target < full else full
+
+    def keep(self, groups: Sequence[Group], units: Units, sparsity: float) -> list[int]:
+        if not self._known:
+            raise ValueError("allocation=budget is not started: attach the pruner to a model first")
+        network: Network = self._known["network"]
+        index = [network.groups.index(group) for group in groups]  # groups with an own sparsity are not shared out
+        kept = list(network.units)
+        limits = units.limits
+        values: dict[int, Tensor] = {}
+        for i, g in enumerate(index):
+            scores = units[i].reshape(-1).double() * units.weights[i]
+            ranked = scores.sort(descending=True, stable=True).values
+            values[g] = torch.cat([ranked.new_zeros(1), ranked.clamp_min(0).cumsum(0)]).clamp_min(1e-30).log()
+            kept[g] = limits[i]
+        budget = self.limit(min(sparsity / self.final, 1.0) if self.final else 0.0)
+        now = self.cost(kept)
+        while now > budget:
+            best: tuple[float, int, float] | None = None
+            for g in index:
+                fewer = kept[g] - (kept[g] % self.multiple or self.multiple)
+                if fewer < min(self.multiple, network.units[g]) or fewer < 1:
+                    continue
+                cost = self.cost([*kept[:g], fewer, *kept[g + 1 :]])
+                lost = float(values[g][kept[g]] - values[g][fewer])
+                rate = lost / max(now - cost, 1e-12)
+                if best is None or rate < best[0]:
+                    best = rate, g, cost
+            if best is None:
+                raise ValueError(
+                    f"the budget of {budget:.4g} {self.what} cannot be met: {now:.4g} {self.what} is the least"
+                )
+            g, now = best[1], best[2]
+            kept[g] -= kept[g] % self.multiple or self.multiple
+        return [kept[g] for g in index]

@@ -1,0 +1,64 @@
+"""How many units each tensor keeps, and the one place where the axes meet: pool -> allocation -> select -> expand.
+
+The rounding rule, everywhere: of N weights at sparsity s the masks keep floor((1 - s) N + 1/2) weights, or the nearest
+number that whole units allow. Uniform and ERK share that total among the tensors by largest remainder, so that it is
+met to the unit, and leave every tensor at least one unit while s < 1. Ties go to the unit that comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pl_sparse.allocation.base import Allocation
+from pl_sparse.allocation.count import kept
+from pl_sparse.allocation.units import Units
+from pl_sparse.core.topk import threshold
+
+__all__ = ["choose"]
+
+
+def choose(units: Units, allocation: Allocation, level: float, overrides: Sequence[float | None] | None = None) -> None:
+    """Give every weight the mask that keeps the best units at the sparsity `level`.
+
+    Args:
+        units: the scores.
+        allocation: how many units each tensor keeps; an n:m pattern prescribes that itself.
+        level: the sparsity of all groups without an override, in [0, 1].
+        overrides: for each group its own sparsity, or None.
+
+    Raises:
+        ValueError: a score is NaN, which a diverged model has.
+    """
+    own = list(overrides) if overrides is not None else [None] * len(units)
+    free = [i for i, sparsity in enumerate(own) if sparsity is None]
+    shared = units.among(free) if len(free) < len(units) else units
+    counts = {i: kept(sparsity, units.sizes[i]) for i, sparsity in enumerate(own) if sparsity is not None}
+    if free and units.structure.fixed is not None:
+        counts |= {i: kept(level, units.sizes[i]) for i in free}
+    elif free:
+        ranks = allocation.ranks(shared)
+        try:
+            if ranks is not None and len(set(shared.weights)) == 1 and not units.structure.least:
+                found = threshold(ranks, kept(level, sum(shared.sizes)))
+                for i, chosen in zip(free, found.masks(ranks), strict=True):
+                    units.assign(i, chosen)
+            else:
+                counts |= dict(zip(free, allocation.keep(shared.groups, shared, level), strict=True))
+        except ValueError as error:
+            raise _named(units, error) from None
+    for i, count in sorted(counts.items()):
+        try:
+            units.assign(i, units.structure.select(units[i], count))
+        except ValueError as error:
+            raise _named(units, error) from None
+
+
+def _named(units: Units, error: ValueError) -> ValueError:
+    """The error with the name of the weight whose scores are NaN."""
+    if "NaN" not in str(error):
+        return error
+    bad = [group.name for i, group in enumerate(units.groups) if bool(units[i].isnan().any())]
+    return ValueError(
+        f"the scores of {', '.join(bad[:5])} hold NaN: weights or gradients diverged before they were pruned. "
+        "Lower the learning rate, or clip gradients"
+    )

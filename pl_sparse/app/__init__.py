@@ -1,0 +1,24 @@
+"""The application: settings in, a trained sparse model and its reports out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pl_sparse.app.command import main
+    from pl_sparse.app.training import train
+
+__all__ = ["main", "train"]
+
+
+def __getattr__(name: str) -> object:
+    # Imported on first use: a look at a run's folder needs no Hydra and no training.
+    if name == "main":
+        from pl_sparse.app.command import main
+
+        return main
+    if name == "train":
+        from pl_sparse.app.training import train
+
+        return train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,59 @@
+"""The `pl-sparse` command: a subcommand, or the settings of one run as `python train.py` takes them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from pl_sparse.core.registry import suggestion
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("pl_sparse.app.command:main", "train one model, or several with -m: the settings are those of train.py"),
+    "sweep": ("pl_sparse.app.command:sweep", "train several: train with -m"),
+    "pareto": (
+        "pl_sparse.results.overview:main",
+        "compare runs: fronts of accuracy and cost, the best under a constraint",
+    ),
+    "report": ("pl_sparse.integrations.wandb_report:main", "build a Weights & Biases report of runs"),
+    "show": ("pl_sparse.results.inspection:show", "tell what a run left, and draw its masks"),
+    "compare": ("pl_sparse.results.inspection:compare", "tell how two runs differ"),
+    "doctor": ("pl_sparse.app.doctor:main", "tell versions, extras, devices, and which hardware targets work"),
+    "export": ("pl_sparse.app.deploy:export", "write the model of a finished run in other formats"),
+    "bench": ("pl_sparse.app.deploy:bench", "measure the model of a finished run, dense and exported side by side"),
+}
+"""What each subcommand calls, imported when it is asked for, and a line of help."""
+_MORE = (
+    "pl-sparse COMMAND --help tells more. Completion of settings in the shell, as Hydra has it:",
+    '  eval "$(pl-sparse train -sc install=bash)"    (or install=zsh, install=fish)',
+)
+
+
+def main() -> None:
+    """Run the subcommand that the arguments name; without one they are settings of a training."""
+    first = sys.argv[1] if len(sys.argv) > 1 else "train"
+    if first in ("-h", "--help", "help"):
+        print(_help())
+        return
+    line = os.environ.get("COMP_LINE", "").split(" ")
+    if first == "-sc" and line[1:2] in (["train"], ["sweep"]):  # Hydra completes settings, and knows no subcommands
+        os.environ["COMP_LINE"] = " ".join(line[:1] + line[2:])
+    if first in COMMANDS:
+        del sys.argv[1:2]
+    elif "=" in first or first.startswith(("-", "+", "~")):
+        first = "train"
+    else:
+        print(f"error: {first!r} is no command. {suggestion(first, COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    module, _, function = COMMANDS[first][0].partition(":")
+    command: Callable[[], object] = getattr(import_module(module), function)
+    command()
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: pl-sparse COMMAND ...", "", *lines, "", *_MORE])

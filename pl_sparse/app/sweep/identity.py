@@ -1,0 +1,104 @@
+"""What makes two runs the same, or the same up to some point: hashes of settings, code and data."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+__all__ = ["code", "data", "digest", "fingerprint", "settings"]
+
+_PACKAGE = Path(__file__).parents[2]
+_BESIDE = ("output_dir", "ckpt_path", "resume", "prefix_cache", "threads")
+"""Settings that say where and how, not what is trained."""
+
+
+def settings(cfg: DictConfig) -> dict[str, Any]:
+    """All settings of a run that change what comes out of it, resolved, without its folder."""
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    cfg.output_dir = "."
+    plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    for key in _BESIDE:
+        plain.pop(key, None)
+    plain["trainer"].pop("enable_progress_bar", None)
+    return plain
+
+
+def fingerprint(cfg: DictConfig) -> str:
+    """A hash of a run's settings: with the same one, it is the same run."""
+    return digest(settings(cfg))
+
+
+def digest(value: Any) -> str:
+    """A short hash of what JSON can hold.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def code(plain: dict[str, Any]) -> dict[str, str]:
+    """Hashes of this package's source and of the modules of all other targets, and versions of what they stand on."""
+    files = sorted(_PACKAGE.rglob("*.py"))
+    found = {"pl_sparse": _hash(*files)}
+    for name in sorted(set(_targets(plain))):
+        try:
+            module = inspect.getmodule(get_object(name))
+            source = inspect.getsourcefile(module) if module is not None else None
+        except Exception:
+            continue  # the run will tell
+        if source is not None and not name.startswith(("pl_sparse.", "torch.", "lightning.")):
+            found[name] = _hash(Path(source))
+    found |= {library: version(library) for library in ("torch", "lightning", "numpy")}
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return {**found, "python": platform.python_version(), "device": f"{device}, {torch.get_num_threads()} threads"}
+
+
+def data(plain: Any) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files that the settings of the data name."""
+    found = []
+    for value in _strings(plain):
+        path = Path(value)
+        if value and path.exists():
+            below = [path] if path.is_file() else [Path(top, name) for top, _, names in os.walk(path) for name in names]
+            found += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(below)]
+    return found
+
+
+def _hash(*files: Path) -> str:
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.name.encode())
+        total.update(file.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if isinstance(node.get("_target_"), str):
+            yield node["_target_"]
+        for value in node.values():
+            yield from _targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _targets(value)
+
+
+def _strings(node: Any) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict | list):
+        for value in node.values() if isinstance(node, dict) else node:
+            yield from _strings(value)

@@ -1,0 +1,223 @@
+"""One run of a sweep: it does not repeat what is done, takes no other run down, and says how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.sweep.identity import digest, fingerprint
+from pl_sparse.callbacks.run.status import Status, read_status
+from pl_sparse.core.registry import suggestion
+
+__all__ = ["Train", "objective", "plain_overrides", "run", "subdir", "threads"]
+
+Train = Callable[[DictConfig], dict[str, Any]]
+
+
+def run(cfg: DictConfig, train: Train) -> float | tuple[float, ...] | None:
+    """Train as configured, or go on with `resume=true`; the objective is what a sweeper gets.
+
+    With `resume`, a run that has its metrics is not trained again, and one that was interrupted goes on from its last
+    checkpoint. In a sweep an error ends this run alone: it is in status.json, and the sweeper gets None; what a run
+    prints goes to run.log in its folder; a training of several processes has a process of its own as their parent,
+    since Lightning starts the others by the arguments of the command, and kills the parent when one of them dies.
+
+    Raises:
+        ConfigError: as `train` does, outside of a sweep.
+    """
+    hydra = HydraConfig.get()
+    folder = Path(cfg.output_dir)
+    status = read_status(folder)
+    same = status is not None and status.get("config") == fingerprint(cfg)
+    if cfg.resume and same:
+        metrics = _whole(folder / "metrics.json")
+        if metrics is not None:
+            return objective(cfg, metrics)
+        last = folder / "checkpoints" / "last.ckpt"
+        if last.is_file() and cfg.ckpt_path is None:
+            cfg.ckpt_path = str(last)
+    elif cfg.ckpt_path is None:
+        _forget(folder)
+    if hydra.mode != RunMode.MULTIRUN:
+        return objective(cfg, train(cfg))
+
+    count = threads(cfg)
+    if count is not None:
+        torch.set_num_threads(count)
+    if cfg.trainer.enable_progress_bar is None:
+        cfg.trainer.enable_progress_bar = False
+    try:
+        with _printing_to(folder / "run.log"):
+            return objective(cfg, _apart(cfg) if _processes(cfg) else train(cfg))
+    except Exception as error:
+        told = isinstance(error, (ConfigError, ImportError, FileNotFoundError))
+        with open(folder / "run.log", "a", encoding="utf-8") as file:
+            file.write(f"error: {error}\n" if told else traceback.format_exc())
+        after = read_status(folder)
+        if after is None or after["state"] != "failed":
+            _fail(cfg, error)
+        return None
+
+
+def objective(cfg: DictConfig, metrics: Mapping[str, Any]) -> float | tuple[float, ...] | None:
+    """What a sweeper optimizes: `objective`, or for one with several directions the tuple of `objectives`.
+
+    Besides the keys of metrics.json (a dot goes into it: size_bytes.dense) there are `density`, 1 - sparsity, and
+    `size`, the compressed bytes.
+
+    Raises:
+        ConfigError: the run has no such metric.
+    """
+    if not metrics:
+        return None
+    sweeper: Any = HydraConfig.get().sweeper if HydraConfig.initialized() else {}
+    if isinstance(sweeper.get("direction"), (list, ListConfig)):
+        return tuple(_value(metrics, name) for name in cfg.objectives)
+    value = metrics.get(cfg.objective)
+    return _value(metrics, cfg.objective) if value is not None or cfg.objective in ("density", "size") else None
+
+
+def _value(metrics: Mapping[str, Any], name: str) -> float:
+    if name == "density":
+        return 1 - float(metrics["sparsity"])
+    node: Any = metrics
+    for part in {"size": "size_bytes.compressed"}.get(name, name).split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    if isinstance(node, bool) or not isinstance(node, (int, float)):
+        known = [*(key for key, value in metrics.items() if isinstance(value, (int, float))), "density", "size"]
+        raise ConfigError(f"objectives: the run has no metric {name!r}. {suggestion(name, known)}")
+    return float(node)
+
+
+def threads(cfg: DictConfig) -> int | None:
+    """Threads of one run, so that those that run at once share the cores: `threads`, or the cores over the jobs of the
+    launcher. None leaves torch as it is.
+    """
+    if cfg.threads is not None:
+        return int(cfg.threads)
+    launcher: Any = HydraConfig.get().launcher
+    name = str(launcher.get("_target_")).rpartition(".")[2]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if name == "JoblibLauncher":
+        jobs = int(launcher.n_jobs)
+        return max(cores // (jobs if jobs > 0 else max(cores + 1 + jobs, 1)), 1)
+    if name == "RayLauncher":
+        return max(int(launcher.ray.remote.get("num_cpus", 1)), 1)
+    if name in ("SlurmLauncher", "LocalLauncher"):
+        return int(launcher.cpus_per_task or 1)
+    return None
+
+
+def plain_overrides(overrides: Sequence[Any]) -> list[str]:
+    """What a run was asked for, without how it is run."""
+    beside = {"resume", "ckpt_path", "prefix_cache", "threads", "output_dir"}
+    return sorted(str(one) for one in overrides if str(one).partition("=")[0].lstrip("+~") not in beside)
+
+
+def _whole(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError):
+        return None
+
+
+@rank_zero_only
+def _forget(folder: Path) -> None:
+    """A run that begins anew in a folder is not taken for the one that was there."""
+    for name in ("metrics.json", "front.json", "status.json", "ranges.safetensors", "bench.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _printing_to(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8", buffering=1) as file, redirect_stdout(file):
+        yield
+
+
+def _fail(cfg: DictConfig, error: Exception) -> None:
+    try:
+        with Status(cfg.output_dir, cfg.objective, fingerprint(cfg)):
+            raise error
+    except type(error):
+        pass
+
+
+# Trainings of several processes
+
+
+def _processes(cfg: DictConfig) -> bool:
+    """Whether Lightning would start further processes."""
+    node = cfg.trainer
+    wanted = {key: node[key] for key in ("accelerator", "devices", "strategy", "num_nodes") if key in node}
+    plain: Any = OmegaConf.to_container(OmegaConf.create(wanted), resolve=True)
+    if not all(isinstance(value, (str, int, list)) for value in plain.values()):
+        return True  # a strategy of the user's
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    plain |= dict.fromkeys(quiet, False)
+    try:
+        trainer = Trainer(**plain)
+    except Exception:
+        return False  # the training itself will tell
+    return trainer.strategy.launcher is not None
+
+
+def _apart(cfg: DictConfig) -> dict[str, Any]:
+    """Train in a process of its own, as the single run that it is, and read what it wrote."""
+    folder = Path(cfg.output_dir)
+    overrides = [one for one in HydraConfig.get().overrides.task if not str(one).startswith(("resume=", "ckpt_path="))]
+    command = [sys.executable, "-m", "pl_sparse", "train", *map(str, overrides), "prefix_cache='off'"]
+    command += [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null", "trainer.enable_progress_bar=false"]
+    command += [f"ckpt_path='{cfg.ckpt_path}'"] if cfg.ckpt_path is not None else []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    with open(folder / "run.log", "a", encoding="utf-8") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+    metrics = _whole(folder / "metrics.json")
+    if code or metrics is None:
+        lines = (folder / "run.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        told = [line.removeprefix("error: ") for line in lines[-20:] if line.startswith("error: ")]
+        raise ConfigError(told[-1]) if told else RuntimeError(f"its process ended with code {code}: see run.log")
+    return metrics
+
+
+def subdir(number: Any, *, _root_: DictConfig) -> str:
+    """The folder of a run below that of its sweep: its number, unless another run has that folder.
+
+    With `resume` it is the folder of the run that was asked for the same, whatever number that had.
+    """
+    sweep = Path(str(_root_.hydra.sweep.dir))
+    wanted = plain_overrides(_root_.hydra.overrides.task)
+    there = _asked(sweep / str(number))
+    numbered = str(number) if there is None or there == wanted else f"{number}-{digest(wanted)[:6]}"
+    if there == wanted or not _root_.get("resume"):
+        return numbered
+    return next((path.name for path in sorted(sweep.glob("*")) if _asked(path) == wanted), numbered)
+
+
+def _asked(run: Path) -> list[str] | None:
+    path = run / ".hydra" / "overrides.yaml"
+    return plain_overrides(list(OmegaConf.load(path))) if path.is_file() and path.stat().st_size else None
+
+
+OmegaConf.register_new_resolver("sweep_subdir", subdir, replace=True)

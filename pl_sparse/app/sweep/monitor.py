@@ -1,0 +1,250 @@
+"""A sweep as a whole: where it is, how far its runs are, how it ended. A Hydra callback."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from pl_sparse.app.sweep.job import plain_overrides
+from pl_sparse.callbacks.run.status import read_status
+from pl_sparse.core.files import write_json
+
+__all__ = ["Sweep", "statuses"]
+
+
+class Sweep(Callback):
+    """Tells how far a sweep is: a live table on a terminal, else a line when a run starts and ends. It reads the runs'
+    status.json files, so that it is the same for every launcher.
+
+    With `resume=true` the sweep goes on in its folder: `hydra.sweep.dir` if given, else the newest one beside it that
+    was asked for the same. A study of optuna goes on, too: trials that were interrupted come first, and as many are
+    run as are missing.
+
+    At the end it lists the runs that failed, and the command's exit code is 1 if there are any.
+    """
+
+    def __init__(self) -> None:
+        self._watch: _Watch | None = None
+
+    def __reduce__(self) -> Any:
+        return type(self), ()  # launchers send callbacks to their workers, which do not watch
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        hydra = config.hydra
+        asked = plain_overrides([*hydra.overrides.task, *(one for one in hydra.overrides.hydra if _what(str(one)))])
+        folder = Path(str(hydra.sweep.dir))
+        if config.get("resume"):
+            if not any(str(one).startswith("hydra.sweep.dir=") for one in hydra.overrides.hydra):
+                folder = _latest(folder, asked) or folder
+                _set(config, "sweep.dir", str(folder))
+            print(f"going on with the sweep in {folder}" if folder.is_dir() else f"no such sweep yet: {folder} is new")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "sweep.json", {"overrides": asked, "started": time.time()})
+        if "direction" in hydra.sweeper:
+            _study(config, folder)
+        self._watch = _Watch(folder)
+        self._watch.start()
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if self._watch is None:
+            return
+        self._watch.stop()
+        folder = Path(str(config.hydra.sweep.dir))
+        found = statuses(folder)
+        _tell(folder, found)
+        if any(status["state"] != "finished" for status in found.values()):
+            sys.exit(1)
+
+
+def statuses(folder: Path) -> dict[str, dict[str, Any]]:
+    """The status of each run of a sweep, by its folder's name."""
+    found = {path.parent.name: read_status(path.parent) for path in folder.glob("*/status.json")}
+    order = sorted((name for name in found), key=lambda name: (len(name.partition("-")[0]), name))
+    return {name: status for name in order if (status := found[name]) is not None}
+
+
+def _what(override: str) -> bool:
+    """Whether an override of Hydra's own settings says what is swept, not where and how."""
+    return override.lstrip("+~").startswith(("hydra/sweeper", "hydra.sweeper"))
+
+
+def _latest(folder: Path, asked: list[str]) -> Path | None:
+    """The newest sweep that was asked for the same: outputs/<date>/<time>, as `folder` is."""
+    for path in sorted(folder.parent.parent.glob("*/*/sweep.json"), reverse=True):
+        if json.loads(path.read_text(encoding="utf-8"))["overrides"] == asked:
+            return path.parent
+    return None
+
+
+def _set(config: DictConfig, key: str, value: Any) -> None:
+    """Change one of Hydra's own settings, for the sweeper and for the runs, which are composed anew."""
+    with read_write(config.hydra), open_dict(config.hydra):
+        OmegaConf.update(config.hydra, key, value)
+        quoted = "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'" if isinstance(value, str) else value
+        config.hydra.overrides.hydra.append(f"hydra.{key}={quoted}")
+
+
+def _study(config: DictConfig, folder: Path) -> None:
+    """Check the directions; make a study go on where it was interrupted."""
+    sweeper = config.hydra.sweeper
+    directions = sweeper.direction
+    if isinstance(directions, (list, ListConfig)) and len(directions) != len(config.objectives):
+        print(
+            f"error: objectives={list(config.objectives)} and hydra.sweeper.direction={list(directions)} must be as "
+            "many: a direction for each objective",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    if not isinstance(sweeper.storage, str) or not sweeper.study_name:
+        return
+    import optuna
+
+    if sweeper.storage.startswith("sqlite:"):
+        # this version of optuna relies on statements that commit themselves to make a storage, as SQLAlchemy 1 did it
+        optuna.storages.RDBStorage(sweeper.storage, engine_kwargs={"isolation_level": "AUTOCOMMIT"})
+    if not config.get("resume"):
+        return
+    try:
+        study = optuna.load_study(study_name=sweeper.study_name, storage=sweeper.storage)
+    except KeyError:
+        return  # it did not come to its first trial
+    states = optuna.trial.TrialState
+    done = [trial for trial in study.trials if trial.state in (states.COMPLETE, states.PRUNED)]
+    for trial in study.trials:
+        if trial.state == states.RUNNING:
+            study.tell(trial.number, state=states.FAIL)
+            study.enqueue_trial(trial.params)
+    _set(config, "sweeper.n_trials", max(int(sweeper.n_trials) - len(done), 0))
+
+
+class _Watch:
+    """Reads the statuses once a second, and shows them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.since = time.time()
+        self._out = sys.stdout  # runs of this process send their own elsewhere
+        self._over = threading.Event()
+        self._told: dict[str, str] = {}
+        self._asked: dict[str, str] = {}
+        console = Console(stderr=True)
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._thread = threading.Thread(target=self._watch, name="sweep-watch", daemon=True)
+
+    def start(self) -> None:
+        if self._live is not None:
+            self._live.start()
+        self._thread.start()
+        atexit.register(self.stop)  # an interrupted sweep gives the terminal back, too
+
+    def stop(self) -> None:
+        if not self._over.is_set():
+            self._over.set()
+            self._thread.join()
+            self._look()
+            if self._live is not None:
+                self._live.stop()
+
+    def _watch(self) -> None:
+        while not self._over.wait(1):
+            self._look()
+
+    def _look(self) -> None:
+        if self._live is None:
+            self._lines()
+        else:
+            self._live.update(self._table(), refresh=True)
+
+    def _name(self, run: str) -> str:
+        """What distinguishes a run: its overrides."""
+        if run not in self._asked:
+            path = self.folder / run / ".hydra" / "overrides.yaml"
+            self._asked[run] = " ".join(plain_overrides(list(OmegaConf.load(path)))) if path.is_file() else ""
+        return self._asked[run]
+
+    def _lines(self) -> None:
+        for run, status in statuses(self.folder).items():
+            state = self._state(status)
+            if self._told.get(run) == state or state == "interrupted":
+                continue
+            first = run not in self._told
+            self._told[run] = state
+            if first and state == "finished" and status["updated"] < self.since:
+                print(f"run {run} finished before: {self._name(run)}", file=self._out, flush=True)
+                continue
+            if state == "running" or first:
+                print(f"run {run} started: {self._name(run)}", file=self._out, flush=True)
+            if state != "running":
+                seconds = status["updated"] - status["started"]
+                what = status["error"] or f"sparsity {status['sparsity']:.4f}, accuracy {_number(status['accuracy'])}"
+                print(f"run {run} {state} after {seconds:.0f} s: {what}", file=self._out, flush=True)
+
+    def _state(self, status: dict[str, Any]) -> str:
+        """A run that said it was running before this sweep was started does so no longer."""
+        if status["state"] == "running" and status["updated"] < self.since:
+            return "interrupted"
+        return str(status["state"])
+
+    def _table(self) -> Table:
+        table = Table("run", "settings", "state", "step", "sparsity", "accuracy", "ETA", title=str(self.folder))
+        found = statuses(self.folder)
+        names = {run: self._name(run).split(" ") for run in found}
+        common = set.intersection(*map(set, names.values())) if len(names) > 1 else set()
+        for run, status in found.items():
+            state = self._state(status)
+            table.add_row(
+                run,
+                " ".join(one for one in names[run] if one not in common),
+                {"failed": "[red]failed[/]", "finished": "[green]finished[/]"}.get(state, state),
+                f"{status['step']}/{status['total'] or '?'}",
+                f"{status['sparsity']:.4f}",
+                _number(status["accuracy"]),
+                _left(status) if state == "running" else "",
+            )
+        return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _left(status: dict[str, Any]) -> str:
+    """Time that a run still needs, if its steps go on taking as long as they took."""
+    started = status.get("from", 0)
+    done, left = status["step"] - started, status["total"] - status["step"]
+    if done <= 0 or left < 0:
+        return "?"
+    seconds = int((status["updated"] - status["started"]) * left / done)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _tell(folder: Path, found: dict[str, dict[str, Any]]) -> None:
+    """How the sweep ended: what failed, and what sharing saved."""
+    failed: Sequence[tuple[str, dict[str, Any]]] = [
+        (run, status) for run, status in found.items() if status["state"] != "finished"
+    ]
+    print(f"{len(found) - len(failed)} of {len(found)} runs finished in {folder}")
+    for run, status in failed:
+        print(f"  {folder / run} {status['state']}: {status['error'] or 'its process was killed'}")
+    if failed:
+        print("  resume=true tries them again, and goes on with what was begun")
+    shared = sum(status["steps_shared"] for status in found.values())
+    if shared:
+        trained = sum(status["steps_trained"] for status in found.values())
+        every = sum(status["step"] for status in found.values())
+        print(
+            f"{trained:,} optimizer steps were trained, {shared:,} shared with other runs: {trained / every:.0%} of "
+            f"the {every:,} that the runs have alone"
+        )

@@ -1,0 +1,113 @@
+"""How far a run is, in a small file that anybody may read while it trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.core.files import write_json
+
+__all__ = ["Status", "read_status"]
+
+
+def read_status(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What a run's status.json says; None where there is none."""
+    try:
+        found: dict[str, Any] = json.loads((Path(folder) / "status.json").read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError):
+        return None
+
+
+class Status(Callback):
+    """Writes `folder`/status.json: state (running, finished, failed), error, step, total, sparsity, accuracy (the last
+    value of `objective`), started and updated (seconds since 1970), steps_trained and steps_shared.
+
+    As a context around the whole run it tells its end, too: "finished", or "failed" with the exception. A process that
+    was killed leaves "running" behind.
+
+    Args:
+        folder: the run's.
+        objective: the metric that stands for accuracy.
+        config: a hash of the run's settings, kept in the file.
+
+    Attributes:
+        shared: optimizer steps that were taken over from a prefix trained by another run.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], objective: str = "val/acc", config: str | None = None) -> None:
+        self.folder = Path(folder)
+        self.objective = objective
+        self.values: dict[str, Any] = {
+            "state": "running", "error": None, "step": 0, "total": 0, "sparsity": 0.0, "accuracy": None,
+            "started": 0.0, "updated": 0.0, "steps_trained": 0, "steps_shared": 0, "config": config,
+        }  # fmt: skip
+        self._before = 0
+        self._start = 0
+
+    def __enter__(self) -> Status:
+        earlier = read_status(self.folder)
+        if earlier is not None and earlier.get("config") == self.values["config"]:  # an interrupted run goes on
+            kept = ("step", "total", "sparsity", "accuracy", "steps_trained", "steps_shared")
+            self.values |= {key: earlier[key] for key in kept}
+            self._before = earlier["steps_trained"]
+        self.values["started"] = time.time()
+        self._write()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.values["state"] = "finished"
+        else:
+            self.values["state"] = "failed"
+            self.values["error"] = " ".join(f"{type(error).__name__}: {error}".split())
+        self._write()
+
+    def share(self, steps: int) -> None:
+        """The run goes on from a prefix of so many optimizer steps, which it did not train."""
+        self.values["steps_shared"] = steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = self.values["from"] = trainer.global_step
+        total = trainer.estimated_stepping_batches
+        self.values["total"] = int(total) if total != float("inf") else 0
+        self._look(trainer, now=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._look(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.objective)
+        if value is not None:
+            self.values["accuracy"] = float(value)
+        self._look(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(trainer, now=True)
+
+    def _look(self, trainer: Trainer, now: bool = False) -> None:
+        if not now and time.time() - self.values["updated"] < 1:
+            return
+        self.values["step"] = trainer.global_step
+        self.values["steps_trained"] = self._before + trainer.global_step - self._start
+        sparsity = Sparsity.of(trainer, required=False)
+        if sparsity is not None:
+            self.values["sparsity"] = sparsity.sparsity
+        self._write()
+
+    @rank_zero_only
+    def _write(self) -> None:
+        self.values["updated"] = time.time()
+        write_json(self.folder / "status.json", self.values)

@@ -1,0 +1,153 @@
+"""Learned numbers: one for each unit of a structure, trained beside the model by an optimizer of its own.
+
+A gate is no parameter of the model: its state dict, its optimizer and its weight decay do not see it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.core.group import Group
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.structure import Structure
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+"""Temperature and limits of the hard concrete distribution, as in the paper."""
+
+
+class Gate:
+    """One learned number a unit of a group of weights, which all its members share.
+
+    Args:
+        group: the weights.
+        structure: what a unit is.
+        lr: the learning rate of the Adam that trains it; it has no weight decay.
+
+    Attributes:
+        value: of the units' shape, float32 or wider; zeros at first.
+        level: how much of its penalty is on, in [0, 1]; an updater whose threshold ramps up lets the penalty follow.
+        share: the part of a mean over all gates that falls to it.
+        noise: the uniform random numbers of this step, of the units' shape, where masking samples; else None.
+        sample: the gates that the forward pass of this step has with them; else None.
+    """
+
+    def __init__(self, group: Group, structure: Structure, lr: float) -> None:
+        weight = group.members[0][0].weight
+        self.group = group
+        self.structure = structure
+        shape = structure.pool(torch.empty(group.shape, device="meta")).shape
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.value = nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
+        self.optimizer = torch.optim.Adam([self.value], lr)
+        self.level = 1.0
+        self.share = 1.0
+        self.noise: Tensor | None = None
+        self.sample: Tensor | None = None
+        for param, _ in group.members:
+            param.gate = self
+
+    @property
+    def size(self) -> int:
+        """How many weights a unit has."""
+        return self.group.numel // self.value.numel()
+
+    def last(self, param: MaskedParameter) -> bool:
+        """Whether it is the last member of its group: what is learned of all of them is learned then."""
+        return param is self.group.members[-1][0]
+
+    def spread(self, units: Tensor, param: MaskedParameter) -> Tensor:
+        """A value a unit as a tensor of the weight's shape and type."""
+        layout = next(layout for member, layout in self.group.members if member is param)
+        shape = layout.view(torch.empty(param.shape, device="meta")).shape
+        return layout.restore(self.structure.expand(units, shape), param.shape).to(param.weight.dtype)
+
+    def gather(self, of: Callable[[MaskedParameter], Tensor]) -> Tensor:
+        """The sum of `of(param)`, in the weights' shapes, over all weights of each unit."""
+        total = torch.zeros_like(self.value)
+        for param, layout in self.group.members:
+            pooled = self.structure.pool(layout.view(of(param).to(total.dtype)))
+            total += pooled * (param.numel // pooled.numel())
+        return total
+
+    def correlation(self) -> Tensor:
+        """dL/d(factor of a unit) = the sum over its weights of gradient times value, pruned weights included."""
+        return self.gather(
+            lambda param: torch.zeros_like(param.values) if param.grad is None else param.grad.detach() * param.values
+        )
+
+    def step(self, gradient: Tensor) -> None:
+        """One step of Adam."""
+        self.value.grad = gradient
+        self.optimizer.step()
+        self.value.grad = None
+
+    def to(self, device: torch.device) -> None:
+        """Move it, and what its optimizer remembers."""
+        self.value.data = self.value.data.to(device)
+        self._remember(self.optimizer.state[self.value])
+
+    def _remember(self, state: Mapping[str, Tensor]) -> None:
+        device = self.value.device
+        self.optimizer.state[self.value] = {
+            key: value.clone() if key == "step" else value.to(device, copy=True) for key, value in state.items()
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that must survive a checkpoint, by name."""
+        memory = {f"optimizer.{key}": value for key, value in self.optimizer.state[self.value].items()}
+        return {"value": self.value.detach(), "level": torch.tensor(self.level, dtype=torch.float64), **memory}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `tensors`.
+
+        Raises:
+            ValueError: it is the state of other units.
+        """
+        value = tensors["value"]
+        if value.shape != self.value.shape:
+            raise ValueError(
+                f"the pruning state is of another structure: the gates of {self.group.name} have shape "
+                f"{tuple(value.shape)}, here {tuple(self.value.shape)}"
+            )
+        self.value.data.copy_(value)
+        self.level = float(tensors["level"])
+        self._remember({key.removeprefix("optimizer."): t for key, t in tensors.items() if "optimizer." in key})
+
+
+def stretched(log_alpha: Tensor, noise: Tensor | None = None) -> Tensor:
+    """The concrete variable stretched to (gamma, zeta), before it is clipped to [0, 1].
+
+    With uniform noise u it is a sample, s = sigmoid((log u - log(1 - u) + log alpha) / beta); without it is the gate of
+    evaluation, s = sigmoid(log alpha), both as s (zeta - gamma) + gamma.
+
+    Source: Louizos, Welling, Kingma, Learning sparse neural networks through L0 regularization, 2017, arXiv:1712.01312,
+    equations 10, 11 and 13.
+
+    >>> [round(float(stretched(torch.tensor(x)).clamp(0, 1)), 4) for x in (-2.3979, -2.0, 0.0, 2.0)]
+    [0.0, 0.043, 0.5, 0.957]
+    """
+    logits = log_alpha if noise is None else (noise.logit() + log_alpha) / BETA
+    return logits.sigmoid() * (ZETA - GAMMA) + GAMMA
+
+
+def slope(log_alpha: Tensor, noise: Tensor | None = None) -> Tensor:
+    """dz/d(log alpha) of the gate z = clip(stretched, 0, 1): zero where it is clipped."""
+    value = stretched(log_alpha, noise)
+    s = (value - GAMMA) / (ZETA - GAMMA)
+    inner = (value >= 0) & (value <= 1)
+    return inner * (ZETA - GAMMA) * s * (1 - s) / (1.0 if noise is None else BETA)
+
+
+def open_probability(log_alpha: Tensor) -> Tensor:
+    """P(z > 0) = sigmoid(log alpha - beta log(-gamma / zeta)).
+
+    Source: Louizos et al., 2017, arXiv:1712.01312, equation 12.
+
+    >>> [round(float(open_probability(torch.tensor(x))), 4) for x in (-4.0, -1.0, 0.0, 1.0, 4.0)]
+    [0.0831, 0.6453, 0.8318, 0.9308, 0.9963]
+    """
+    return (log_alpha - BETA * math.log(-GAMMA / ZETA)).sigmoid()

@@ -1,0 +1,154 @@
+"""One prunable weight and its mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.core.cut import Cut
+from pl_sparse.core.layouts import Layout
+
+if TYPE_CHECKING:
+    from pl_sparse.core.gate import Gate
+
+__all__ = ["MaskedParameter"]
+
+
+@dataclass(eq=False)
+class MaskedParameter:
+    """One prunable weight and its mask. What methods share about a weight lives here, never in the configuration.
+
+    Attributes:
+        name: the first name of the weight in `model.named_parameters()`.
+        module: the module that holds it.
+        weight: the parameter; between optimizer steps it *is* `mask * values`.
+        mask: bool, the weight's shape, True = kept.
+        dense: the values behind the mask, for methods that remember pruned weights (latent weights), else None.
+        gate: what is learned of its units, shared with the other weights of its group, else None.
+        state: what the scorer gathers, tensors by name.
+        layout: how the weight is seen as (out, in, *kernel).
+        pruned: whether the mask was ever set; until then it is all True and masking has nothing to do.
+        cut: what shrinking took out of the weight, else None. Scores and masks are compared in the former shape, as
+            if it were still there.
+    """
+
+    name: str
+    module: nn.Module
+    weight: nn.Parameter
+    mask: Tensor
+    dense: Tensor | None = None
+    gate: Gate | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+    layout: Layout = field(default_factory=Layout)
+    pruned: bool = False
+    cut: Cut | None = None
+    _factor: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def values(self) -> Tensor:
+        """The values a score is taken of: the latent ones where there are any, else the weight itself."""
+        return self.weight.detach() if self.dense is None else self.dense
+
+    @property
+    def grad(self) -> Tensor | None:
+        """dL/d(masked weight), for pruned positions too; None when the weight took no part in the loss."""
+        return self.weight.grad
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    @property
+    def former(self) -> torch.Size:
+        """The shape before anything was cut out of the weight."""
+        return self.shape if self.cut is None else torch.Size(self.cut.shape)
+
+    @property
+    def numel(self) -> int:
+        """How many weights there are, those that were cut out included."""
+        return self.former.numel()
+
+    @property
+    def kept(self) -> int:
+        """How many weights the mask keeps (reads the mask: a host synchronisation on a GPU).
+
+        Inputs that were cut out because nothing fed them count as the mask had them: kept in a kept output.
+        """
+        if not self.pruned:
+            return self.numel
+        kept = int(torch.count_nonzero(self.mask))
+        if self.cut is not None:
+            removed = self.cut.removed
+            for dim in set(removed) - {0 if self.layout.kind != "transposed" else 1}:
+                kept = kept * self.cut.shape[dim] // (self.cut.shape[dim] - len(removed[dim]))
+        return kept
+
+    def fill(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape in its former shape."""
+        return tensor if self.cut is None else self.cut.fill(tensor)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """What is left of a tensor of the weight's former shape."""
+        return tensor if self.cut is None else self.cut.take(tensor)
+
+    @torch.no_grad()
+    def shrink(self, cut: Cut) -> None:
+        """Take the same out of all that belongs to the weight as was taken out of the weight itself."""
+        self.mask = cut.take(self.mask)
+        self._factor = None
+        if self.dense is not None:
+            self.dense = cut.take(self.dense)
+        self.state = {
+            key: cut.take(value) if value.dim() == len(cut.shape) else value for key, value in self.state.items()
+        }
+        self.cut = cut if self.cut is None else self.cut.then(cut)
+
+    @torch.no_grad()
+    def unshrink(self) -> None:
+        """Take `shrink` back: what was removed is pruned, and zero."""
+        if self.cut is not None:
+            self.mask = self.cut.fill(self.mask)
+            self._factor = None
+            left = [n - len(self.cut.removed.get(dim, ())) for dim, n in enumerate(self.cut.shape)]
+            self.state = {k: self.cut.fill(v) if list(v.shape) == left else v for k, v in self.state.items()}
+            self.cut = None
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor) -> None:
+        """Write a new mask in place, so that nothing compiled against the old one is invalid."""
+        self.mask.copy_(mask)
+        self.pruned = True
+        if self._factor is not None:
+            self._factor.copy_(self.mask)
+
+    @property
+    def factor(self) -> Tensor:
+        """The mask as numbers of the weight's type, to multiply with: a bool makes that five times slower on a CPU."""
+        if self._factor is None or self._factor.dtype != self.weight.dtype:
+            self._factor = self.mask.to(self.weight.dtype)
+        return self._factor
+
+    @torch.no_grad()
+    def to_weight(self) -> None:
+        """Move all that belongs to the weight to its device."""
+        device = self.weight.device
+        if self.mask.device != device:
+            self.mask = self.mask.to(device)
+            self._factor = None
+        if self.dense is not None:
+            self.dense = self.dense.to(device)
+        if self.gate is not None:
+            self.gate.to(device)
+        self.state = {key: value.to(device) for key, value in self.state.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that must survive a checkpoint, by name."""
+        named = {"mask": self.mask, **{f"state.{key}": value for key, value in self.state.items()}}
+        if self.dense is not None:
+            named["dense"] = self.dense
+        if self.gate is not None and self.gate.last(self):
+            named |= {f"gate.{key}": value for key, value in self.gate.tensors().items()}
+        return named

@@ -1,0 +1,13 @@
+"""How a mask acts on training, around the optimizer step.
+
+Between two optimizer steps the parameters are the sparse weights and their gradients the dense gradients. Around a step
+a masking may put other values into the parameters (latent ones) and shape the gradients. It handles many weights at
+once, so that a step costs a few kernels, not a few for each weight.
+"""
+
+from pl_sparse.masking.base import Masking, Params
+from pl_sparse.masking.hard import Frozen, Hard
+from pl_sparse.masking.learned import Gated, Shrunk
+from pl_sparse.masking.straight_through import SRSTE, STE, TopKAST
+
+__all__ = ["SRSTE", "STE", "Frozen", "Gated", "Hard", "Masking", "Params", "Shrunk", "TopKAST"]

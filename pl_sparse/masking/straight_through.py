@@ -1,0 +1,129 @@
+"""Masks under which pruned weights train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from pl_sparse.core.topk import top_k
+from pl_sparse.masking.base import Masking, Params, _factors, _latent, _weights
+
+__all__ = ["SRSTE", "STE", "TopKAST"]
+
+
+@dataclass(frozen=True)
+class STE(Masking):
+    """Straight-through estimator: the model computes with mask * v, the gradient there trains all of v.
+
+    v <- optimizer(v, dL/d(mask * v)), also where the mask is 0, so that pruned weights keep learning and can return.
+
+    Source: Bengio, Leonard, Courville, Estimating or propagating gradients through stochastic neurons, 2013,
+    arXiv:1308.3432; for masks Zhou et al., Learning N:M fine-grained structured sparse networks from scratch, 2021,
+    arXiv:2102.04010, equation 5.
+    """
+
+    remembers: ClassVar[bool] = True
+    trains_pruned: ClassVar[bool] = True
+    clears_state: ClassVar[bool] = False
+
+    def shape_gradients(self, params: Params) -> None:
+        return
+
+    def before_step(self, params: Params) -> None:
+        torch._foreach_copy_(_weights(params), _latent(params))
+
+    def after_step(self, params: Params) -> None:
+        weights = _weights(params)
+        torch._foreach_copy_(_latent(params), weights)
+        torch._foreach_mul_(weights, _factors(params))
+
+
+@dataclass(frozen=True)
+class SRSTE(Masking):
+    """Sparse-refined straight-through estimator: STE with a decay of the pruned weights.
+
+    v <- optimizer(v, dL/d(mask * v) + decay * (1 - mask) * v). The term enters the gradient, and so the momentum, as in
+    the paper; it keeps masks from changing back and forth. With decay 0 it is STE.
+
+    Source: Zhou et al., Learning N:M fine-grained structured sparse neural networks from scratch, 2021,
+    arXiv:2102.04010, equation 7.
+    """
+
+    decay: float = 2e-4
+    remembers: ClassVar[bool] = True
+    trains_pruned: ClassVar[bool] = True
+    clears_state: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.decay < 0:
+            raise ValueError(f"decay={self.decay!r} must not be negative")
+
+    def shape_gradients(self, params: Params) -> None:
+        ready = [param for param in params if param.weight.grad is not None]
+        gradients = [param.weight.grad for param in ready if param.weight.grad is not None]
+        if gradients:  # the weight is mask * v, so that v - weight is what is behind the mask
+            torch._foreach_add_(gradients, _latent(ready), alpha=self.decay)
+            torch._foreach_sub_(gradients, _weights(ready), alpha=self.decay)
+
+    def before_step(self, params: Params) -> None:
+        torch._foreach_copy_(_weights(params), _latent(params))
+
+    def after_step(self, params: Params) -> None:
+        weights = _weights(params)
+        torch._foreach_copy_(_latent(params), weights)
+        torch._foreach_mul_(weights, _factors(params))
+
+
+@dataclass(frozen=True)
+class TopKAST(Masking):
+    """Always sparse training: the model computes with a set A of weights, the gradient trains a larger set B.
+
+    A is the mask; B adds to it the best `exploration` of all weights by |v|, per tensor. Outside of B nothing is
+    trained. The penalty reg (|v_A|^2 + |v_{B without A}|^2 / density) / 2 enters the gradient, so that what explores
+    has to earn its place. B is chosen when the mask is.
+
+    Source: Jayakumar et al., Top-KAST: Top-K always sparse training, 2020, arXiv:2106.03517, sections 2.1 to 2.3.
+
+    Args:
+        exploration: the part of all weights that B has beyond A, in [0, 1].
+        reg: the weight of the penalty.
+    """
+
+    exploration: float = 0.1
+    reg: float = 1e-4
+    remembers: ClassVar[bool] = True
+    trains_pruned: ClassVar[bool] = True
+    clears_state: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.exploration <= 1:
+            raise ValueError(f"exploration={self.exploration!r} must be in [0, 1]")
+        if self.reg < 0:
+            raise ValueError(f"reg={self.reg!r} must not be negative")
+
+    def on_change(self, params: Params) -> None:
+        for param in params:
+            magnitude = param.values.abs().masked_fill_(param.mask, float("inf"))
+            count = min(param.kept + round(self.exploration * param.numel), param.numel)
+            trained = top_k(magnitude, count)
+            density = max(param.kept / param.numel, 1 / param.numel)
+            param.state["trained"] = trained.to(param.weight.dtype)
+            param.state["penalty"] = self.reg * torch.where(param.mask, 1.0, trained / density).to(param.weight.dtype)
+
+    def shape_gradients(self, params: Params) -> None:
+        ready = [param for param in params if param.weight.grad is not None]
+        gradients = [param.weight.grad for param in ready if param.weight.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, [param.state["trained"] for param in ready])
+            torch._foreach_addcmul_(gradients, _latent(ready), [param.state["penalty"] for param in ready])
+
+    def before_step(self, params: Params) -> None:
+        torch._foreach_copy_(_weights(params), _latent(params))
+
+    def after_step(self, params: Params) -> None:
+        weights = _weights(params)
+        torch._foreach_lerp_(_latent(params), weights, [param.state["trained"] for param in params])
+        torch._foreach_copy_(weights, _latent(params))
+        torch._foreach_mul_(weights, _factors(params))

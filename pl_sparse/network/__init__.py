@@ -1,0 +1,1 @@
+"""What is seen of a network: gradients, heads, joined channels, multiply-accumulates, latency."""

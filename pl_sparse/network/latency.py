@@ -1,0 +1,302 @@
+"""How long layers take on this machine at each width, and what a network costs with some of its channels gone.
+
+A layer's latency is measured at a few numbers of inputs and outputs and interpolated between them. The numbers are kept
+in a file under a fingerprint of the machine, the threads and the versions, so that they are measured once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.core.files import write_json
+from pl_sparse.core.group import Group, size_of
+from pl_sparse.network.channels import called
+from pl_sparse.network.probe import undisturbed
+
+__all__ = ["LatencyTable", "Layer", "Network", "fingerprint"]
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
+
+
+def fingerprint() -> dict[str, str | int]:
+    """What a measured latency depends on: processor, threads, versions."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    return {
+        "processor": model,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "version": 1,
+    }
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear or convolutional layer with the widths that pruning leaves it.
+
+    With n[g] units kept in group g it has outs[1] + sum of outs[0][g] n[g] outputs, and inputs likewise.
+
+    Attributes:
+        name: of its weight.
+        module: the layer as it was when the network was looked at, without values: what shrinking makes of the
+            model's own changes nothing here.
+        positions: how often each weight is used for one sample.
+        shape: of its input, one batch.
+        outs: outputs for each unit, by group, and those that stay.
+        ins: the same for inputs.
+    """
+
+    name: str
+    module: Any
+    positions: float
+    shape: tuple[int, ...]
+    outs: tuple[Mapping[int, int], int]
+    ins: tuple[Mapping[int, int], int]
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each of its outputs has one input of its own."""
+        return _depthwise(self.module)
+
+    def widths(self, kept: Sequence[Any]) -> tuple[Any, Any]:
+        """Inputs and outputs with these units kept; numbers or differentiable scalars."""
+        outputs = self.outs[1] + sum(count * kept[g] for g, count in self.outs[0].items())
+        inputs = self.ins[1] + sum(count * kept[g] for g, count in self.ins[0].items())
+        return (outputs if self.depthwise else inputs), outputs
+
+    @property
+    def key(self) -> str:
+        """What its latency depends on besides its width."""
+        module = self.module
+        parts: list[object] = [type(module).__name__, *self.shape[:1], *self.shape[2:]]
+        if isinstance(module, _CONVS):
+            grouped = "depthwise" if self.depthwise else module.groups
+            parts += [module.kernel_size, module.stride, module.padding, module.dilation, grouped]
+        elif len(self.shape) > 2:
+            parts = [type(module).__name__, *self.shape[:-1]]
+        return " ".join(map(str, parts))
+
+
+class Network:
+    """The layers of a model whose channels are pruned, and what they cost.
+
+    Args:
+        groups: coupled channels, as `Channel(coupled=True)` finds them.
+        model: what they are in.
+        example: inputs of one batch; latencies are those of a batch of this size.
+
+    Raises:
+        ValueError: a group is not made of whole output channels.
+    """
+
+    def __init__(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
+        self.groups = list(groups)
+        self.units = [_units(group) for group in groups]
+        seen = _calls(model, example)
+        outs: dict[int, dict[int, int]] = {}
+        ins: dict[int, dict[int, int]] = {}
+        for g, group in enumerate(groups):
+            for param, layout in group.members:
+                rows = len(layout.rows[0]) if layout.kind == "rows" else 1
+                outs.setdefault(id(param.module), {})[g] = rows
+            for param, units in group.feeds:
+                groups_of = getattr(param.module, "groups", 1)
+                ins.setdefault(id(param.module), {})[g] = int((units == 0).sum()) * groups_of
+        self.layers = []
+        for name, module in model.named_modules():
+            if id(module) not in seen or not isinstance(module, (nn.Linear, *_CONVS)):
+                continue
+            shape, positions = seen[id(module)]
+            out, own = outs.get(id(module), {}), ins.get(id(module), {})
+            linear = isinstance(module, nn.Linear)
+            full_out = int(getattr(module, "out_features" if linear else "out_channels"))
+            full_in = int(getattr(module, "in_features" if linear else "in_channels"))
+            rest_out = full_out - sum(count * self.units[g] for g, count in out.items())
+            rest_in = full_in - sum(count * self.units[g] for g, count in own.items())
+            twin = _sized(module, full_in, full_out, device="meta")
+            self.layers.append(Layer(f"{name}.weight", twin, positions, shape, (out, rest_out), (own, rest_in)))
+
+    def cost(self, kept: Sequence[Any], what: str, table: LatencyTable | None = None) -> Any:
+        """What the network costs with `kept[g]` units left in group g: "macs" (a sample), "kb" (of 1000 bytes, weights
+        and biases in 4 bytes each), or "ms" (a batch; by the table).
+        """
+        total: Any = 0.0
+        for layer in self.layers:
+            inputs, outputs = layer.widths(kept)
+            if what == "ms":
+                assert table is not None
+                total = total + table.predict(layer, inputs, outputs)
+                continue
+            kernel = layer.module.weight[0, 0].numel()
+            groups = 1 if isinstance(layer.module, nn.Linear) else layer.module.groups
+            weights = outputs * kernel if layer.depthwise else inputs * outputs * kernel / groups
+            if what == "macs":
+                total = total + weights * layer.positions
+            else:
+                total = total + 0.004 * (weights + (outputs if layer.module.bias is not None else 0))
+        return total
+
+
+def _units(group: Group) -> int:
+    param, layout = group.members[0]
+    return size_of(param, layout)[0]
+
+
+def _calls(model: nn.Module, example: Any) -> dict[int, tuple[tuple[int, ...], float]]:
+    """The input shape of each layer, and the positions of a sample that it is used at."""
+    seen: dict[int, tuple[tuple[int, ...], float]] = {}
+
+    def note(module: Any, args: Any, out: Tensor) -> None:
+        width = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        positions = out.numel() / width / len(out)
+        seen[id(module)] = tuple(args[0].shape), positions + seen.get(id(module), ((), 0.0))[1]
+
+    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, (nn.Linear, *_CONVS))]
+    try:
+        with undisturbed(model), torch.no_grad():
+            model.eval()
+            called(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@dataclass
+class LatencyTable:
+    """Milliseconds of layers by width, measured when first asked for.
+
+    A layer is measured with the norm and the activation that go with it, at an eighth, a quarter, a half, three
+    quarters and all of its inputs and outputs. Between these it is interpolated linearly, which smooths the steps that
+    latencies have, after the measurements are made monotone (the larger of a width and all smaller ones), so that noise
+    never says that more channels are faster.
+
+    Args:
+        path: a JSON file to keep measurements in; None for one in the user's cache directory.
+        repeats: how often a layer is timed at each width; the median counts.
+    """
+
+    path: str | os.PathLike[str] | None = None
+    repeats: int = 15
+    _rows: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    _loaded: bool = field(default=False, repr=False)
+
+    @property
+    def file(self) -> Path:
+        """Where the measurements are kept."""
+        if self.path is not None:
+            return Path(self.path)
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        digest = hashlib.sha256(json.dumps(fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
+        return cache / "pl_sparse" / f"latency-{digest}.json"
+
+    def measure(self, layers: Sequence[Layer]) -> None:
+        """Measure what is not known yet, and keep it."""
+        self._load()
+        new = [layer for layer in layers if self._name(layer) not in self._rows]
+        for layer in new:
+            if self._name(layer) not in self._rows:
+                self._rows[self._name(layer)] = self._measured(layer)
+        if new:
+            write_json(self.file, {"fingerprint": fingerprint(), "layers": self._rows})
+
+    def predict(self, layer: Layer, inputs: Any, outputs: Any) -> Any:
+        """Milliseconds of a layer with so many inputs and outputs; differentiable where these are tensors."""
+        if self._name(layer) not in self._rows:
+            self.measure([layer])
+        row = self._rows[self._name(layer)]
+        if layer.depthwise:
+            return _between(row["outs"], [line[0] for line in row["ms"]], outputs)
+        return _between(row["outs"], [_between(row["ins"], line, inputs) for line in row["ms"]], outputs)
+
+    def _name(self, layer: Layer) -> str:
+        return f"{layer.key} {tuple(layer.module.weight.shape[:2])}"
+
+    def _load(self) -> None:
+        if self._loaded or not self.file.is_file():
+            return
+        state = json.loads(self.file.read_text(encoding="utf-8"))
+        if state.get("fingerprint") == fingerprint():
+            self._rows = {**state["layers"], **self._rows}
+        self._loaded = True
+
+    def _measured(self, layer: Layer) -> dict[str, Any]:
+        module = layer.module
+        groups = 1 if isinstance(module, nn.Linear) or layer.depthwise else module.groups
+        full_out = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        full_in = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+
+        def grid(full: int) -> list[int]:
+            return sorted({max(round(full * f / groups), 1) * groups for f in _FRACTIONS})
+
+        outs = grid(full_out)
+        ins = [0] if layer.depthwise else grid(full_in)
+        made = [[_variant(layer, inputs or outputs, outputs) for inputs in ins] for outputs in outs]
+        times: list[list[list[float]]] = [[[] for _ in ins] for _ in outs]
+        with torch.inference_mode():
+            for turn in range(self.repeats + 2):  # in turns, so that a disturbance hits all widths alike
+                for i, line in enumerate(made):
+                    for j, (net, x) in enumerate(line):
+                        start = time.perf_counter()
+                        net(x)
+                        if turn >= 2:
+                            times[i][j].append(1e3 * (time.perf_counter() - start))
+        ms = [[statistics.median(cell) for cell in line] for line in times]
+        for i in range(len(outs)):
+            for j in range(len(ins)):
+                ms[i][j] = max(ms[i][j], ms[i - 1][j] if i else 0.0, ms[i][j - 1] if j else 0.0)
+        return {"ins": ins, "outs": outs, "ms": ms}
+
+
+def _variant(layer: Layer, inputs: int, outputs: int) -> tuple[nn.Module, Tensor]:
+    """The layer at a width, with an activation (and a norm if its bias is left to one), and an input."""
+    module = layer.module
+    shape = list(layer.shape)
+    shape[-1 if isinstance(module, nn.Linear) else 1] = inputs
+    sized = _sized(module, inputs, outputs)
+    norm: list[nn.Module] = [nn.BatchNorm2d(outputs)] if module.bias is None and isinstance(sized, nn.Conv2d) else []
+    return nn.Sequential(sized, *norm, nn.ReLU(inplace=True)).eval(), torch.randn(shape)
+
+
+def _depthwise(module: Any) -> bool:
+    groups = getattr(module, "groups", 1)
+    return bool(1 < groups == module.in_channels == module.out_channels)
+
+
+def _sized(module: Any, inputs: int, outputs: int, device: str | None = None) -> nn.Module:
+    """A layer of the same kind with other widths."""
+    bias = module.bias is not None
+    if isinstance(module, nn.Linear):
+        return nn.Linear(inputs, outputs, bias, device=device)
+    kind: Any = next(kind for kind in _CONVS if isinstance(module, kind))
+    groups = outputs if _depthwise(module) else module.groups
+    options = module.kernel_size, module.stride, module.padding, module.dilation, groups, bias, module.padding_mode
+    made: nn.Module = kind(inputs, outputs, *options, device=device)
+    return made
+
+
+def _between(grid: Sequence[int], values: Sequence[Any], x: Any) -> Any:
+    """Linear interpolation, and beyond the ends the lines of the last pieces."""
+    if len(grid) == 1:
+        return values[0]
+    at = float(x.detach()) if isinstance(x, Tensor) else float(x)
+    i = next((i for i in range(1, len(grid) - 1) if at < grid[i]), len(grid) - 1)
+    low, high = grid[i - 1], grid[i]
+    return values[i - 1] + (values[i] - values[i - 1]) * ((x - low) / (high - low))

@@ -1,0 +1,238 @@
+"""What a scorer may ask of the whole model before it prunes: gradients of the loss on calibration batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.targets import find
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class Probe:
+    """A model, some batches, and how their loss is computed. It leaves the model as it found it.
+
+    Args:
+        model: what is called with inputs alone, as `model(x)`.
+        batches: calibration batches, or a function that fetches them when they are first needed.
+        loss: from a batch to the scalar loss, through the model's parameters.
+        reduce: the mean of a tensor over processes, where each has its own batches.
+
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> probe = Probe(net, [torch.ones(1, 2)], lambda batch: net(batch).sum())
+    >>> probe.gradients([net.weight])[0].tolist()
+    [[1.0, 1.0]]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any] | Callable[[], Sequence[Any]],
+        loss: Callable[[Any], Tensor],
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self.reduce = reduce
+        self._batches = batches
+        self._fetched: Sequence[Any] | None = None
+
+    @property
+    def batches(self) -> Sequence[Any]:
+        """The calibration batches.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self._fetched is None:
+            with torch.random.fork_rng(devices=[]):  # a shuffling loader draws its seed
+                self._fetched = self._batches() if callable(self._batches) else self._batches
+            if not self._fetched:
+                raise ValueError("there is no batch to calibrate scores on: the training data is empty")
+        return self._fetched
+
+    def release(self) -> None:
+        """Let go of batches that were fetched."""
+        if callable(self._batches):
+            self._fetched = None
+
+    def gradients(self, weights: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
+        """dL/dw of the sum of the batches' losses, L computed with logits / temperature; `.grad` is not touched."""
+        with self._calibrating(temperature):
+            return self.reduced(self._sum(weights, lambda batch: self.loss(batch)))
+
+    def hessian_gradients(self, weights: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
+        """H g with g = dL/dw and H = d2L/dw2, by double backpropagation, for the same L as `gradients`."""
+        with self._calibrating(temperature), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            fixed = self.reduced(self._sum(weights, lambda batch: self.loss(batch)))
+
+            def product(batch: Any) -> Tensor:
+                first = torch.autograd.grad(self.loss(batch), weights, create_graph=True, allow_unused=True)
+                terms = [(g * f).sum() for g, f in zip(first, fixed, strict=True) if g is not None]
+                return torch.stack(terms).sum()
+
+            return self.reduced(self._sum(weights, product))
+
+    def synaptic_flow(self, names: Sequence[str]) -> list[Tensor]:
+        """dR/d|w| for R = sum of model(1) with |w| for all parameters w and without biases, in float64.
+
+        Norms use their running statistics. Only an input of floats can be all ones.
+        """
+        x = _inputs(self.batches[0])
+        if not x.is_floating_point():
+            raise ValueError(
+                f"synflow feeds the model ones of the input's shape, but the batch's first tensor is of {x.dtype}: "
+                "use scorer=snip, grasp or magnitude for models of tokens"
+            )
+        parameters = {name: p.detach().abs().double() for name, p in self.model.named_parameters()}
+        for name, value in parameters.items():
+            if name.rpartition(".")[2] == "bias" or name.endswith("_bias"):
+                value.zero_()
+        buffers = {
+            name: b.detach().abs().double() if b.is_floating_point() else b.detach().clone()
+            for name, b in self.model.named_buffers()
+        }
+        weights = [parameters[name].requires_grad_() for name in names]
+        ones = torch.ones_like(x[:1], dtype=torch.float64)
+        with undisturbed(self.model), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            self.model.eval()
+            out = functional_call(self.model, {**parameters, **buffers}, (ones,))
+            found = torch.autograd.grad(out.sum(), weights, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+
+    @torch.no_grad()
+    def activations(self, params: Sequence[MaskedParameter], see: Callable[[MaskedParameter, Tensor], None]) -> None:
+        """Run the batches' losses in evaluation mode; what each weight is multiplied with goes to `see` on the way.
+
+        It comes in the order in which the layers are called, a batch at a time, as (groups, positions, in / groups,
+        *kernel): a convolution's inputs are unfolded. Nothing comes from layers that are not called, and from those
+        whose weight does not multiply their input: transposed convolutions, recurrent layers, the output projection
+        of `nn.MultiheadAttention`.
+        """
+
+        def watch(param: MaskedParameter) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                found = _columns(param, args[0] if args else next(iter(kwargs.values())))
+                if found is not None:
+                    see(param, found.detach().to(torch.promote_types(found.dtype, torch.float32)))
+
+            return hook
+
+        handles = [param.module.register_forward_pre_hook(watch(param), with_kwargs=True) for param in params]
+        try:
+            with undisturbed(self.model):
+                self.model.eval()
+                for batch in self.batches:
+                    self.loss(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def following_norms(self, modules: Sequence[nn.Module]) -> dict[nn.Module, nn.Module]:
+        """The batch norm with scales that takes the output of each of the modules, where one does."""
+        outputs: list[tuple[Tensor, nn.Module]] = []  # the tensors are held, so that none takes another's place
+        found: dict[nn.Module, nn.Module] = {}
+
+        def made(module: nn.Module, args: Any, out: Any) -> None:
+            if isinstance(out, Tensor):
+                outputs.append((out, module))
+
+        def taken(module: nn.Module, args: Any) -> None:
+            for out, source in outputs:
+                if out is args[0] and isinstance(module.weight, Tensor):
+                    found[source] = module
+
+        handles = [module.register_forward_hook(made) for module in modules]
+        handles += [
+            module.register_forward_pre_hook(taken) for module in self.model.modules() if isinstance(module, NORMS)
+        ]
+        try:
+            with undisturbed(self.model):
+                self.model.eval()
+                self.loss(self.batches[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def _sum(self, weights: Sequence[Tensor], scalar: Callable[[Any], Tensor]) -> list[Tensor]:
+        total = [torch.zeros_like(weight) for weight in weights]
+        for batch in self.batches:
+            for so_far, new in zip(total, torch.autograd.grad(scalar(batch), weights, allow_unused=True), strict=True):
+                if new is not None:
+                    so_far += new
+        return total
+
+    def reduced(self, values: list[Tensor]) -> list[Tensor]:
+        """Their means over processes."""
+        return values if self.reduce is None else [self.reduce(value) for value in values]
+
+    @contextmanager
+    def _calibrating(self, temperature: float) -> Iterator[None]:
+        """Training mode; the outputs of the last layer, the logits, divided by `temperature`."""
+        handle = None
+        if temperature != 1:
+            last = find(self.model)[-1].module
+            handle = last.register_forward_hook(lambda _, args, out: out / temperature)
+        try:
+            with undisturbed(self.model), torch.enable_grad():
+                self.model.train()
+                yield
+        finally:
+            if handle is not None:
+                handle.remove()
+
+
+def _inputs(batch: Any) -> Tensor:
+    """The first tensor of a batch."""
+    if isinstance(batch, Tensor):
+        return batch
+    parts = list(batch.values()) if isinstance(batch, dict) else list(batch)
+    if not parts:
+        raise ValueError("a calibration batch holds no tensor")
+    return _inputs(parts[0])
+
+
+def _columns(param: MaskedParameter, x: Tensor) -> Tensor | None:
+    """What a weight is multiplied with, as (groups, positions, in / groups, *kernel), for an input of its layer."""
+    module = param.module
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        dims = len(module.kernel_size)
+        x = x if x.dim() == dims + 2 else x.unsqueeze(0)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode)
+        for i, (size, step, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+            x = x.unfold(2 + i, gap * (size - 1) + 1, step)[..., ::gap]
+        x = x.unflatten(1, (module.groups, -1)).movedim(1, 0)  # (groups, batch, in / groups, *out, *kernel)
+        return x.movedim(2, 2 + dims).flatten(1, 1 + dims)
+    projects = isinstance(module, nn.MultiheadAttention) and param.name.endswith("in_proj_weight")
+    if projects or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return x.reshape(1, -1, x.shape[-1])
+    return None
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Afterwards buffers (running statistics), training flags and random numbers are as before."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for module, mode in modes:
+                module.training = mode

@@ -1,0 +1,82 @@
+"""Integers in place of floating point, learned with (quantization-aware training) or found after training.
+
+The mask comes before the quantizer, whose grid has zero in it: what is pruned is the integer 0. The network keeps its
+parameters and their names; while it simulates integers, its `forward` is that of a graph of the same parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+__all__ = ["Quantization"]
+
+
+class Quantization(ABC):
+    """How integers are simulated in training, and made afterwards.
+
+    Attributes:
+        dtype: the type of the weights that come out.
+    """
+
+    dtype: ClassVar[str]
+
+    @abstractmethod
+    def prepare(self, net: nn.Module, example: Tensor) -> None:
+        """From here on calls of `net` compute with weights (and activations) rounded to integers.
+
+        Gradients pass the rounding as if it were not there. The parameters of `net` are the same objects as before.
+
+        Args:
+            example: inputs of some samples, for tracing.
+
+        Raises:
+            ValueError: the network cannot be quantized so.
+            ImportError: torchao is missing.
+        """
+
+    @abstractmethod
+    def release(self) -> None:
+        """Calls of the network are in floating point again."""
+
+    @abstractmethod
+    def convert(self) -> nn.Module:
+        """A copy of the network whose weights are integers."""
+
+    # What follows has a meaning where ranges are learned.
+
+    def freeze(self) -> None:  # noqa: B027
+        """Ranges and BatchNorm's statistics stay what they are from here on."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was learned of the ranges."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Take up what `state_dict` gave, after `prepare`."""
+
+
+@contextlib.contextmanager
+def _torchao() -> Iterator[None]:
+    """What torchao and torch say of themselves is left out; a missing torchao names its extra."""
+    names = ("torchao", "torch.utils._pytree")
+    levels = [logging.getLogger(name).level for name in names]
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                import torchao  # noqa: F401
+            except ImportError as error:
+                raise ImportError("quantization needs torchao: pip install 'pl_sparse[quantize]'") from error
+            yield
+    finally:
+        for name, level in zip(names, levels, strict=True):
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,89 @@
+"""4-bit weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.quantize.base import Quantization, _torchao
+
+__all__ = ["Int4Weight"]
+
+_INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
+
+
+class Int4Weight(Quantization):
+    """4-bit weights of linear layers, symmetric in [-8, 7] with a scale for each group of inputs.
+
+    Activations, other layers, and layers whose inputs are no multiple of `group` stay in floating point.
+
+    Args:
+        group: neighbouring inputs that share a scale.
+    """
+
+    dtype = "int4"
+
+    def __init__(self, group: int = 32) -> None:
+        if group < 2:
+            raise ValueError(f"group={group!r} must be 2 or more")
+        self.group = group
+        self._net: nn.Module | None = None
+
+    def _fits(self, module: nn.Module, name: str = "") -> bool:
+        return isinstance(module, nn.Linear) and module.in_features % self.group == 0 and _called(module)
+
+    def prepare(self, net: nn.Module, example: Tensor) -> None:
+        with _torchao():
+            from torchao.quantization import quantize_
+            from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+            layers = {name: m.in_features for name, m in net.named_modules() if type(m) is nn.Linear}
+            if not any(self._fits(module) for module in net.modules()):
+                raise ValueError(
+                    f"no linear layer has a multiple of group={self.group} inputs; there are "
+                    + (", ".join(f"{name} with {size}" for name, size in list(layers.items())[:8]) or "none")
+                )
+            weights = IntxFakeQuantizeConfig(_INT4, group_size=self.group, is_symmetric=True)
+            quantize_(net, QATConfig(weight_config=weights, step="prepare"), self._fits)
+        for module in net.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0  # its fused path reads the weights of its layers
+        self._net = net
+
+    def release(self) -> None:
+        if self._net is not None:
+            _plain(self._net)
+        self._net = None
+
+    def convert(self) -> nn.Module:
+        if self._net is None:
+            raise ValueError("nothing was prepared: call prepare(net, example) first")
+        net = copy.deepcopy(self._net).eval().cpu()
+        with _torchao():
+            _plain(net)
+            return _int4(net, self.group, self._fits)
+
+
+def _called(module: nn.Module) -> bool:
+    """Whether a linear layer is called, and not read by an attention layer around it."""
+    return type(module).__name__ != "NonDynamicallyQuantizableLinear"
+
+
+def _plain(net: nn.Module) -> None:
+    """Linear layers in place of those that simulate integers."""
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import QATConfig
+
+    with _torchao():
+        quantize_(net, QATConfig(step="convert"))
+
+
+def _int4(net: nn.Module, group: int, fits: Any) -> nn.Module:
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    quantize_(net, IntxWeightOnlyConfig(_INT4, PerGroup(group)), fits)
+    return net

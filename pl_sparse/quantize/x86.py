@@ -1,0 +1,75 @@
+"""Where torchao's quantizer puts integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = []
+
+
+def _quantizer(training: bool) -> Any:
+    from torchao.quantization.pt2e.fake_quantize import FusedMovingAvgObsFakeQuantize
+    from torchao.quantization.pt2e.observer import (
+        HistogramObserver,
+        MovingAverageMinMaxObserver,
+        MovingAveragePerChannelMinMaxObserver,
+        PerChannelMinMaxObserver,
+    )
+    from torchao.quantization.pt2e.quantizer import QuantizationSpec
+    from torchao.quantization.pt2e.quantizer.utils import QuantizationConfig
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
+
+    tiny = {"eps": torch.finfo(torch.float32).eps}  # a channel of zeros has a scale, and small ones their own
+    fused = FusedMovingAvgObsFakeQuantize
+    activation: Any = fused.with_args(observer=MovingAverageMinMaxObserver, **tiny)
+    # A constant of 1 makes the average the last value: the range of a weight is that of the weight as it is now.
+    weight: Any = fused.with_args(observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, **tiny)
+    if not training:
+        activation, weight = HistogramObserver.with_args(**tiny), PerChannelMinMaxObserver.with_args(**tiny)
+    activations = QuantizationSpec(
+        dtype=torch.uint8,
+        quant_min=0,
+        quant_max=255,
+        qscheme=torch.per_tensor_affine,
+        observer_or_fake_quant_ctr=activation,
+    )
+    weights = QuantizationSpec(
+        dtype=torch.int8,
+        quant_min=-127,
+        quant_max=127,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+        observer_or_fake_quant_ctr=weight,
+    )
+
+    class WithSums(X86InductorQuantizer):  # type: ignore[misc]
+        """With integers on both sides of a sum, too, and none between a layer or a sum and its ReLU."""
+
+        def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+            model = super().annotate(model)
+            _annotate_sums(model, activations)
+            return model
+
+    return WithSums().set_global(QuantizationConfig(activations, activations, weights, None, training))
+
+
+def _annotate_sums(model: torch.fx.GraphModule, spec: Any) -> None:
+    """Runtimes have kernels for layers, and sums, of integers with a ReLU within."""
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+
+    ops, key = torch.ops.aten, "quantization_annotation"
+    for node in model.graph.nodes:
+        if node.target in (ops.add.Tensor, ops.add_.Tensor) and node.meta.get(key) is not None:
+            for source in node.args:
+                if isinstance(source, torch.fx.Node) and source.meta.get(key) is not None:
+                    node.meta[key].input_qspec_map[source] = spec
+                    source.meta[key].output_qspec = spec
+    for node in model.graph.nodes:
+        if node.target in (ops.relu.default, ops.relu_.default):
+            source = node.args[0]
+            layer = source.meta.get(key)
+            if layer is not None and layer.output_qspec is not None and len(source.users) == 1:
+                layer.output_qspec = None
+                node.meta[key] = QuantizationAnnotation(output_qspec=spec, _annotated=True)

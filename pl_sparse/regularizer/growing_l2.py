@@ -1,0 +1,80 @@
+"""A decay of what is to be pruned, that grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.allocation import Allocation, Global, Units, choose
+from pl_sparse.core.group import Group
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.regularizer.base import Regularizer, _groups, _params
+from pl_sparse.scorer import Magnitude
+from pl_sparse.structure import Structure, Unstructured
+
+__all__ = ["GrowingL2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowingL2(Regularizer):
+    """lambda / 2 sum w^2 over the weights of least magnitude, with a lambda that grows: they fade out before they are
+    pruned.
+
+    lambda = min(strength * (1 + step // every), ceiling), with `step` counted from where the penalty begins. Which
+    weights is decided once, there: those that magnitude pruning with this structure and allocation would remove.
+
+    Source: Wang et al., Neural pruning via growing regularization, 2020, arXiv:2012.09243, Algorithm 1 (GReg-1), which
+    begins with a trained model and takes the same fraction of every layer.
+
+    Args:
+        sparsity: the fraction of the weights that is penalized.
+        structure: what is penalized together.
+        allocation: how the weights that are not penalized are shared among tensors.
+        every: optimizer steps between two raises.
+        ceiling: the largest lambda.
+    """
+
+    sparsity: float
+    structure: Structure = field(default_factory=Unstructured)
+    allocation: Allocation = field(default_factory=Global)
+    every: int = 10
+    ceiling: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"sparsity={self.sparsity!r} must be in [0, 1]")
+        if self.every < 1:
+            raise ValueError(f"every={self.every!r} must be 1 or more optimizer steps")
+
+    @property
+    def removes_outputs(self) -> bool:
+        return self.structure.removes_outputs
+
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
+        return _groups(self.structure, params, model, example)
+
+    def start(self, groups: Sequence[Group]) -> None:
+        level = self.sparsity if self.structure.fixed is None else self.structure.fixed
+        choose(Units(groups, self.structure, Magnitude().score), self.allocation, level)
+
+    def factor(self, step: int) -> float:
+        """lambda at an optimizer step.
+
+        >>> [GrowingL2(strength=0.1, sparsity=0.5, every=2, ceiling=0.25).factor(step) for step in range(5)]
+        [0.1, 0.1, 0.2, 0.2, 0.25]
+        """
+        return min(self.strength * (1 + step // self.every), self.ceiling)
+
+    def add_gradient(self, groups: Sequence[Group], step: int) -> None:
+        for param in _params(groups):
+            if param.weight.grad is not None:
+                param.weight.grad.addcmul_(param.weight.detach(), 1 - param.factor, value=self.factor(step))
+
+    def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
+        squares = [(param.weight * (1 - param.factor)).square().sum() for param in _params(groups)]
+        return self.factor(step) / 2 * torch.stack(squares).sum()

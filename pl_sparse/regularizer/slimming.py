@@ -1,0 +1,54 @@
+"""The scales of batch norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.core.group import Group
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.network.probe import NORMS
+from pl_sparse.regularizer.base import Regularizer, _params
+
+__all__ = ["Slimming"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slimming(Regularizer):
+    """strength * sum |gamma| over the scales of all batch norms, by its subgradient; `scorer=slimming` then prunes by
+    them.
+
+    The subgradient makes no scale exactly zero: pruning does, of the weights. What the norm of a removed channel still
+    emits, (0 - mean) gamma / std + beta, is a constant: it stays in the model until the channel is cut out.
+
+    Source: Liu et al., Learning efficient convolutional networks through network slimming, 2017, arXiv:1708.06519,
+    equation 1.
+
+    Raises:
+        ValueError: the model has no batch norm.
+    """
+
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
+        found = [
+            MaskedParameter(f"{path}.weight", module, module.weight, torch.ones_like(module.weight, dtype=torch.bool))
+            for path, module in model.named_modules()
+            if isinstance(module, NORMS) and module.affine
+        ]
+        if not found:
+            raise ValueError(
+                "network slimming penalizes the scales of batch norms, and the model has none: use a model with batch "
+                "norm, or regularizer=group_lasso"
+            )
+        return super().groups(found, model)
+
+    def add_gradient(self, groups: Sequence[Group], step: int) -> None:
+        for param in _params(groups):
+            if param.weight.grad is not None:
+                param.weight.grad.add_(param.weight.detach().sign(), alpha=self.strength)
+
+    def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
+        return self.strength * torch.stack([param.weight.abs().sum() for param in _params(groups)]).sum()

@@ -1,0 +1,233 @@
+"""Figures of a run: curves, layers, masks, tickets."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from pl_sparse.core.files import replacing
+from pl_sparse.results.summary import _BLUE, _GREY, _VERMILION, Summary, _dead, _percent
+
+__all__ = ["plot_layers", "plot_masks", "plot_tickets", "plot_training"]
+
+_DPI = 150
+
+
+def plot_training(history: Sequence[Mapping[str, float | None]], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw loss above accuracy over the epochs, the sparsity as an area behind both, and write it to `path`.
+
+    Args:
+        history: rows with any of the keys epoch, sparsity, train/loss, val/loss, train/acc and val/acc; a value
+            that is missing, None or not finite is skipped, a missing epoch is the row's place. Without accuracies
+            there is one panel.
+        path: the picture; its suffix gives the format.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    keys = ("sparsity", "train/loss", "val/loss", "train/acc", "val/acc")
+    series = {key: points for key in keys if (points := _points(history, key))}
+    if not series:
+        raise ValueError("the training history holds no loss, accuracy or sparsity to draw")
+    names = {"loss": "loss", "acc": "accuracy"}
+    panels = [kind for kind in names if f"train/{kind}" in series or f"val/{kind}" in series] or ["loss"]
+
+    figure = Figure(figsize=(8, 1.0 + 2.7 * len(panels)), layout="constrained")
+    handles: dict[str, Artist] = {}
+    axes: list[Axes] = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0])
+    for axis, kind in zip(axes, panels, strict=True):
+        for split, colour, style in (("train", _BLUE, "-"), ("val", _VERMILION, "--")):
+            points = series.get(f"{split}/{kind}", [])
+            if points:
+                epochs, values = zip(*points, strict=True)
+                mark = "o" if len(points) <= 40 else ""
+                (handles[split],) = axis.plot(epochs, values, style, color=colour, marker=mark, markersize=3.5)
+        axis.set_ylabel(names[kind])
+        _plain(axis)
+        if "sparsity" in series:
+            handles["sparsity"] = _sparsity_behind(axis, series["sparsity"])
+
+    drawn = [epoch for points in series.values() for epoch, _ in points]
+    margin = 0.02 * (max(drawn) - min(drawn)) or 0.5
+    axes[-1].set_xlim(min(drawn) - margin, max(drawn) + margin)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].set_xlabel("epoch")
+    figure.legend(list(handles.values()), list(handles), loc="outside upper right", ncols=3, frameon=False)
+    if title:
+        figure.suptitle(title, x=0.02, ha="left")
+    _save(figure, path)
+
+
+def plot_tickets(rows: Sequence[Mapping[str, float]], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw the validation accuracy (else loss) of each round over the remaining weights, the last and the best of a
+    round.
+
+    Args:
+        rows: with "remaining", a fraction, and any of val/acc, best/val/acc, val/loss, best/val/loss.
+        path: the picture; its suffix gives the format.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    kind = "acc" if any("val/acc" in row for row in rows) else "loss"
+    for key, label, colour, style in (
+        (f"val/{kind}", "end of the round", _BLUE, "-"),
+        (f"best/val/{kind}", "best of the round", _VERMILION, "--"),
+    ):
+        points = [(row["remaining"], row[key]) for row in rows if key in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=3.5, label=label)
+            if key.startswith("val"):
+                axis.axhline(points[0][1], color="0.6", linewidth=1)
+    axis.set_xscale("log")
+    axis.invert_xaxis()
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g} %"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("weights remaining")
+    axis.set_ylabel("validation accuracy" if kind == "acc" else "validation loss")
+    _plain(axis)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False)
+    if title:
+        figure.suptitle(title, x=0.02, ha="left")
+    _save(figure, path)
+
+
+def plot_layers(summary: Summary, path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw the density of each layer as a bar, first layer on top, and write it to `path`.
+
+    "kept / total" stands right of each bar; a line marks the density of all prunable weights.
+
+    Raises:
+        ValueError: the summary has no layers.
+    """
+    from matplotlib.figure import Figure
+
+    layers = summary.layers
+    if not layers:
+        raise ValueError("the summary has no layers to draw")
+    figure = Figure(figsize=(9, 1.5 + 0.2 * len(layers)), layout="constrained")
+    axis = figure.subplots()
+    rows = range(len(layers))
+    axis.barh(rows, [layer.density for layer in layers], height=0.7, color=_BLUE)
+    axis.set_yticks(rows, [_shortened(layer.name) for layer in layers], fontsize=8)
+    axis.set_ylim(len(layers) - 0.4, -0.6)
+    for row, layer in enumerate(layers):
+        axis.annotate(
+            f"{layer.kept:,} / {layer.weights:,}",
+            (1, row),
+            xycoords=axis.get_yaxis_transform(),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=_VERMILION if _dead(layer) else "black",
+        )
+    total = 1.0 - summary.sparsity
+    axis.axvline(total, color="black", linestyle="--", linewidth=1, label=f"all layers: {_percent(total)}")
+    highest = max([layer.density for layer in layers] + [total])
+    axis.set_xlim(0, min(1.0, 1.1 * highest) or 1.0)
+    axis.set_xlabel("density")
+    axis.tick_params(axis="y", length=0)
+    _plain(axis)
+    axis.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper right", frameon=False)
+    if title:
+        figure.suptitle(title, x=0.02, ha="left")
+    _save(figure, path)
+
+
+def plot_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw each mask as a picture, output by output from the top, and write them to `path`.
+
+    A tensor (out, in, *kernel) is drawn as out rows of in x kernel columns. Where that is more than about 400 either
+    way, a pixel is the density of a patch of it.
+
+    Raises:
+        ValueError: there is no mask.
+    """
+    from matplotlib.figure import Figure
+
+    if not masks:
+        raise ValueError("there is no mask to draw")
+    columns = min(3, len(masks))
+    rows = -(-len(masks) // columns)
+    figure = Figure(figsize=(4.2 * columns, 0.4 + 3.2 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, (name, mask) in zip(panels, masks.items(), strict=False):
+        pixels = mask.float().reshape(mask.shape[0], -1)
+        size = min(pixels.shape[0], 400), min(pixels.shape[1], 400)
+        drawn = nn.functional.adaptive_avg_pool2d(pixels[None, None], size)[0, 0]
+        # one scale a layer, so that a sparse one is not a black square
+        axis.imshow(
+            drawn.numpy(), cmap="Blues", vmin=0, vmax=float(drawn.max()) or 1, aspect="auto", interpolation="nearest"
+        )
+        axis.set_title(f"{_shortened(name, 30)}\n{_percent(float(mask.float().mean()))} kept", fontsize=8)
+        axis.set_xlabel("x".join(map(str, mask.shape)), fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis in panels[len(masks) :]:
+        axis.set_visible(False)
+    if title:
+        figure.suptitle(title, x=0.02, ha="left")
+    _save(figure, path)
+
+
+def _points(history: Sequence[Mapping[str, float | None]], key: str) -> list[tuple[float, float]]:
+    """(epoch, value) of the rows where `key` has a finite value, by epoch."""
+    points = []
+    for place, row in enumerate(history):
+        epoch, value = row.get("epoch"), row.get(key)
+        if value is not None and math.isfinite(value):
+            points.append((float(place if epoch is None else epoch), float(value)))
+    return sorted(points, key=lambda point: point[0])
+
+
+def _sparsity_behind(axis: Axes, points: list[tuple[float, float]]) -> Artist:
+    """Fill the sparsity, 0..1, on a second axis behind `axis`; returns the area for a legend."""
+    if len(points) == 1:  # a single point has no area
+        (epoch, value) = points[0]
+        points = [(epoch - 0.25, value), (epoch + 0.25, value)]
+    epochs, values = zip(*points, strict=True)
+    behind = axis.twinx()
+    area = behind.fill_between(epochs, values, color=_GREY, alpha=0.25, linewidth=0)
+    behind.set_ylim(0, 1)
+    behind.set_ylabel("sparsity", color="#595959")
+    behind.tick_params(colors="#595959")
+    for spine in behind.spines.values():
+        spine.set_visible(False)
+    behind.set_zorder(axis.get_zorder() - 1)
+    axis.patch.set_visible(False)
+    return area
+
+
+def _plain(axis: Axes) -> None:
+    """No frame above and at the right, a faint grid behind the data."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="#D9D9D9", linewidth=0.6)
+    axis.set_axisbelow(True)
+
+
+def _shortened(name: str, length: int = 44) -> str:
+    """The end of `name`, which tells layers apart.
+
+    >>> _shortened("encoder.layers.0.weight", 12)
+    '…rs.0.weight'
+    """
+    return name if len(name) <= length else "…" + name[len(name) - length + 1 :]
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=_DPI)

@@ -1,0 +1,272 @@
+"""What is left of each layer of a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from pl_sparse.network.macs import Macs
+from pl_sparse.pruner import Pruner
+
+__all__ = ["LayerRow", "Summary", "dead_layers", "layer_rows", "summarize", "summary_table"]
+
+
+# Okabe and Ito's palette: told apart with any colour vision.
+_BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#8C8C8C"
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One prunable weight.
+
+    Attributes:
+        name: parameter name.
+        shape: the weight's shape.
+        structure: what is removed as one, for example "unstructured" or "2:4".
+        weights: number of elements.
+        kept: number of elements the mask keeps.
+        macs_dense: multiply-accumulates a sample with all elements.
+        macs_sparse: the same with the kept elements.
+        note: anything worth telling, for example why it stays dense.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    structure: str
+    weights: int
+    kept: int
+    macs_dense: float = 0.0
+    macs_sparse: float = 0.0
+    note: str = ""
+
+    @property
+    def density(self) -> float:
+        """Kept share, 0..1; 1 for an empty weight."""
+        return self.kept / self.weights if self.weights else 1.0
+
+    @property
+    def sparsity(self) -> float:
+        """Removed share, 0..1."""
+        return 1.0 - self.density
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A sparse model.
+
+    Attributes:
+        layers: the prunable weights, in model order.
+        requested: the sparsity asked for, 0..1, over the prunable weights; None where it comes out of training.
+        params_total: number of all parameters, prunable or not.
+        params_nonzero: how many of them are not zero.
+        macs_dense: multiply-accumulates a sample with all weights (0: not counted).
+        macs_sparse: the same with the kept weights.
+        bytes_dense: size of the stored model, dense.
+        bytes_compressed: the same, compressed.
+        params_left: number of parameters that were not removed by shrinking (0: not known).
+    """
+
+    layers: tuple[LayerRow, ...]
+    requested: float | None
+    params_total: int
+    params_nonzero: int
+    macs_dense: float = 0.0
+    macs_sparse: float = 0.0
+    bytes_dense: int | None = None
+    bytes_compressed: int | None = None
+    params_left: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Number of prunable weights."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def kept(self) -> int:
+        """Number of prunable weights kept."""
+        return sum(layer.kept for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Removed share of the prunable weights, 0..1."""
+        return 1.0 - self.kept / self.weights if self.weights else 0.0
+
+    @property
+    def sparsity_model(self) -> float:
+        """Zero share of all parameters, 0..1."""
+        return 1.0 - self.params_nonzero / self.params_total if self.params_total else 0.0
+
+
+def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, prefix: str = "") -> Summary:
+    """The summary of a model that `pruner` is attached to.
+
+    The compressed size is that of one bit for each prunable weight, the kept values, and everything else as it is.
+
+    Args:
+        counted: its MACs, if they are known.
+        prefix: cut from the names of layers.
+    """
+    rows = []
+    owns = {param.name: own for group, own in pruner.targets for param, _ in group.members}
+    params = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
+    masked = {param.name: param for param in pruner.params}
+    tensors = [*params.values(), *model.buffers()]
+    compressed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    former = {name: math.prod(cut.shape) for name, cut in pruner.cuts.items()}  # of what was shrunk
+    own = {**params, **dict(model.named_buffers())}
+    gone = {name: count - own[name].numel() for name, count in former.items()}
+    size = compressed + sum(count * own[name].element_size() for name, count in gone.items())
+    nonzero = 0
+    for name, weight in params.items():
+        nonzero += int(torch.count_nonzero(weight))
+        dense, sparse = counted.layers.get(name, (0.0, 0.0)) if counted is not None else (0.0, 0.0)
+        if name in masked:
+            kept = masked[name].kept
+            note = "" if owns[name] is None else f"own sparsity {owns[name]:g}"
+            structure = pruner.structure.label
+            left = int(torch.count_nonzero(masked[name].mask))
+            compressed -= (weight.numel() - left) * weight.element_size() - -(-weight.numel() // 8)
+        elif name in pruner.dense:
+            kept, note, structure = weight.numel(), f"dense: {pruner.dense[name]}", "dense"
+        else:
+            continue
+        rows.append(
+            LayerRow(
+                name.removeprefix(prefix),
+                tuple(weight.shape),
+                structure,
+                former.get(name, weight.numel()),
+                kept,
+                dense,
+                sparse,
+                note,
+            )
+        )
+    return Summary(
+        layers=tuple(rows),
+        requested=pruner.target,
+        params_total=sum(former.get(name, weight.numel()) for name, weight in params.items()),
+        params_left=sum(weight.numel() for weight in params.values()),
+        params_nonzero=nonzero,
+        macs_dense=counted.dense if counted is not None else 0.0,
+        macs_sparse=counted.sparse if counted is not None else 0.0,
+        bytes_dense=size,
+        bytes_compressed=compressed,
+    )
+
+
+def dead_layers(summary: Summary) -> list[str]:
+    """Names of the layers that keep nothing, in model order."""
+    return [layer.name for layer in summary.layers if _dead(layer)]
+
+
+def layer_rows(summary: Summary) -> list[dict[str, object]]:
+    """One flat row a layer, in model order, for a CSV file; shapes read "300x64"."""
+    return [
+        {
+            "name": layer.name,
+            "shape": _shape(layer),
+            "structure": layer.structure,
+            "weights": layer.weights,
+            "kept": layer.kept,
+            "density": layer.density,
+            "sparsity": layer.sparsity,
+            "macs_dense": layer.macs_dense,
+            "macs_sparse": layer.macs_sparse,
+            "note": layer.note,
+        }
+        for layer in summary.layers
+    ]
+
+
+def summary_table(summary: Summary) -> Table:
+    """A row a layer, dead ones red, with the totals below; readable from 80 columns on."""
+    noted = any(layer.note for layer in summary.layers)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+        min_width=60,
+        show_footer=True,
+        caption=_totals(summary),
+        caption_justify="left",
+        caption_style="",
+    )
+    table.add_column("layer", "total", overflow="fold", min_width=16)
+    table.add_column("shape", no_wrap=True)
+    table.add_column("structure", no_wrap=True)
+    table.add_column("weights", f"{summary.weights:,}", justify="right", no_wrap=True)
+    table.add_column("kept", f"{summary.kept:,}", justify="right", no_wrap=True)
+    table.add_column("density", _percent(1.0 - summary.sparsity), justify="right", no_wrap=True)
+    if noted:
+        table.add_column("note", overflow="fold", min_width=7)
+    for layer in summary.layers:
+        cells = [
+            escape(layer.name),
+            _shape(layer),
+            escape(layer.structure),
+            f"{layer.weights:,}",
+            f"{layer.kept:,}",
+            _percent(layer.density),
+        ]
+        table.add_row(*cells, *([escape(layer.note)] if noted else []), style="bold red" if _dead(layer) else None)
+    return table
+
+
+def _dead(layer: LayerRow) -> bool:
+    return layer.kept == 0 and layer.weights > 0
+
+
+def _shape(layer: LayerRow) -> str:
+    return "x".join(map(str, layer.shape))
+
+
+def _percent(share: float) -> str:
+    """
+    >>> _percent(0.1), _percent(0.9996)
+    ('10.00%', '99.96%')
+    """
+    return f"{100 * share:.2f}%"
+
+
+def _scaled(amount: float, unit: str = "", base: float = 1000.0) -> str:
+    """`amount` with a prefix.
+
+    >>> _scaled(1_234_567), _scaled(2048, "B", 1024), _scaled(12)
+    ('1.23 M', '2.00 KiB', '12')
+    """
+    prefix = ""
+    for larger in "kMGTP":
+        if amount < base:
+            break
+        amount, prefix = amount / base, larger
+    if base == 1024 and prefix:
+        prefix = prefix.upper() + "i"
+    number = f"{amount:.2f}" if prefix else f"{amount:.0f}"
+    return f"{number} {prefix}{unit}".rstrip()
+
+
+def _totals(summary: Summary) -> str:
+    """The lines below the table."""
+    requested = "learned" if summary.requested is None else f"requested {_percent(summary.requested)}"
+    lines = [
+        f"sparsity: {requested}, actual {_percent(summary.sparsity)}",
+        f"all parameters: {_percent(summary.sparsity_model)} zero "
+        f"({summary.params_nonzero:,} of {summary.params_total:,} left)",
+    ]
+    if summary.macs_dense:
+        share = _percent(summary.macs_sparse / summary.macs_dense)
+        lines.append(f"MACs a sample: {_scaled(summary.macs_dense)} -> {_scaled(summary.macs_sparse)} ({share})")
+    if summary.bytes_dense and summary.bytes_compressed is not None:
+        share = _percent(summary.bytes_compressed / summary.bytes_dense)
+        sizes = [_scaled(size, "B", 1024) for size in (summary.bytes_dense, summary.bytes_compressed)]
+        lines.append(f"size: {sizes[0]} -> {sizes[1]} ({share})")
+    if dead := dead_layers(summary):
+        lines.append(f"[bold red]dead layers: {len(dead)}[/]")
+    return "\n".join(lines)

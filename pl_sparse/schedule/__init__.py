@@ -1,0 +1,32 @@
+"""When to prune, and how sparse: a curve from dense to the final sparsity, read at optimizer steps.
+
+Times (`begin`, `end`) are fractions of training (a number from 0 to 1), optimizer steps (a whole number above 1, or
+"500 steps") or epochs ("2 epochs"). `every` is a count of optimizer steps, or "1 epoch". The step a schedule is asked
+about is the number of optimizer steps already taken; the last one of a training of `total` steps is `total - 1`.
+A level due at `end` always happens, also where `end` is no multiple of `every`.
+"""
+
+from pl_sparse.schedule.base import Schedule
+from pl_sparse.schedule.gradual import Cosine, Cubic, Exponential, Linear
+from pl_sparse.schedule.paced import Paced, Plan
+from pl_sparse.schedule.rounds import Constant, Cyclic, Iterative, OneShot, Staircase
+from pl_sparse.schedule.tickets import Tickets
+from pl_sparse.schedule.time import Time, step_of
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "Cyclic",
+    "Exponential",
+    "Iterative",
+    "Linear",
+    "OneShot",
+    "Paced",
+    "Plan",
+    "Schedule",
+    "Staircase",
+    "Tickets",
+    "Time",
+    "step_of",
+]

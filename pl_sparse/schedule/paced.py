@@ -1,0 +1,46 @@
+"""Levels that something else decides on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pl_sparse.schedule.base import Schedule
+from pl_sparse.schedule.time import Time
+
+__all__ = ["Paced", "Plan"]
+
+
+@dataclass(eq=False)
+class Plan:
+    """What is decided while training: the level due at each step, and whether the last one is reached."""
+
+    levels: dict[int, float] = field(default_factory=dict)
+    done: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paced(Schedule):
+    """Levels that something else decides on while training goes on (`AccuracyBudget`); until it does, `final` at `end`.
+
+    `every` has no meaning here.
+
+    Args:
+        plan: where the decisions are; None: nothing decides.
+
+    >>> Paced(final=0.9, plan=Plan({40: 0.2})).levels(40, 100)
+    (0.2,)
+    """
+
+    plan: Plan | None = None
+    end: Time = 1.0
+
+    def curve(self, x: float) -> float:
+        return self.final
+
+    def levels(self, step: int, total: int) -> tuple[float, ...]:
+        if self.plan is None:
+            return (self.final,) if step == self.span(total)[1] else ()
+        return (self.plan.levels[step],) if step in self.plan.levels else ()
+
+    def reached(self, step: int, total: int) -> bool:
+        return super().reached(step, total) if self.plan is None else self.plan.done

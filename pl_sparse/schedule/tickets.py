@@ -1,0 +1,102 @@
+"""The rounds of lottery tickets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pl_sparse.schedule.base import Schedule, _rising
+from pl_sparse.schedule.rounds import Iterative
+from pl_sparse.schedule.time import Time
+
+__all__ = ["Tickets"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tickets(Schedule):
+    """Rounds of equal length: dense first, then one for each sparsity, which is reached before its round begins.
+
+    With a `Rewind` callback this is the search for lottery tickets. `begin`, `end` and `every` have no meaning here.
+
+    Args:
+        rate: the part of the remaining weights that each round removes, until `final`.
+        sparsities: instead of `rate`: the sparsity of each round, rising to `final`.
+        to: where in its round training starts again, as a fraction of the round: rewinding to a later point than the
+            initialization makes all rounds but the first so much shorter.
+        epochs: how long a round is, counted from the initialization; None shares the training among the rounds. With
+            it training has `training_epochs`: Trainer(max_epochs=schedule.training_epochs).
+
+    Sources: Frankle, Carbin, The lottery ticket hypothesis, 2018, arXiv:1803.03635, section 1 (iterative pruning).
+    Frankle et al., Linear mode connectivity and the lottery ticket hypothesis, 2019, arXiv:1912.05671, Algorithm 2
+    (`to`).
+
+    >>> schedule = Tickets(final=0.5, rate=0.2)
+    >>> [round(level, 3) for level in schedule.rounds], schedule.starts(1000)
+    ([0.2, 0.36, 0.488, 0.5], [200, 400, 600, 800])
+    """
+
+    rate: float = 0.2
+    sparsities: tuple[float, ...] | None = None
+    to: float = 0.0
+    epochs: int | None = None
+    end: Time = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.rate < 1:
+            raise ValueError(
+                f"rate={self.rate!r} must be between 0 and 1: the part of the remaining weights removed a round"
+            )
+        if self.final == 1:
+            raise ValueError("final=1.0 is never reached by removing a part of what remains: choose final below 1")
+        if not 0 <= self.to < 1:
+            raise ValueError(f"to={self.to!r} must be in [0, 1): the part of a round that is not trained again")
+        if self.epochs is not None and (self.epochs < 1 or not (self.epochs * self.to).is_integer()):
+            raise ValueError(f"epochs={self.epochs!r} must be 1 or more, and to={self.to!r} of them a whole number")
+        if self.sparsities is not None:
+            _rising(self.sparsities, self.final)
+
+    @property
+    def rounds(self) -> tuple[float, ...]:
+        """The sparsity of each round after the dense one."""
+        if self.sparsities is not None:
+            return tuple(self.sparsities)
+        return Iterative(final=self.final, rate=self.rate).rounds
+
+    @property
+    def training_epochs(self) -> int | None:
+        """Epochs of all rounds together, where `epochs` is given."""
+        if self.epochs is None:
+            return None
+        return self.epochs + len(self.rounds) * (self.epochs - round(self.epochs * self.to))
+
+    def length(self, total: int) -> float:
+        """Optimizer steps of a round, counted from the initialization."""
+        return total / (1 + len(self.rounds) * (1 - self.to))
+
+    def starts(self, total: int) -> list[int]:
+        """The step at which each round after the dense one begins."""
+        length = self.length(total)
+        return [round(length * (1 + k * (1 - self.to))) for k in range(len(self.rounds))]
+
+    def span(self, total: int) -> tuple[int, int]:
+        starts = self.starts(total)
+        if len({0, *starts}) <= len(starts):
+            raise ValueError(
+                f"{len(starts) + 1} rounds do not fit into {total} optimizer steps: train longer, or remove more a "
+                "round"
+            )
+        return starts[0], starts[-1]
+
+    def curve(self, x: float) -> float:
+        return self.rounds[min(int(x * len(self.rounds)), len(self.rounds) - 1)]
+
+    def levels(self, step: int, total: int) -> tuple[float, ...]:
+        starts = self.starts(total)
+        return (self.rounds[starts.index(step)],) if step in starts else ()
+
+    def share(self, own: float, level: float) -> float:
+        """As many rounds, each removing a fixed part of what remains, so that `own` comes with the last one."""
+        if own >= 1 or level in (0, self.final):
+            return min(level, own) if level == 0 else own
+        return 1 - (1 - level) ** (math.log(1 - own) / math.log(1 - self.final))

@@ -1,0 +1,28 @@
+"""How important each weight is: higher = keep. What a scorer gathers over steps lives in `MaskedParameter.state`."""
+
+from pl_sparse.scorer.activations import Wanda
+from pl_sparse.scorer.at_init import SNIP, GraSP, SynFlow
+from pl_sparse.scorer.base import Scorer
+from pl_sparse.scorer.gradients import Gradient, Momentum, Movement, Taylor
+from pl_sparse.scorer.learned import HardConcrete, SoftMovement, SoftThreshold
+from pl_sparse.scorer.ticket import Ticket
+from pl_sparse.scorer.weights import Magnitude, Random, Slimming
+
+__all__ = [
+    "SNIP",
+    "GraSP",
+    "Gradient",
+    "HardConcrete",
+    "Magnitude",
+    "Momentum",
+    "Movement",
+    "Random",
+    "Scorer",
+    "Slimming",
+    "SoftMovement",
+    "SoftThreshold",
+    "SynFlow",
+    "Taylor",
+    "Ticket",
+    "Wanda",
+]

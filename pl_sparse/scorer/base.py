@@ -1,0 +1,84 @@
+"""How important each weight is: higher = keep. What a scorer gathers over steps lives in `MaskedParameter.state`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pl_sparse.core.group import Group
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.network.probe import Probe
+from pl_sparse.structure import Structure
+
+__all__ = ["Scorer"]
+
+
+@dataclass(frozen=True)
+class Scorer(ABC):
+    """The importance of weights.
+
+    A new one overrides `score`, `observe` if it looks at gradients over time, `calibrate` if it looks at the whole
+    model at once, and `start` if it learns a number for each unit.
+
+    Attributes:
+        needs_dense: whether it scores pruned weights by the values they had, which masking must then remember.
+        observes: whether it needs gradients; without, a level due at step 0 is met before the first batch.
+        signed: whether scores can be negative.
+        calibrates: whether it scores by `calibrate`, before each round of pruning.
+    """
+
+    needs_dense: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
+    signed: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
+
+    def start(self, groups: Sequence[Group], structure: Structure) -> None:
+        """Once the weights are known: make a `Gate` for each group, if it learns; by default nothing is done."""
+        return
+
+    def facts(self, groups: Sequence[Group]) -> dict[str, float]:
+        """What there is to tell about what it learned, by name, for logs and metrics; by default nothing."""
+        return {}
+
+    @abstractmethod
+    def score(self, param: MaskedParameter) -> Tensor:
+        """The scores of one weight, in its shape; higher = keep, and no NaN."""
+
+    def observe(self, param: MaskedParameter) -> None:
+        """Look at one weight before an optimizer step; `param.grad` is the gradient at the masked weights.
+
+        Called on every step until the last level of the schedule; by default nothing is done.
+        """
+        return
+
+    def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
+        """Look at the whole model with its present masks, before each round of pruning; by default nothing is done.
+
+        It puts scores into `param.state["calibrated"]`, which is dropped once the masks are set.
+        """
+        return
+
+
+def _average(param: MaskedParameter, name: str, value: Tensor, decay: float) -> None:
+    """Moving average of `value` in `param.state`, started at the first value."""
+    average = param.state.get(name)
+    if average is None:
+        param.state[name] = value.clone()
+    else:
+        average.lerp_(value, 1 - decay)
+
+
+def _observed(param: MaskedParameter, name: str) -> Tensor:
+    """What was gathered under `name`; zeros for a weight that never had a gradient."""
+    found = param.state.get(name)
+    return torch.zeros_like(param.values) if found is None else found
+
+
+def _decay(value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"decay={value!r} must be in [0, 1): the share of the past in the moving average")

@@ -1,0 +1,117 @@
+"""Scores by gradients that are gathered while the model trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.scorer.base import Scorer, _average, _decay, _observed
+
+__all__ = ["Gradient", "Momentum", "Movement", "Taylor"]
+
+
+@dataclass(frozen=True)
+class Gradient(Scorer):
+    """The moving average of |g|, with g the gradient of the loss at the masked weights.
+
+    Args:
+        decay: the share of the past; 0 takes the last gradient alone.
+    """
+
+    decay: float = 0.9
+    observes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _decay(self.decay)
+
+    def observe(self, param: MaskedParameter) -> None:
+        if param.grad is not None:
+            _average(param, "gradient", param.grad.detach().abs(), self.decay)
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        return _observed(param, "gradient")
+
+
+@dataclass(frozen=True)
+class Taylor(Scorer):
+    """The moving average of |w g|: to first order, how much the loss changes when the weight is removed.
+
+    Source: Molchanov et al., Importance estimation for neural network pruning, 2019, arXiv:1906.10771, equation 8
+    (there squared, which ranks alike).
+
+    Args:
+        decay: the share of the past; 0 takes the last step alone.
+    """
+
+    decay: float = 0.9
+    observes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _decay(self.decay)
+
+    def observe(self, param: MaskedParameter) -> None:
+        if param.grad is not None:
+            _average(param, "taylor", (param.values * param.grad.detach()).abs_(), self.decay)
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        return _observed(param, "taylor")
+
+
+@dataclass(frozen=True)
+class Movement(Scorer):
+    """S = -lr * sum over steps of g w: high for weights that move away from zero.
+
+    g is the gradient at the masked weights, for pruned positions too (straight-through), and w the value behind the
+    mask, so that a pruned weight can come back.
+
+    Source: Sanh, Wolf, Rush, Movement pruning: adaptive sparsity by fine-tuning, 2020, arXiv:2005.07683, equation 3.
+
+    Args:
+        lr: the learning rate of the scores, which ranks nothing by itself but scales them for thresholds.
+    """
+
+    lr: float = 1.0
+    needs_dense: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
+    signed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr!r} must be positive")
+
+    def observe(self, param: MaskedParameter) -> None:
+        if param.grad is not None:
+            if "movement" not in param.state:
+                param.state["movement"] = torch.zeros_like(param.values)
+            param.state["movement"].addcmul_(param.grad.detach(), param.values, value=-self.lr)
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        return _observed(param, "movement")
+
+
+@dataclass(frozen=True)
+class Momentum(Scorer):
+    """|moving average of g|: of the weights that training keeps pushing the same way.
+
+    Source: Dettmers, Zettlemoyer, Sparse networks from scratch, 2019, arXiv:1907.04840, section 3.
+
+    Args:
+        decay: the share of the past.
+    """
+
+    decay: float = 0.9
+    observes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _decay(self.decay)
+
+    def observe(self, param: MaskedParameter) -> None:
+        if param.grad is not None:
+            _average(param, "momentum", param.grad.detach(), self.decay)
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        return _observed(param, "momentum").abs()

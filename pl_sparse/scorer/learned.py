@@ -1,0 +1,196 @@
+"""Scores that are learned beside the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from pl_sparse.core.gate import GAMMA, ZETA, Gate, open_probability, slope, stretched
+from pl_sparse.core.group import Group
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.scorer.base import Scorer
+from pl_sparse.structure import Structure
+
+__all__ = ["HardConcrete", "SoftMovement", "SoftThreshold"]
+
+
+@dataclass(frozen=True)
+class HardConcrete(Scorer):
+    """Gates that are learned under an L0 penalty: weights are z v, each unit's z a hard concrete variable in [0, 1].
+
+    The loss is that of a batch (its mean) + penalty * sum over units |unit| P(z > 0), |unit| the weights it has. The
+    paper's lambda is per weight and divided by the number of training examples N, so that penalty = lambda / N: its
+    0.1 on MNIST is 0.1 / 60,000. log alpha, one a unit, is trained by
+
+        dL/d(log alpha) = dz/d(log alpha) sum over the unit of g v + penalty |unit| P (1 - P),   P = P(z > 0)
+
+    once an optimizer step with the gradient of the whole step, by an Adam without weight decay, and clamped to
+    [log 1e-2, log 1e2]. The score is the gate of evaluation before clipping, sigmoid(log alpha) (zeta - gamma) + gamma:
+    a unit is off where it is 0 or less. `masking=gated` samples z in training. The sparsity comes out of the penalty:
+    a gate that is shut in evaluation may still open in 31 % of all samples, so that the expected L0 norm is larger than
+    the count. Weight decay on v is the optimizer's; the paper weighs it by P.
+
+    Source: Louizos, Welling, Kingma, Learning sparse neural networks through L0 regularization, 2017, arXiv:1712.01312,
+    equations 10 to 15.
+
+    Args:
+        penalty: lambda / N, the price of a weight.
+        lr: the learning rate of log alpha.
+        keep: the gates' sigmoid(log alpha) at first, in (0, 1); they vary by 0.01.
+        seed: of that.
+    """
+
+    penalty: float = 0.1 / 60_000
+    lr: float = 1e-3
+    keep: float = 0.5
+    seed: int = 0
+    needs_dense: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not (self.penalty >= 0 and self.lr > 0):
+            raise ValueError(f"penalty={self.penalty!r} must not be negative, lr={self.lr!r} must be positive")
+        if not 0 < self.keep < 1:
+            raise ValueError(f"keep={self.keep!r} must be between 0 and 1")
+
+    def start(self, groups: Sequence[Group], structure: Structure) -> None:
+        for group in groups:
+            gate = Gate(group, structure, self.lr)
+            seed = (self.seed * 0x9E3779B1 + crc32(group.name.encode())) % 2**63
+            drawn = torch.randn(gate.value.shape, generator=torch.Generator().manual_seed(seed))
+            gate.value.data.copy_(drawn * 0.01 + math.log(self.keep / (1 - self.keep)))
+
+    def observe(self, param: MaskedParameter) -> None:
+        gate = param.gate
+        if gate is None or not param.pruned or not gate.last(param):
+            return
+        probability = open_probability(gate.value.detach())
+        price = self.penalty * gate.level * gate.size
+        gate.step(gate.correlation() * slope(gate.value.detach(), gate.noise) + price * probability * (1 - probability))
+        gate.value.data.clamp_(math.log(1e-2), math.log(1e2))
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        if param.gate is None:
+            return torch.full_like(param.values, self.keep * (ZETA - GAMMA) + GAMMA)
+        return param.gate.spread(stretched(param.gate.value.detach()), param)
+
+    def facts(self, groups: Sequence[Group]) -> dict[str, float]:
+        """The expected share of weights that are zero in training."""
+        gates = [gate for group in groups if (gate := group.members[0][0].gate) is not None]
+        on = sum(float(open_probability(gate.value.detach()).sum()) * gate.size for gate in gates)
+        return {"expected_sparsity": 1 - on / max(sum(group.numel for group in groups), 1)}
+
+
+@dataclass(frozen=True)
+class SoftMovement(Scorer):
+    """sigmoid(S), with S learned by straight-through gradients: dL/dS = sum over the unit of g w.
+
+    g is the gradient at the masked weights and w the value behind the mask, for pruned units too. The loss has
+    penalty * mean over tensors of mean(sigmoid(S)) added, as much of it as the threshold of `updater=threshold` has
+    of its own final value. S starts at 0 and is trained by an Adam without weight decay. With `updater=prune` it is
+    (hard) movement pruning by an adaptive optimizer, with an exact count.
+
+    Source: Sanh, Wolf, Rush, Movement pruning: adaptive sparsity by fine-tuning, 2020, arXiv:2005.07683, section 4 and
+    appendix A; for blocks, whose weights share one S, Lagunas et al., Block pruning for faster transformers, 2021,
+    arXiv:2109.04838.
+
+    Args:
+        penalty: lambda, the price of sigmoid(S).
+        lr: the learning rate of S.
+    """
+
+    penalty: float = 400.0
+    lr: float = 1e-2
+    needs_dense: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not (self.penalty >= 0 and self.lr > 0):
+            raise ValueError(f"penalty={self.penalty!r} must not be negative, lr={self.lr!r} must be positive")
+
+    def start(self, groups: Sequence[Group], structure: Structure) -> None:
+        for group in groups:
+            Gate(group, structure, self.lr).share = 1 / len(groups)
+
+    def observe(self, param: MaskedParameter) -> None:
+        gate = param.gate
+        if gate is None or not gate.last(param):
+            return
+        p = gate.value.detach().sigmoid()
+        price = self.penalty * gate.level * gate.share / gate.value.numel() if param.pruned else 0.0
+        gate.step(gate.correlation() + price * p * (1 - p))
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        if param.gate is None:
+            return torch.full_like(param.values, 0.5)
+        return param.gate.spread(param.gate.value.detach().sigmoid(), param)
+
+
+@dataclass(frozen=True)
+class SoftThreshold(Scorer):
+    """|w| - sigmoid(s), with s learned, one a tensor: a weight is off where it is 0 or less.
+
+    For `masking=shrunk`, under which weights are sign(w) relu(|w| - sigmoid(s)) and
+
+        dL/ds = -sigmoid'(s) * sum over the kept weights of g sign(w).
+
+    s is trained by SGD with momentum and weight decay. The decay is the method: s starts so far down that sigmoid(s)
+    is 0, is drawn up to 0, and prunes until the gradient holds it. There is no target: s at first and its decay set
+    how sparse the model becomes, and so does the length of training, for s goes as init * (1 - lr decay)^steps until
+    it is felt, with lr / (1 - momentum) in the place of lr.
+
+    Source: Kusupati et al., Soft threshold weight reparameterization for learnable sparsity, 2020, arXiv:2002.03231,
+    equations 3 to 5; numbers of its ResNet-50 at 90 %. There s follows the learning rate schedule of the weights, here
+    its learning rate is constant.
+
+    Args:
+        init: s at first.
+        lr: the learning rate of s.
+        momentum: of s.
+        decay: the weight decay of s.
+    """
+
+    init: float = -3200.0
+    lr: float = 0.256
+    momentum: float = 0.875
+    decay: float = 2.2517e-5
+    needs_dense: ClassVar[bool] = True
+    signed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and self.decay >= 0 and 0 <= self.momentum < 1):
+            raise ValueError(
+                f"lr={self.lr!r} must be positive, decay={self.decay!r} not negative, momentum={self.momentum!r} in "
+                "[0, 1)"
+            )
+
+    def _threshold(self, param: MaskedParameter) -> Tensor:
+        """s, a scalar in `param.state`."""
+        if "threshold" not in param.state:
+            dtype = torch.promote_types(param.weight.dtype, torch.float32)
+            param.state["threshold"] = torch.tensor(self.init, dtype=dtype, device=param.weight.device)
+        return param.state["threshold"]
+
+    def observe(self, param: MaskedParameter) -> None:
+        if param.grad is None or not param.pruned:
+            return
+        s = self._threshold(param)
+        p = s.sigmoid()
+        pull = (param.grad.detach() * param.weight.detach().sign()).to(s.dtype).sum()  # the sign of 0 is 0
+        gradient = -p * (1 - p) * pull + self.decay * s
+        velocity = param.state.setdefault("threshold_velocity", torch.zeros_like(s))
+        velocity.mul_(self.momentum).add_(gradient)
+        s.sub_(self.lr * velocity)
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        return param.values.abs() - self._threshold(param).sigmoid().to(param.weight.dtype)
+
+    def facts(self, groups: Sequence[Group]) -> dict[str, float]:
+        """The mean of the thresholds sigmoid(s)."""
+        found = [float(self._threshold(param).sigmoid()) for group in groups for param, _ in group.members]
+        return {"threshold": sum(found) / max(len(found), 1)}

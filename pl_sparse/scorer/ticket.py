@@ -1,0 +1,48 @@
+"""Masks that were found before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.scorer.base import Scorer
+
+__all__ = ["Ticket"]
+
+
+@dataclass(frozen=True)
+class Ticket(Scorer):
+    """1 for what a mask on disk keeps, 0 for what it removes: to train with a mask that was found before.
+
+    With `ablation` it is the control of a lottery ticket: the same mask shuffled, or on other weights.
+
+    Args:
+        path: a file of masks, `ticket.safetensors` of a `Rewind` callback.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no mask for a weight, or one of another shape.
+    """
+
+    path: str
+
+    def __post_init__(self) -> None:
+        if not Path(self.path).is_file():
+            raise FileNotFoundError(f"scorer=ticket: there is no file {self.path}")
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as file:
+            names = list(file.keys())
+            if f"mask:{param.name}" not in names:
+                raise ValueError(f"{self.path} has no mask of {param.name}; it is of another model")
+            mask: Tensor = file.get_tensor(f"mask:{param.name}")
+        if mask.shape != param.shape:
+            raise ValueError(
+                f"{self.path}: the mask of {param.name} has shape {tuple(mask.shape)}, the weight {tuple(param.shape)}"
+            )
+        return mask.to(param.weight.device).float()

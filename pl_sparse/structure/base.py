@@ -1,0 +1,77 @@
+"""What is pruned together: single weights, N:M groups, blocks, kernels, channels, attention heads.
+
+A structure sees a tensor of scores as (out, in, *kernel), pools it to one score a unit, and turns chosen units back
+into a mask. The score of a unit is the mean over its weights, so that units of different size compare.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.core.group import Group
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.topk import top_k
+
+__all__ = ["Structure"]
+
+
+@dataclass(frozen=True)
+class Structure(ABC):
+    """What is pruned together."""
+
+    @abstractmethod
+    def pool(self, scores: Tensor) -> Tensor:
+        """The score of each unit; `scores` is (out, in, *kernel)."""
+
+    def select(self, units: Tensor, keep: int) -> Tensor:
+        """The bool mask of the `keep` best units, of the units' shape; ties to the lower index."""
+        return top_k(units, keep)
+
+    @abstractmethod
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        """The mask of shape (out, in, *kernel) that keeps the chosen units; it may be a broadcast view."""
+
+    # The hooks below have a meaning for some structures only.
+
+    def misfit(self, shape: torch.Size) -> str | None:
+        """Why a tensor of shape (out, in, *kernel) cannot be pruned so, or None."""
+        return None
+
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
+        """The weights whose units are chosen together; each alone unless the structure couples them.
+
+        Args:
+            example: inputs that the model can be called with, where `needs_example`.
+        """
+        return [Group(param.name, ((param, param.layout),)) for param in params]
+
+    @property
+    def needs_example(self) -> bool:
+        """Whether `groups` calls the model."""
+        return False
+
+    @property
+    def fixed(self) -> float | None:
+        """The sparsity that the pattern itself prescribes (N:M), or None."""
+        return None
+
+    @property
+    def least(self) -> int:
+        """How many units of each tensor are kept whatever they score, as long as the sparsity is below 1."""
+        return 0
+
+    @property
+    def removes_outputs(self) -> bool:
+        """Whether it removes whole outputs of a layer, which a classifier cannot spare."""
+        return False
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        return type(self).__name__.lower()

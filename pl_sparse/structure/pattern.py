@@ -1,0 +1,133 @@
+"""N:M patterns along the inputs, and along inputs and outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations, product
+
+import torch
+from torch import Tensor
+
+from pl_sparse.structure.base import Structure
+
+__all__ = ["NM", "Transposable"]
+
+
+@dataclass(frozen=True)
+class NM(Structure):
+    """At most `n` non-zeros in every group of `m` neighbours along the input dimension.
+
+    A convolution is seen with its channels last, so that a group lies in the input channels at one kernel position, as
+    sparse tensor cores want it. The pattern prescribes the final sparsity 1 - n / m, whatever the schedule's final one;
+    on the way there a level s keeps max(n, ceil((1 - s) m)) of each group, so that with a gradual schedule the pattern
+    tightens from dense over (m - 1):m to n:m: gradual N:M is `structure=nm24 schedule=cubic`.
+
+    Source: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378, section 3.
+
+    Raises:
+        ValueError: not 0 < n <= m.
+
+    >>> NM(2, 4).select(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), keep=2).tolist()
+    [[True, False, True, False]]
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n <= self.m:
+            raise ValueError(f"n={self.n}, m={self.m}: an n:m pattern keeps n of every m weights, so 0 < n <= m")
+
+    @property
+    def fixed(self) -> float | None:
+        return 1 - self.n / self.m
+
+    @property
+    def label(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def misfit(self, shape: torch.Size) -> str | None:
+        if shape[1] % self.m:
+            return f"its input dimension {shape[1]} is not divisible by m={self.m}"
+        return None
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores.movedim(1, -1).unflatten(-1, (-1, self.m))
+
+    def select(self, units: Tensor, keep: int) -> Tensor:
+        groups = units.numel() // self.m
+        n = min(self.m, max(self.n, -(-keep // groups)))
+        if self.m > 8:
+            order = units.sort(dim=-1, descending=True, stable=True).indices
+            return torch.zeros_like(units, dtype=torch.bool).scatter_(-1, order[..., :n], True)
+        # The rank of a weight is how many of its group beat it; an equal one beats it if it comes first.
+        lanes = units.unbind(-1)
+        ranks = []
+        for i, mine in enumerate(lanes):
+            beaten = [(other >= mine) if j < i else (other > mine) for j, other in enumerate(lanes) if j != i]
+            ranks.append(sum(b.to(torch.int8) for b in beaten) if beaten else torch.zeros_like(mine, dtype=torch.int8))
+        return torch.stack([torch.as_tensor(rank) < n for rank in ranks], dim=-1)
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        return chosen.flatten(-2).movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class Transposable(Structure):
+    """N:M along the inputs and along the outputs, so that the weight and its transpose both have the pattern.
+
+    Sparse tensor cores then speed up the backward pass too. In each m x m block every row and every column keeps n
+    weights: of all such masks the one with the largest sum of scores, found among all of them, so that m is at most 4.
+
+    Source: Hubara et al., Accelerated sparse neural training: a provable and efficient method to find N:M transposable
+    masks, 2021, arXiv:2102.08124, section 3.
+
+    >>> Transposable(1, 2).select(torch.tensor([[4.0, 3.0, 2.0, 2.0]]), keep=2).tolist()
+    [[True, False, False, True]]
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n <= self.m <= 4:
+            raise ValueError(f"n={self.n}, m={self.m}: a transposable pattern needs 0 < n <= m <= 4")
+
+    @property
+    def fixed(self) -> float | None:
+        return 1 - self.n / self.m
+
+    @property
+    def label(self) -> str:
+        return f"{self.n}:{self.m} transposable"
+
+    def misfit(self, shape: torch.Size) -> str | None:
+        for what, size in (("input", shape[1]), ("output", shape[0])):
+            if size % self.m:
+                return f"its {what} dimension {size} is not divisible by m={self.m}"
+        return None
+
+    def pool(self, scores: Tensor) -> Tensor:
+        last = scores.flatten(2).movedim(2, 0) if scores.dim() > 2 else scores.unsqueeze(0)
+        return last.unflatten(2, (-1, self.m)).unflatten(1, (-1, self.m)).transpose(2, 3).flatten(3)
+
+    def select(self, units: Tensor, keep: int) -> Tensor:
+        n = min(self.m, max(self.n, -(-keep * self.m // units.numel())))
+        patterns = _permutation_sums(n, self.m).to(units.device)
+        best = units.double().clamp(-1e150, 1e150) @ patterns.double().t()
+        return patterns[best.argmax(-1)]
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        blocks = chosen.unflatten(-1, (self.m, self.m)).transpose(2, 3)
+        return blocks.flatten(3).flatten(1, 2).movedim(0, 2).reshape(shape)
+
+
+def _permutation_sums(n: int, m: int) -> Tensor:
+    """All m x m masks with n kept in every row and column, flat, (masks, m * m)."""
+    rows = [list(row) for row in combinations(range(m), n)]
+    found = [
+        [[j in row for j in range(m)] for row in chosen]
+        for chosen in product(rows, repeat=m)
+        if all(sum(j in row for row in chosen) == n for j in range(m))
+    ]
+    return torch.tensor(found).flatten(1)

@@ -1,0 +1,144 @@
+"""Attention heads, and blocks and neurons of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.core.group import Group
+from pl_sparse.core.layouts import Layout
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.network.attention import LOOKED_FOR, Attention, Unknown, attentions, feed_forwards
+from pl_sparse.structure.base import Structure
+
+__all__ = ["Head", "Hybrid"]
+
+
+@dataclass(frozen=True)
+class Head(Structure):
+    """Whole attention heads: a head's rows of the query, key and value projections and its columns of the output one.
+
+    Attention layers are recognised by what they consist of (see `attention.attentions`): nn.MultiheadAttention, fused
+    projections, those of Hugging Face's models. Query heads that share a key/value head are pruned with it. All other
+    weights stay dense.
+
+    Biases keep their values: with its columns of the output projection zero, a head adds nothing to the output, its
+    value bias included, and its biases have no gradient. The score of a head is the mean over its weights. With
+    scorer=taylor that is the mean of |w g|, where Michel et al. take |sum w g| over the head's output columns, which is
+    |dL/dgate| for a gate on the head.
+
+    Source: Michel, Levy, Neubig, Are sixteen heads really better than one?, 2019, arXiv:1905.10650.
+
+    Args:
+        empty: whether ranking over all layers may take the last head of one. Else each keeps its best head, and where
+            there are more layers than heads to keep, the model is denser than asked for. A sparsity of 1 takes all.
+    """
+
+    empty: bool = False
+
+    @property
+    def least(self) -> int:
+        return 0 if self.empty else 1
+
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
+        by_weight = {id(param.weight): param for param in params}
+        groups = []
+        for found in attentions(model):
+            weights = [getattr(module, name) for module, name, *_ in found.weights]
+            known = [by_weight.get(id(weight)) for weight in weights]
+            if not any(known):  # left dense by include and exclude
+                continue
+            if isinstance(found, Unknown):
+                raise ValueError(
+                    f"structure=head cannot tell the heads of {found.name}: {found.reason}. Leave it dense by "
+                    f"exclude=[{found.name!r}]"
+                )
+            missing = [name for param, (_, name, _) in zip(known, found.weights, strict=True) if param is None]
+            if missing:
+                raise ValueError(
+                    f"structure=head removes heads whole, but include and exclude leave {len(missing)} of the "
+                    f"{len(weights)} weights of {found.name} dense: name all of them or none, {found.name!r}"
+                )
+            members = ((param, layout) for param, (*_, layout) in zip(known, found.weights, strict=True) if param)
+            groups.append(Group(found.name, tuple(members)))
+        if not groups:
+            raise ValueError(
+                f"structure=head found no attention layer to prune in {type(model).__name__}. It looks for "
+                f"{LOOKED_FOR}. structure=channel prunes the outputs of any layer"
+            )
+        return groups
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores.mean(1)
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        return chosen.unsqueeze(1).expand(shape)
+
+
+@dataclass(frozen=True)
+class Hybrid(Structure):
+    """Blocks of `h` outputs by `w` inputs in the attention layers of a transformer, neurons in the feed-forward ones.
+
+    A neuron is a row of a feed-forward network's first layer, of its gate's too, and a column of its last, with one
+    score. In the output projection of attention a block has `w` outputs and `h` inputs, so that a head whose blocks are
+    all gone in query, key and value can be gone there. All other weights stay dense. With scorer=movement it is block
+    movement pruning; there the sparsity comes from a threshold and a penalty, here it is asked for.
+
+    Source: Lagunas et al., Block pruning for faster transformers, 2021, arXiv:2109.04838, section 3 (Hybrid).
+
+    Args:
+        h: outputs of a block.
+        w: inputs of a block.
+    """
+
+    h: int = 32
+    w: int = 32
+
+    def __post_init__(self) -> None:
+        if self.h < 1 or self.w < 1:
+            raise ValueError(f"h={self.h}, w={self.w}: a block has at least one row and one column")
+
+    @property
+    def label(self) -> str:
+        return f"hybrid {self.h}x{self.w}"
+
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
+        by_weight = {id(param.weight): param for param in params}
+        groups = []
+        for found in attentions(model):
+            for module, name, *layout in found.weights:
+                param = by_weight.pop(id(getattr(module, name)), None)
+                if param is None:
+                    continue
+                turned = param.layout.kind == "transposed"  # GPT-2 keeps (in, out)
+                last = isinstance(found, Attention) and (module, name, *layout) == found.weights[-1]
+                block = (self.w, self.h) if turned != last else (self.h, self.w)
+                if param.shape[0] % block[0] or param.shape[1] % block[1]:
+                    raise ValueError(
+                        f"{param.name} of shape {param.shape[0]}x{param.shape[1]} is not made of blocks of "
+                        f"{block[0]}x{block[1]}: choose other h and w, or leave it dense by exclude=[{param.name!r}]"
+                    )
+                groups.append(Group(param.name, ((param, Layout("blocks", block=block)),)))
+        for network in feed_forwards(model):
+            members = [(by_weight.pop(id(getattr(m, name)), None), layout) for m, name, layout in network.weights]
+            known = tuple((param, layout) for param, layout in members if param is not None)
+            if known:
+                groups.append(Group(network.name, known))
+        if not groups:
+            raise ValueError(
+                f"structure=hybrid found neither attention nor feed-forward layers to prune in {type(model).__name__}. "
+                f"It looks for {LOOKED_FOR}; and for pairs of linear layers named like "
+                "intermediate.dense/output.dense, fc1/fc2, up_proj/down_proj"
+            )
+        order = {param.name: index for index, param in enumerate(params)}
+        return sorted(groups, key=lambda group: order[group.members[0][0].name])
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores.mean(1)
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        return chosen.unsqueeze(1).expand(shape)

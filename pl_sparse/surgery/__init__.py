@@ -1,0 +1,1 @@
+"""Channels and heads taken out of a network."""

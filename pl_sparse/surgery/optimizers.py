@@ -1,0 +1,52 @@
+"""What an optimizer remembers of parameters that become smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pl_sparse.core.cut import Cut
+from pl_sparse.surgery.plan import Plan
+
+__all__ = ["shrink_optimizers"]
+
+
+def shrink_optimizers(optimizers: Sequence[Optimizer], model: nn.Module, plan: Plan) -> Callable[[], None]:
+    """What cuts the optimizers' state of parameters that a plan makes smaller, to be called after the plan is applied.
+
+    Tensors of a state are cut along the dimensions in which they have the parameter's size: momentum and the like
+    (the parameter's shape), row and column factors (size 1 in one dimension). Counters are left alone.
+
+    Raises:
+        ValueError: a state has a tensor of another shape; nothing has changed.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    work: list[tuple[dict[str, Any], str, Cut]] = []
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            cut = plan.tensors.get(names.get(id(parameter), ""))
+            if cut is None:
+                continue
+            for key, value in state.items():
+                if not isinstance(value, Tensor) or value.numel() <= 1:
+                    continue
+                fits = value.dim() == len(cut.shape) and all(
+                    a in (1, b) for a, b in zip(value.shape, cut.shape, strict=True)
+                )
+                if not fits:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for "
+                        f"{names[id(parameter)]} of shape {cut.shape}: how to shrink it is not known"
+                    )
+                work.append((state, key, cut))
+
+    @torch.no_grad()
+    def cut_all() -> None:
+        for state, key, cut in work:
+            state[key] = cut.take(state[key])
+
+    return cut_all

@@ -1,0 +1,138 @@
+"""A removal is tried before it is believed: random weights, some units zero, those units removed, the same outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.network.channels import _NORMS, Coupling, _traced, called
+from pl_sparse.network.probe import undisturbed
+from pl_sparse.surgery.heads import FewerHeads
+from pl_sparse.surgery.plan import Plan, _cut_by, _named, _own
+
+__all__ = ["couplings", "difference", "silence"]
+
+
+def couplings(model: nn.Module, example: Any) -> list[Coupling]:
+    """The channels of a model in groups that can be removed only together, each with why it cannot, if so.
+
+    Args:
+        example: inputs, as the model is called with; a batch of two is enough.
+
+    Raises:
+        ImportError: Torch-Pruning is not installed.
+        ValueError: the model cannot be called with the example.
+    """
+    found = _traced(model, example)
+    open_ = [coupling for coupling in found if coupling.reason is None]
+    if open_ and not _holds(model, example, open_):
+        failed = {id(coupling) for coupling in open_ if not _holds(model, example, [coupling])}
+        why = "a trial showed that its channels depend on each other in ways that cannot be followed"
+        found = [Coupling(c.ports, why) if id(c) in failed else c for c in found]
+        open_ = [coupling for coupling in found if coupling.reason is None]
+        if open_ and not _holds(model, example, open_):  # each alone can be removed, all together cannot
+            found = [Coupling(c.ports, c.reason or why) for c in found]
+    return found
+
+
+# Trials
+
+
+@contextmanager
+def _trial(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model has the very tensors, gradients and attributes that it has now."""
+    tensors = [(tensor, tensor.data, tensor.grad) for tensor in _named(model).values()]
+    numbers = [(m, key, value) for m in model.modules() for key, value in vars(m).items() if isinstance(value, int)]
+    with undisturbed(model), torch.no_grad():
+        try:
+            for tensor, _, _ in tensors:
+                tensor.grad = None
+            yield
+        finally:
+            for tensor, data, grad in tensors:
+                tensor.data = data
+                tensor.grad = grad
+            for module, key, value in numbers:
+                setattr(module, key, value)
+            for module in model.modules():
+                if isinstance(module, nn.MultiheadAttention):
+                    FewerHeads.suit(module)
+
+
+def _holds(model: nn.Module, example: Any, found: Sequence[Coupling]) -> bool:
+    """Whether every third unit can be removed, where it is zero, without a change of the outputs."""
+    chosen = [(coupling, range(0, coupling.units, 3)) for coupling in found]
+    with _trial(model):
+        model.eval()
+        with torch.random.fork_rng(devices=_devices(model)):
+            torch.manual_seed(0)
+            for tensor in _named(model).values():
+                if tensor.is_floating_point():
+                    fan = tensor[0].numel() if tensor.dim() > 1 else 4
+                    tensor.data = torch.randn_like(tensor) * fan**-0.5
+            for module in model.modules():
+                if isinstance(module, _NORMS) and isinstance(module.running_var, Tensor):
+                    module.running_var.data = module.running_var.abs() + 0.5
+            for coupling, gone in chosen:
+                for port in coupling.ports:
+                    if port.side == "out":
+                        silence(model.get_submodule(port.path), [place for unit in gone for place in port.places[unit]])
+            plan = Plan.of(model, chosen)
+            return difference(model, example, plan.apply) <= 1e-4
+
+
+def silence(module: nn.Module, channels: Sequence[int]) -> None:
+    """Make output channels of a layer zero: weights, biases, scales and shifts."""
+    for short, dim, _ in _cut_by(module, "out"):
+        tensor = _own(module)[short]
+        if not short.startswith("running_") and not isinstance(module, nn.PReLU):
+            tensor.data = tensor.index_fill(dim, torch.tensor(list(channels), device=tensor.device), 0)
+
+
+def difference(model: nn.Module, example: Any, change: Callable[[nn.Module], None]) -> float:
+    """How far a change of a model moves its outputs, relative to the largest of them if that is above 1.
+
+    The outputs are those for the example and for noise, in evaluation mode. The model is left as it is. Infinity: the
+    changed model cannot be called, or its outputs have another shape.
+    """
+    inputs = [example, _noise(example)]
+    with _trial(model):
+        model.eval()
+        before = [called(model, x) for x in inputs]
+        change(model)
+        try:
+            after = [called(model, x) for x in inputs]
+        except Exception:
+            return float("inf")
+    worst = 0.0
+    for old, new in zip(before, after, strict=True):
+        for a, b in zip(old, new, strict=True):
+            if a.shape != b.shape:
+                return float("inf")
+            if a.is_floating_point() and a.numel():
+                gap = torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(float("inf"))
+                size = a.abs().nan_to_num(0.0, 0.0).max()
+                worst = max(worst, float(gap.max()) / max(1.0, float(size)))
+    return worst
+
+
+def _noise(example: Any) -> Any:
+    """Inputs of the same shapes: noise for floats, the same for what else there is."""
+    if isinstance(example, Tensor):
+        if not example.is_floating_point():
+            return example
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(example.shape, generator=generator).to(example)
+    if isinstance(example, Mapping):
+        return {key: _noise(value) for key, value in example.items()}
+    if isinstance(example, (tuple, list)):
+        return tuple(_noise(value) for value in example)
+    return example
+
+
+def _devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

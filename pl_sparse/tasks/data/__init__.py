@@ -1,0 +1,23 @@
+"""Real data in memory, batched without worker processes.
+
+Every data module has `shape`, the shape of one input, and `classes`. The order of the training batches is a function of
+the seed and the epoch alone, and a checkpoint in the middle of an epoch resumes there.
+"""
+
+from pl_sparse.tasks.data.batches import Batches, InMemory, Split, hold_out
+from pl_sparse.tasks.data.idx import MNIST, FashionMNIST, read_idx
+from pl_sparse.tasks.data.images import ImageFolder
+from pl_sparse.tasks.data.small import MNIST1D, Digits
+
+__all__ = [
+    "MNIST",
+    "MNIST1D",
+    "Batches",
+    "Digits",
+    "FashionMNIST",
+    "ImageFolder",
+    "InMemory",
+    "Split",
+    "hold_out",
+    "read_idx",
+]

@@ -1,0 +1,158 @@
+"""Prune and move what is left, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pl_sparse.allocation import Allocation, kept
+from pl_sparse.core.group import Group
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.network.probe import Probe
+from pl_sparse.scorer import Scorer
+from pl_sparse.structure import NM, Structure, Unstructured
+from pl_sparse.updater.base import Update, Updater
+
+__all__ = ["Reconstruct"]
+
+
+@dataclass(frozen=True)
+class Reconstruct(Updater):
+    """SparseGPT: remove weights and move those that are left, so that each layer's outputs change least.
+
+    A layer with weight W and inputs X minimizes |W X - W' X|^2 over W' that are sparse. With H = 2 X X^T, damped by
+    `damping` times the mean of its diagonal, and U the upper Cholesky factor of H^-1, columns are passed from left to
+    right: column i of a removed weight adds -w_i / U_ii U_i,: to its row, which is the optimal brain surgeon's step for
+    the columns from i on. What is removed is chosen for `block` columns at once (for an n:m pattern for m), by the
+    smallest w^2 / U_ii^2, as these columns are by then. Inputs that are always zero have H_ii = 1 and w = 0.
+
+    Layers are done in the order in which the model calls them, each on the outputs of those already pruned: one pass
+    over the calibration batches for each. A convolution is a linear layer of its unfolded inputs, channels last.
+    Weights whose inputs are not seen (see `Probe.activations`) have H = 1, which is magnitude. The scorer is asked by
+    allocations that rank weights alone: use `allocation=uniform`. Masking must be hard.
+
+    Source: Frantar, Alistarh, SparseGPT: massive language models can be accurately pruned in one-shot, 2023,
+    arXiv:2301.00774, Algorithm 1; convolutions as in Frantar, Singh, Alistarh, Optimal brain compression, 2022,
+    arXiv:2208.11580. A block keeps a share of the tensor's count, so that it is met to the unit.
+
+    Args:
+        block: columns whose weights are chosen at once.
+        damping: what is added to the diagonal of H, as a part of its mean.
+    """
+
+    block: int = 128
+    damping: float = 0.01
+    needs_zeros: ClassVar[bool] = True
+    calibrates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ValueError(f"block={self.block!r} must be 1 or more columns")
+        if not self.damping > 0:
+            raise ValueError(f"damping={self.damping!r} must be positive, or H may have no inverse")
+
+    def refusal(self, structure: Structure) -> str | None:
+        if isinstance(structure, (Unstructured, NM)):
+            return None
+        return (
+            f"updater=reconstruct chooses weights column by column, which structure={structure.label} does not allow: "
+            "use structure=unstructured or nm24"
+        )
+
+    def update(
+        self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update
+    ) -> None:
+        assert due.probe is not None
+        units = due.units(groups, scorer, structure)
+        levels = [due.level if own is None else own for own in due.overrides]
+        counts = [kept(level, size) for level, size in zip(levels, units.sizes, strict=True)]
+        free = [i for i, own in enumerate(due.overrides) if own is None]
+        if free and structure.fixed is None:
+            shares = allocation.keep([groups[i] for i in free], units.among(free), due.level)
+            counts = [dict(zip(free, shares, strict=True)).get(i, count) for i, count in enumerate(counts)]
+        params = [group.members[0][0] for group in groups]
+        called: dict[str, int] = {}
+
+        def see(param: MaskedParameter, x: Tensor) -> None:
+            called.setdefault(param.name, len(called))
+
+        due.probe.activations(params, see)
+        for i in sorted(range(len(params)), key=lambda i: called.get(params[i].name, len(called))):
+            self._reconstruct(params[i], counts[i], structure, due)
+
+    def _reconstruct(self, param: MaskedParameter, count: int, structure: Structure, due: Update) -> None:
+        """Give one weight its mask and its new values."""
+        assert due.probe is not None
+        last = param.layout.view(param.weight.detach()).movedim(1, -1)
+        alive = param.layout.view(param.mask).movedim(1, -1).flatten(1)
+        weight = last.flatten(1).to(torch.float64, copy=True)
+        hessian = _hessian(param, weight.shape[1], due.probe)
+        width = structure.m if isinstance(structure, NM) else self.block
+        rows = len(weight) // len(hessian)
+        chosen = torch.ones_like(alive)
+        done = 0  # weights looked at so far, of all groups of a convolution
+        for i, inputs in enumerate(hessian):
+            own = slice(i * rows, (i + 1) * rows)
+            factor = _inverse_factor(inputs, weight[own], self.damping)
+            for start in range(0, weight.shape[1], width):
+                block = slice(start, start + width)
+                score = weight[own, block].square() / factor.diagonal()[block].square()
+                score = -score if due.invert else score
+                if due.monotone and param.pruned:
+                    score = score.masked_fill(~alive[own, block], torch.finfo(score.dtype).min)
+                share = _share(count, done + score.numel(), alive.numel()) - _share(count, done, alive.numel())
+                done += score.numel()
+                chosen[own, block] = structure.expand(structure.select(structure.pool(score), share), score.shape)
+                _eliminate(weight[own], chosen[own, block], factor, start)
+
+        def restored(columns: Tensor) -> Tensor:
+            return param.layout.restore(columns.reshape(last.shape).movedim(-1, 1), param.shape)
+
+        param.set_mask(restored(chosen))
+        param.weight.copy_(restored(weight))
+
+
+def _hessian(param: MaskedParameter, columns: int, probe: Probe) -> Tensor:
+    """2 X X^T of each group of a layer's inputs, (groups, columns, columns), summed batch by batch; ones if unseen."""
+    total: list[Tensor] = []
+
+    def see(_: MaskedParameter, x: Tensor) -> None:
+        flat = x.movedim(2, -1).flatten(2)
+        product = 2 * (flat.mT @ flat)
+        total[:] = [total[0] + product if total else product]
+
+    probe.activations([param], see)
+    if not total:
+        return torch.eye(columns, dtype=torch.float64, device=param.weight.device).unsqueeze(0)
+    return probe.reduced(total)[0].double()
+
+
+def _inverse_factor(hessian: Tensor, weight: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of H, damped; weights of dead inputs become zero."""
+    hessian = hessian.clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    weight[:, dead] = 0
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _eliminate(weight: Tensor, chosen: Tensor, factor: Tensor, start: int) -> None:
+    """Set the weights of a block of columns to zero that are not chosen, and move all that are right of each."""
+    end = start + chosen.shape[1]
+    errors = torch.zeros_like(weight[:, start:end])
+    for i in range(start, end):
+        errors[:, i - start] = weight[:, i] * ~chosen[:, i - start] / factor[i, i]
+        weight[:, i:end] -= errors[:, i - start, None] * factor[i, i:end]
+    weight[:, end:] -= errors @ factor[start:end, end:]
+    weight[:, start:end] *= chosen  # to the bit
+
+
+def _share(count: int, done: int, total: int) -> int:
+    """How many of `count` weights are kept among the first `done` of `total`."""
+    return (2 * count * done + total) // (2 * total)
