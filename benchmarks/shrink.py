@@ -51,7 +51,7 @@ def run(train: Images, test: Images, epochs: int, seed: int, shrinking: bool) ->
     seed_everything(seed, verbose=False)
     net = conv4(shape=(1, 28, 28), classes=10)
     schedule = Linear(final=0.5, begin=0.0, end=0.5, every=max(len(train[0]) // 128 // 2, 1))
-    sparsity = Sparsity("magnitude", schedule, Channel(coupled=True), "uniform", report=False)
+    sparsity = Sparsity(schedule=schedule, structure=Channel(coupled=True), allocation="uniform", report=False)
     clock = Clock()
     trainer = Trainer(
         max_epochs=epochs,

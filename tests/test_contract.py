@@ -163,7 +163,7 @@ def pattern(structure: Structure, pruner: Pruner) -> None:
 @pytest.mark.parametrize("masking", sorted(catalogue(Masking)))
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_every_state_survives(scorer: str, masking: str, digits: tuple[torch.Tensor, torch.Tensor]) -> None:
-    if scoring(scorer).needs_dense and not build(Masking, masking).remembers:
+    if scoring(scorer).needs_latent and not build(Masking, masking).remembers:
         pytest.skip("the masking forgets what the scorer needs")
     needed = catalogue(Masking)[masking].rests_on
     if needed is not None and not isinstance(scoring(scorer), needed):

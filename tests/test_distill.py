@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Sparsity
-from pl_sparse.app.settings import CONF
-from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.settings import CONF, ConfigError
 from pl_sparse.app.training import train
 from pl_sparse.callbacks import Distill, RandomState
 from pl_sparse.callbacks.distill import distillation
@@ -95,7 +94,7 @@ def test_the_loss_of_any_module(tmp_path: Path, as_dict: bool) -> None:
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     teacher.train()
     callback = Distill(teacher, hardness=0.7, temperature=3.0)
-    fit = trainer(tmp_path, 1, callback, Sparsity("magnitude", OneShot(final=0.5, begin=0.5)))
+    fit = trainer(tmp_path, 1, callback, Sparsity(schedule=OneShot(final=0.5, begin=0.5)))
     fit.fit(module, loader())
     assert module.steps[0] == pytest.approx(expected, rel=1e-5)
     assert not teacher.training and all(torch.equal(before[n], value) for n, value in teacher.state_dict().items())
@@ -130,7 +129,7 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
     def run(*more: Callback, resume: Path | None = None) -> Foreign:
         seed_everything(2, verbose=False)
         module = Foreign()
-        callbacks = [Distill(tmp_path / "teacher.ckpt"), Sparsity("movement", "cubic", sparsity=0.5, report=False)]
+        callbacks = [Distill(tmp_path / "teacher.ckpt"), Sparsity(scorer="movement", sparsity=0.5, report=False)]
         trainer(tmp_path, 4, *callbacks, *more).fit(module, loader(), ckpt_path=resume, weights_only=True)
         return module
 

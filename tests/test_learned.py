@@ -82,7 +82,7 @@ def test_samples_are_open_as_often_as_they_should_be() -> None:
     pruner.attach(layer)
     pruner.prepare(10)
     pruner.before_forward()
-    gate = pruner.params[0].gate
+    gate = pruner.groups[0].gate
     assert gate is not None and gate.sample is not None
     expected = float(open_probability(gate.value.detach()).mean())
     assert float((gate.sample > 0).double().mean()) == pytest.approx(expected, abs=0.015)
@@ -103,7 +103,7 @@ def test_l0_is_autograds_l0(structure: Structure) -> None:
     pruner.attach(model)
     pruner.prepare(STEPS)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
-    gates = [param.gate for param in pruner.params]
+    gates = [group.gate for group in pruner.groups]
     assert all(isinstance(gate, Gate) for gate in gates)
     layers = [1, 4] if not structure.removes_outputs else [1]  # the last layer stays dense under channels
     weights = [reference[i].weight for i in layers]
@@ -140,9 +140,9 @@ def test_l0_is_autograds_l0(structure: Structure) -> None:
                 alpha.clamp_(math.log(1e-2), math.log(1e2))
             shut = sum(int((alpha <= math.log(1 / 11)).sum()) for alpha in alphas)
     for i, param, alpha, gate, weight in zip(layers, pruner.params, alphas, gates, weights, strict=True):
-        assert gate is not None and param.dense is not None
+        assert gate is not None and param.latent is not None
         assert torch.allclose(gate.value, alpha, atol=1e-10)
-        assert torch.allclose(param.dense, weight, atol=1e-10)
+        assert torch.allclose(param.latent, weight, atol=1e-10)
         z = (alpha.sigmoid() * 1.2 - 0.1).clamp(0, 1).detach()
         assert torch.allclose(model[i].weight, shaped(z, weight) * weight * param.mask, atol=1e-10)
     assert shut > 0  # else nothing was pruned, and the test saw nothing
@@ -154,13 +154,13 @@ def test_a_gate_spans_the_weights_of_a_head() -> None:
     pruner = Pruner(HardConcrete(penalty=0.01, lr=0.1), Constant(final=1.0, every=1), Head(), updater=Threshold())
     pruner.attach(model)
     pruner.prepare(STEPS)
-    (gate,) = {param.gate for param in pruner.params}
+    (gate,) = {group.gate for group in pruner.groups}
     assert gate is not None and gate.value.shape == (4,) and gate.size == 8 * 8 * 4 // 4
     pruner.before_forward()
     assert gate.noise is not None
     alpha = gate.value.detach().clone().requires_grad_()
     z = (torch.sigmoid((gate.noise.logit() + alpha) / (2 / 3)) * 1.2 - 0.1).clamp(0, 1).repeat_interleave(2)
-    values = [param.dense.clone() for param in pruner.params if param.dense is not None]
+    values = [param.latent.clone() for param in pruner.params if param.latent is not None]
     weights = {"in_proj_weight": z.repeat(3)[:, None] * values[0], "out_proj.weight": z[None, :] * values[1]}
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     out = torch.func.functional_call(model, weights, (x, x, x))[0]
@@ -192,7 +192,7 @@ def test_accumulation_has_one_sample_and_one_step() -> None:
                     optimizer.step()
                 pruner.after_step()
                 assert not torch.equal(model[0].weight, sample)  # between batches the gates are deterministic
-        gate = pruner.params[0].gate
+        gate = pruner.groups[0].gate
         assert gate is not None and gate.optimizer.state[gate.value]["step"] == STEPS
         return gate.value.detach(), model[0].weight.detach()
 
@@ -208,7 +208,7 @@ def test_gates_are_fixed_once_the_schedule_is_over() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     seen = []
     for step, _ in steps(model, pruner, optimizer):
-        gate = pruner.params[0].gate
+        gate = pruner.groups[0].gate
         assert gate is not None and (gate.sample is None) is (step > 10)
         assert pruner.at_target is (step >= 10)
         seen.append(gate.value.detach().clone())
@@ -245,8 +245,8 @@ def test_soft_thresholds_are_autograds() -> None:
     for param, learned in zip(pruner.params, thresholds, strict=True):
         s = learned.detach()
         assert float(param.state["threshold"]) == pytest.approx(float(s), abs=1e-10)
-        assert param.dense is not None
-        assert torch.equal(param.weight == 0, ~param.mask | (param.dense.abs() <= s.sigmoid()))
+        assert param.latent is not None
+        assert torch.equal(param.weight == 0, ~param.mask | (param.latent.abs() <= s.sigmoid()))
     assert 0.1 < pruner.sparsity < 0.9
 
 
@@ -302,7 +302,7 @@ def test_soft_movement_is_the_papers() -> None:
             for parameter in reference.parameters():
                 parameter -= 0.1 * parameter.grad
     for i, param in zip((0, 2), pruner.params, strict=True):
-        assert param.dense is not None and torch.allclose(param.dense, reference[i].weight, atol=1e-10)
+        assert param.latent is not None and torch.allclose(param.latent, reference[i].weight, atol=1e-10)
     assert sparsities[2] == 0 and 0.2 < sparsities[-1] < 0.95 and pruner.at_target
 
 
@@ -406,9 +406,10 @@ class Watched(LightningModule):
     def _note(self) -> None:
         sparsity = Sparsity.of(self.trainer)
         param = sparsity.pruner.params[0]
-        assert param.gate is not None and param.dense is not None
-        z = stretched(param.gate.value.detach()).clamp(0, 1) * param.mask
-        self.seen.append((self.training, torch.equal(param.weight, z * param.dense), bool(param.gate.noise is None)))
+        gate = sparsity.pruner.groups[0].gate
+        assert gate is not None and param.latent is not None
+        z = stretched(gate.value.detach()).clamp(0, 1) * param.mask
+        self.seen.append((self.training, torch.equal(param.weight, z * param.latent), bool(gate.noise is None)))
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
         self._note()
@@ -425,7 +426,9 @@ def test_only_training_samples() -> None:
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(64, 9), torch.randint(0, 5, (64,)))
     module = Watched()
-    sparsity = Sparsity(HardConcrete(lr=0.1), Constant(final=1.0, every=1, end=1.0), updater=Threshold(), report=False)
+    sparsity = Sparsity(
+        scorer=HardConcrete(lr=0.1), schedule=Constant(final=1.0, every=1, end=1.0), updater=Threshold(), report=False
+    )
     trainer = Trainer(
         max_epochs=2, accumulate_grad_batches=2, val_check_interval=3, callbacks=[sparsity], accelerator="cpu",
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

@@ -50,7 +50,7 @@ def columns(path: Path) -> dict[str, dict[int, float]]:
 @pytest.mark.parametrize("every", [1, 4])
 def test_overlap_and_density_are_those_of_the_masks(tmp_path: Path, every: int) -> None:
     masks = Masks()
-    sparsity = Sparsity("magnitude", Linear(final=0.8, begin=0.1, end=0.8, every=1), masking="ste", report=False)
+    sparsity = Sparsity(schedule=Linear(final=0.8, begin=0.1, end=0.8, every=1), masking="ste", report=False)
     trainer = Trainer(
         max_epochs=2, accelerator="cpu", callbacks=[sparsity, Track(), masks], log_every_n_steps=every,
         logger=CSVLogger(tmp_path, name="", version=""), enable_progress_bar=False, enable_model_summary=False,

@@ -70,7 +70,7 @@ def test_ste_is_autograds_ste(kind: str) -> None:
             masks = {i: mask_of(latent[i].weight) for i in (0, 2)}
         reference.step()
         for i in (0, 2):
-            dense = pruner.params[i // 2].dense
+            dense = pruner.params[i // 2].latent
             assert dense is not None
             assert torch.equal(dense, latent[i].weight)
             assert torch.equal(model[i].weight, latent[i].weight * masks[i])
@@ -196,9 +196,9 @@ def test_srste_adds_a_decay_of_what_is_masked(kind: str) -> None:
         biases[0].grad, biases[1].grad = grads[2:]
         reference.step()
         for param, i in zip(pruner.params, (0, 2), strict=True):
-            assert param.dense is not None
-            assert torch.allclose(param.dense, latent[i].weight, rtol=1e-5, atol=1e-7)
-            assert torch.equal(model[i].weight, param.dense * masks[i])
+            assert param.latent is not None
+            assert torch.allclose(param.latent, latent[i].weight, rtol=1e-5, atol=1e-7)
+            assert torch.equal(model[i].weight, param.latent * masks[i])
 
 
 def test_topkast_trains_more_than_it_uses() -> None:
@@ -212,7 +212,7 @@ def test_topkast_trains_more_than_it_uses() -> None:
     for step, x in enumerate(batches(21)):
         optimizer.zero_grad()
         loss(model(x)).backward()
-        weight, dense = model[0].weight, pruner.params[0].dense
+        weight, dense = model[0].weight, pruner.params[0].latent
         assert weight.grad is not None and dense is not None
         old, grad, before = dense.clone(), weight.grad.clone(), pruner.params[0].mask.clone()
         pruner.before_step(step, 21, optimizer)

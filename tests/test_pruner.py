@@ -126,7 +126,7 @@ def test_each_optimizer_opens_its_own_weights() -> None:
             pruner.after_step(optimizer)
     assert pruner.step == 6
     for param in pruner.params:
-        assert param.dense is not None and param.dense[~param.mask].any() and not param.weight[~param.mask].any()
+        assert param.latent is not None and param.latent[~param.mask].any() and not param.weight[~param.mask].any()
 
 
 def test_tied_weights_are_pruned_once() -> None:
@@ -145,7 +145,7 @@ def test_nothing_is_done_to_a_model_that_is_not_yet_pruned() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for index in range(5):
         step(model, optimizer, pruner, index, 10)
-    assert all(param.dense is None and not param.pruned for param in pruner.params)
+    assert all(param.latent is None and not param.pruned for param in pruner.params)
 
 
 def test_overrides() -> None:
@@ -223,7 +223,7 @@ def test_misfits_are_named_or_left_dense() -> None:
         Pruner(sparsity=0.5, structure="nm24").attach(model)
     pruner = Pruner(sparsity=0.5, structure="nm24", misfit="dense")
     pruner.attach(model)
-    assert [p.name for p in pruner.params] == ["1.weight"] and "not divisible" in pruner.dense["0.weight"]
+    assert [p.name for p in pruner.params] == ["1.weight"] and "not divisible" in pruner.skipped["0.weight"]
 
 
 def test_channels_spare_the_last_layer_unless_told() -> None:

@@ -78,7 +78,7 @@ def test_l1_is_a_proximal_step_in_the_metric_of_the_optimizer(kind: str) -> None
         optimizer.step()
         lrs.append(optimizer.param_groups[0]["lr"])
         with torch.no_grad():
-            L1(strength=strength).shrink(groups, optimizer)
+            L1(strength=strength).prox(groups, optimizer)
         scheduler.step()
     expected = naive(kind, start, a.flatten().tolist(), b.flatten().tolist(), strength, lrs)
     assert layer.weight.detach().flatten().tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
@@ -91,8 +91,8 @@ def test_the_l1_subgradient_makes_no_zeros_and_what_does_not_step_does_not_shrin
     optimizer = SGD(layer.parameters(), 0.1)
     groups = L1(strength=0.5).groups(find(layer), layer)
     with torch.no_grad():
-        L1(strength=0.5).shrink(groups, optimizer)  # no gradient, so no step was done
-        L1(strength=0.5).shrink(groups, SGD([nn.Parameter(torch.ones(1))], 0.1))
+        L1(strength=0.5).prox(groups, optimizer)  # no gradient, so no step was done
+        L1(strength=0.5).prox(groups, SGD([nn.Parameter(torch.ones(1))], 0.1))
     assert torch.equal(layer.weight, before)
     layer.weight.grad = torch.zeros(4, 4)
     L1(strength=0.5, proximal=False).add_gradient(groups, 0)
@@ -161,7 +161,7 @@ def test_group_lasso_is_the_exact_proximal_step(kind: str, structure: Structure,
     ]
     lasso = GroupLasso(strength=sorted(duals)[len(duals) // 2] * 1.001, structure=structure)
     with torch.no_grad():
-        lasso.shrink(lasso.groups(find(net), net), optimizer)
+        lasso.prox(lasso.groups(find(net), net), optimizer)
     after = [weight.detach() for weight in weights]
     zero = alive = 0
     total = 0.0
@@ -195,7 +195,7 @@ def test_a_channel_that_is_zero_emits_nothing() -> None:
         untouched = net[6].weight.clone(), net[6].bias.clone()
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        lasso.shrink(groups, SGD(net.parameters(), 0.01))
+        lasso.prox(groups, SGD(net.parameters(), 0.01))
     zero = [i for i in range(4) if not net[0].weight[i].any()]
     assert zero == [2]
     assert [net[0].bias[2], net[1].weight[2], net[1].bias[2], net[4].bias[1]] == [0, 0, 0, 0]
@@ -364,9 +364,9 @@ def test_on_which_values_it_acts(masking: str) -> None:
     assert torch.allclose(param.weight, after * param.mask, atol=1e-6) and not param.weight[~param.mask].any()
     assert not param.mask.all()
     if masking in ("ste", "srste"):
-        assert param.dense is not None and torch.allclose(param.dense, after, atol=1e-6)
+        assert param.latent is not None and torch.allclose(param.latent, after, atol=1e-6)
     if masking == "frozen":
-        assert param.dense is not None and torch.equal(param.dense[~param.mask], before[~param.mask])
+        assert param.latent is not None and torch.equal(param.latent[~param.mask], before[~param.mask])
 
 
 @pytest.mark.parametrize(

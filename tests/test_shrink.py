@@ -220,7 +220,7 @@ def test_what_cannot_be_followed_stays() -> None:
     assert torch.equal(net(x), before)
     pruner = Pruner("magnitude", "oneshot", Channel(coupled=True), sparsity=0.5)
     pruner.attach(net, x)
-    assert [param.name for param in pruner.params] == ["b.weight"] and "LayerNorm" in pruner.dense["a.weight"]
+    assert [param.name for param in pruner.params] == ["b.weight"] and "LayerNorm" in pruner.skipped["a.weight"]
 
 
 def test_units_of_a_residual_stage_and_of_a_concatenation() -> None:
@@ -304,7 +304,7 @@ class Stop(Callback):
 
 def sparsity(**options: Any) -> Sparsity:
     schedule = Linear(final=0.5, begin=0.0, end=0.8, every=2)
-    return Sparsity("magnitude", schedule, Channel(coupled=True), "lamp", report=False, **options)
+    return Sparsity(schedule=schedule, structure=Channel(coupled=True), allocation="lamp", report=False, **options)
 
 
 OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [

@@ -114,7 +114,7 @@ def test_it_trains_somebody_elses_module(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_arguments_may_be_strings_or_objects() -> None:
-    a = Sparsity("magnitude", "oneshot", "nm24", "uniform", sparsity=0.5).pruner
+    a = Sparsity(schedule="oneshot", structure="nm24", allocation="uniform", sparsity=0.5).pruner
     b = Sparsity(schedule=OneShot(final=0.5), structure=NM(2, 4), allocation="uniform").pruner
     assert (a.schedule, a.structure, a.allocation) == (b.schedule, b.structure, b.allocation)
 

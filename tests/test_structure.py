@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pl_sparse.core.layouts import Layout
+from pl_sparse.core.layouts import Blocks, Heads, InputsFirst, Layout, Plain
 from pl_sparse.core.targets import find
 from pl_sparse.structure import NM, Block, Channel, Head, Kernel, Row, Structure, Transposable, Unstructured, structure
 
@@ -96,14 +96,14 @@ def test_separate_projections_of_attention() -> None:
 @pytest.mark.parametrize(
     ("layout", "shape"),
     [
-        (Layout(), (4, 6)),
-        (Layout("transposed", groups=2), (4, 3, 2, 2)),
-        (Layout("transposed"), (5, 7)),
-        (Layout("heads", heads=4, parts=(1, 1, 1)), (24, 5)),
-        (Layout("heads", heads=2, parts=(3, 1, 1)), (20, 5)),
-        (Layout("heads", heads=2, parts=(3, 1, 1), columns=True), (5, 20)),
-        (Layout("heads", heads=4, columns=True), (5, 8)),
-        (Layout("blocks", block=(2, 3)), (4, 9)),
+        (Plain(), (4, 6)),
+        (InputsFirst(2), (4, 3, 2, 2)),
+        (InputsFirst(), (5, 7)),
+        (Heads(4, parts=(1, 1, 1)), (24, 5)),
+        (Heads(2, parts=(3, 1, 1)), (20, 5)),
+        (Heads(2, parts=(3, 1, 1), columns=True), (5, 20)),
+        (Heads(4, columns=True), (5, 8)),
+        (Blocks(2, 3), (4, 9)),
     ],
 )
 def test_layouts_go_there_and_back(layout: Layout, shape: tuple[int, ...]) -> None:
@@ -113,7 +113,7 @@ def test_layouts_go_there_and_back(layout: Layout, shape: tuple[int, ...]) -> No
 
 def test_a_transposed_convolution_has_its_outputs_first() -> None:
     layer = nn.ConvTranspose2d(4, 6, 3, groups=2)
-    view = layer_view = Layout("transposed", groups=2).view(layer.weight)
+    view = layer_view = InputsFirst(2).view(layer.weight)
     assert view.shape == (6, 2, 3, 3)
     assert torch.equal(layer_view[4, 1], layer.weight[3, 1])  # group 1: inputs 2, 3 and outputs 3..5
 

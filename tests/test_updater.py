@@ -158,7 +158,7 @@ def test_splicing_has_hysteresis() -> None:
     pruner.attach(layer)
     param = pruner.params[0]
     param.set_mask(kept.view(1, 8))
-    param.dense = scores.view(1, 8).clone()
+    param.latent = scores.view(1, 8).clone()
     pruner.prepare(10)
     # 5 stay: 0.95 / 0.9, 1.2 / 1.1, 1.0 / 0.9, 2.0 / 0.9 and 3.0 / 1.1; 1.05 / 1.1 does not come in, 0.89 / 0.9 goes
     assert param.mask.tolist() == [[True, False, False, True, True, False, True, True]]

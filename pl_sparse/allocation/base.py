@@ -5,19 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from pl_sparse.allocation.units import Units
 from pl_sparse.core.group import Group
+from pl_sparse.core.registry import Axis
 
 __all__ = ["Allocation"]
 
 
 @dataclass(frozen=True)
-class Allocation(ABC):
+class Allocation(Axis, ABC):
     """How the kept units are shared among the tensors."""
+
+    axis: ClassVar[str] = "allocation"
 
     @abstractmethod
     def keep(self, groups: Sequence[Group], units: Units, sparsity: float) -> list[int]:

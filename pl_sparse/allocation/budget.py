@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from pl_sparse.allocation.base import Allocation
 from pl_sparse.allocation.units import Units
 from pl_sparse.core.group import Group
+from pl_sparse.core.registry import register
 from pl_sparse.network.latency import LatencyTable, Network
 
 __all__ = ["Budget"]
 
 
+@register
 @dataclass(frozen=True)
 class Budget(Allocation):
     """The least important channels for what they cost go, until the network costs no more than the budget.
@@ -53,7 +55,7 @@ class Budget(Allocation):
     bytes: int = 4
     multiple: int = 1
     table: str | None = None
-    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _measured: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         given = {key: getattr(self, key) for key in ("ms", "kb", "macs") if getattr(self, key) is not None}
@@ -74,7 +76,7 @@ class Budget(Allocation):
         return next(key for key in ("ms", "kb", "macs") if getattr(self, key) is not None)
 
     def start(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
-        if example is None or not all(group.feeds for group in groups):
+        if example is None or not all(group.consumers for group in groups):
             raise ValueError(
                 "allocation=budget knows what channels cost only where they can be removed: use structure=coupled"
             )
@@ -82,7 +84,7 @@ class Budget(Allocation):
         table = LatencyTable(self.table) if self.what == "ms" else None
         if table is not None:
             table.measure(network.layers)
-        self._known.update(network=network, table=table)
+        self._measured.update(network=network, table=table)
         full, least = self.cost(network.units), self.cost([min(self.multiple, n) for n in network.units])
         budget = self.limit(1.0)
         if least > budget:
@@ -93,21 +95,21 @@ class Budget(Allocation):
 
     def cost(self, kept: Sequence[int]) -> float:
         """What the network costs with so many units of each group."""
-        cost = float(self._known["network"].cost(kept, self.what, self._known["table"]))
+        cost = float(self._measured["network"].cost(kept, self.what, self._measured["table"]))
         return cost * self.bytes / 4 if self.what == "kb" else cost
 
     def limit(self, progress: float) -> float:
         """The budget at a part of the way to the final one."""
-        full = self.cost(self._known["network"].units)
+        full = self.cost(self._measured["network"].units)
         target = float(getattr(self, self.what))
         if self.what == "macs" and target <= 1:
             target *= full
         return float(full ** (1 - progress) * target**progress) if target < full else full
 
     def keep(self, groups: Sequence[Group], units: Units, sparsity: float) -> list[int]:
-        if not self._known:
+        if not self._measured:
             raise ValueError("allocation=budget is not started: attach the pruner to a model first")
-        network: Network = self._known["network"]
+        network: Network = self._measured["network"]
         index = [network.groups.index(group) for group in groups]  # groups with an own sparsity are not shared out
         kept = list(network.units)
         limits = units.limits

@@ -29,18 +29,19 @@ def choose(units: Units, allocation: Allocation, level: float, overrides: Sequen
     Raises:
         ValueError: a score is NaN, which a diverged model has.
     """
-    own = list(overrides) if overrides is not None else [None] * len(units)
-    free = [i for i, sparsity in enumerate(own) if sparsity is None]
+    levels = list(overrides) if overrides is not None else [None] * len(units)
+    free = [i for i, override in enumerate(levels) if override is None]  # these share the level
     shared = units.among(free) if len(free) < len(units) else units
-    counts = {i: kept(sparsity, units.sizes[i]) for i, sparsity in enumerate(own) if sparsity is not None}
+    counts = {i: kept(override, units.sizes[i]) for i, override in enumerate(levels) if override is not None}
     if free and units.structure.fixed is not None:
         counts |= {i: kept(level, units.sizes[i]) for i in free}
     elif free:
         ranks = allocation.ranks(shared)
         try:
             if ranks is not None and len(set(shared.weights)) == 1 and not units.structure.least:
-                found = threshold(ranks, kept(level, sum(shared.sizes)))
-                for i, chosen in zip(free, found.masks(ranks), strict=True):
+                # Units of one size: one threshold over all of them is the rule, and no counts are needed.
+                cutoff = threshold(ranks, kept(level, sum(shared.sizes)))
+                for i, chosen in zip(free, cutoff.masks(ranks), strict=True):
                     units.assign(i, chosen)
             else:
                 counts |= dict(zip(free, allocation.keep(shared.groups, shared, level), strict=True))

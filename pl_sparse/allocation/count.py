@@ -22,7 +22,16 @@ def kept(sparsity: float, count: int) -> int:
 def apportion(units: Units, densities: Sequence[float], sparsity: float) -> list[int]:
     """Whole units for each tensor, as near its density as the exact total allows (largest remainder).
 
+    Counts start at the rounded-down shares. The weights that are left over then go, a unit at a time, to the tensor
+    whose count is furthest below its share; where the guaranteed units are too many already, they are taken back the
+    same way. Units differ in size: one is moved only while that brings the total nearer to the target.
+
     Every tensor keeps at least one unit while `sparsity` < 1, and no more than `units.limits`.
+
+    Args:
+        units: whose units are shared out; their scores are not looked at.
+        densities: of each tensor, in [0, 1].
+        sparsity: of all of them together.
     """
     floor = 1 if sparsity < 1 else 0
     limits = units.limits
@@ -33,7 +42,7 @@ def apportion(units: Units, densities: Sequence[float], sparsity: float) -> list
     ]
     total = sum(size * weight for size, weight in zip(units.sizes, units.weights, strict=True))
     left = kept(sparsity, total) - sum(count * weight for count, weight in zip(counts, units.weights, strict=True))
-    while True:  # each pass moves one unit, first where the count is furthest from its share
+    while True:  # each pass moves one unit
         sign = 1 if left > 0 else -1
         able = [
             i

@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from pl_sparse.allocation.base import Allocation
 from pl_sparse.allocation.count import apportion
 from pl_sparse.allocation.units import Units
 from pl_sparse.core.group import Group
+from pl_sparse.core.registry import register
 
 __all__ = ["ERK", "Uniform"]
 
 
+@register
 @dataclass(frozen=True)
 class Uniform(Allocation):
     """The same sparsity in every tensor."""
@@ -24,6 +24,7 @@ class Uniform(Allocation):
         return apportion(units, [1 - sparsity] * len(groups), sparsity)
 
 
+@register
 @dataclass(frozen=True)
 class ERK(Allocation):
     """Erdos-Renyi-kernel: the density of a tensor is in proportion to sum(shape) / prod(shape).
@@ -56,5 +57,5 @@ class ERK(Allocation):
 
 def _erk(group: Group) -> float:
     """sum(shape) / prod(shape) of a group: over its weights together."""
-    shapes = [param.layout.view(torch.empty(param.former, device="meta")).shape for param, _ in group.members]
+    shapes = [param.layout.shape_of(param.former) for param, _ in group.members]
     return sum(sum(shape) for shape in shapes) / sum(math.prod(shape) for shape in shapes)

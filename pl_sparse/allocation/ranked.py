@@ -5,15 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import torch
 from torch import Tensor
 
 from pl_sparse.allocation.base import Allocation
 from pl_sparse.allocation.count import kept
-from pl_sparse.allocation.units import Units
+from pl_sparse.allocation.units import LazyScores, Units
 from pl_sparse.core.group import Group
+from pl_sparse.core.registry import Axes, name_of, register
 from pl_sparse.core.topk import top_k
 
 __all__ = ["LAMP", "Global", "lamp"]
@@ -32,11 +32,12 @@ class _Ranked(Allocation):
         least = units.structure.least if sparsity < 1 else 0
         scores = [_raised(ranks[i].reshape(-1), least) for i in range(len(groups))]
         device = scores[0].device
-        owner = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(units.sizes)).to(device)
+        owner = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(units.sizes)).to(device)  # (units,)
         order = torch.cat([score.to(device) for score in scores]).sort(descending=True, stable=True).indices
-        owner = owner[order]
-        taken = torch.tensor(units.weights, device=device)[owner].cumsum(0)
+        owner = owner[order]  # the group of each unit, the best unit first
+        taken = torch.tensor(units.weights, device=device)[owner].cumsum(0)  # weights kept with so many units
         target = kept(sparsity, int(taken[-1]))
+        # Units differ in size: the last one is taken if that comes nearer to the target than leaving it.
         count = int(torch.searchsorted(taken, target, right=True))
         before = int(taken[count - 1]) if count else 0
         if count < len(taken) and int(taken[count]) - target <= target - before and before < target:
@@ -50,6 +51,7 @@ def _raised(scores: Tensor, count: int) -> Tensor:
     return scores.masked_fill(top_k(scores, count), torch.finfo(scores.dtype).max) if count else scores
 
 
+@register
 @dataclass(frozen=True)
 class Global(_Ranked):
     """One threshold over the scores of all tensors: those of little importance give most.
@@ -61,25 +63,15 @@ class Global(_Ranked):
         return units
 
 
-class _Lamp(Sequence[Tensor]):
-    """The LAMP scores of units, computed anew at each access."""
+class _Lamp(LazyScores):
+    """The LAMP scores of units."""
 
     def __init__(self, units: Units) -> None:
         self.units = units
         self.sizes = units.sizes
 
-    def __len__(self) -> int:
-        return len(self.units)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        units = self.units[index]
-        return lamp(units)
+    def at(self, index: int) -> Tensor:
+        return lamp(self.units.at(index))
 
 
 def lamp(scores: Tensor) -> Tensor:
@@ -101,6 +93,7 @@ def lamp(scores: Tensor) -> Tensor:
     return out.masked_fill_(dead, torch.finfo(torch.float64).min).reshape(scores.shape)
 
 
+@register
 @dataclass(frozen=True)
 class LAMP(_Ranked):
     """Layer-adaptive magnitude: one threshold over s^2 / (sum of the squares of the scores of its tensor >= s).
@@ -113,3 +106,11 @@ class LAMP(_Ranked):
 
     def ranks(self, units: Units) -> Sequence[Tensor]:
         return _Lamp(units)
+
+    def refusal(self, axes: Axes) -> str | None:
+        if axes.scorer.signed:
+            return (
+                f"allocation=lamp squares the scores, and those of scorer={name_of(axes.scorer)} have a sign: use "
+                "allocation=global or uniform"
+            )
+        return None

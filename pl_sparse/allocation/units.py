@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import overload
 
 import torch
 from torch import Tensor
 
-from pl_sparse.core.group import Group, size_of
+from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import Layout
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.structure import Structure
 
-__all__ = ["Units"]
+__all__ = ["LazyScores", "Units"]
 
 
-class Units(Sequence[Tensor]):
-    """The pooled scores of every group, computed anew at each access so that they are never all in memory.
+class LazyScores(Sequence[Tensor]):
+    """Tensors of scores that are computed anew at each access, so that they are never all in memory.
 
-    The score of a unit that spans several weights of a group (the projections of an attention head) is the mean
-    over all of its weights.
+    Attributes:
+        sizes: how many scores each tensor has, known without computing them.
+    """
+
+    sizes: list[int]
+
+    @abstractmethod
+    def at(self, index: int) -> Tensor:
+        """The scores of one tensor."""
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return [self.at(i) for i in range(*index.indices(len(self)))]
+        if index >= len(self):
+            raise IndexError(index)
+        return self.at(index)
+
+
+class Units(LazyScores):
+    """The scores of every group's units, in the shape that the structure pools them to.
+
+    The score of a unit that spans several weights of a group (the projections of an attention head) is the mean over
+    all of its weights.
 
     Args:
         groups: what is pruned.
         structure: how scores are pooled.
         score: the scores of one weight, of its shape; higher = keep.
         monotone: whether what is pruned stays so: pruned units then rank below all others.
+        unit_scores: the scores of a group's units where they do not come from its weights one by one, else None.
+        unfed: by the name of a weight, which of its inputs nothing feeds any more; None: as the masks of the groups
+            have it.
 
     Attributes:
         sizes: units in each group.
@@ -39,58 +71,59 @@ class Units(Sequence[Tensor]):
         structure: Structure,
         score: Callable[[MaskedParameter], Tensor],
         monotone: bool = False,
+        unit_scores: Callable[[Group], Tensor | None] = lambda group: None,
         unfed: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.groups = groups
         self.structure = structure
         self.score = score
         self.monotone = monotone
+        self.unit_scores = unit_scores
         self.sizes = [structure.pool(torch.empty(group.shape, device="meta")).numel() for group in groups]
         self.weights = [group.numel // size for group, size in zip(groups, self.sizes, strict=True)]
         self.unfed = self._unfed() if unfed is None else unfed
 
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def at(self, index: int) -> Tensor:
         group = self.groups[index]
-        if len(group.members) == 1:
-            units = self._pooled(*group.members[0])
-        else:
-            units = torch.zeros(())
-            for param, layout in group.members:
-                pooled = self._pooled(param, layout)
-                units = units.to(pooled.device) + pooled * (size_of(param, layout).numel() / group.numel)
-        if self.monotone and any(param.pruned for param, _ in group.members):
+        units = self.unit_scores(group)
+        if units is None:
+            units = self._mean(group)
+        if self.monotone and group.pruned:  # below all others, but finite: LAMP squares scores
             units = torch.where(self.alive(index), units, torch.finfo(units.dtype).min)
         return units
 
+    def _mean(self, group: Group) -> Tensor:
+        """The mean over the weights of each unit: members weigh as many as they have in it."""
+        if len(group.members) == 1:
+            return self._pooled(*group.members[0])
+        units = torch.zeros(())
+        for param, layout in group.members:
+            pooled = self._pooled(param, layout)
+            units = units.to(pooled.device) + pooled * (layout.shape_of(param.former).numel() / group.numel)
+        return units
+
     def _pooled(self, param: MaskedParameter, layout: Layout) -> Tensor:
-        scores = param.fill(self.score(param))
+        """The scores of a weight, pooled; what was removed from it scores 0, and so does what reads nothing."""
+        scores = param.fill(self.score(param))  # in the shape before a removal, so that units keep their places
         unfed = self.unfed.get(param.name)
         if unfed is not None:
-            seen = param.layout.view(scores)
-            scores = param.layout.restore(seen.masked_fill(_columns(unfed, seen), 0), scores.shape)
+            seen = param.layout.view(scores)  # (out, in, *kernel)
+            columns = unfed.reshape(1, -1, *(1,) * (seen.dim() - 2))
+            scores = param.layout.restore(seen.masked_fill(columns, 0), scores.shape)
         return self.structure.pool(layout.view(scores))
 
     def _unfed(self) -> dict[str, Tensor]:
-        """By the name of a weight, which of its inputs nothing feeds any more."""
-        found: dict[str, Tensor] = {}
+        """By the name of a weight, which of its inputs take in a pruned unit, (in,)."""
+        inputs: dict[str, Tensor] = {}
         for index, group in enumerate(self.groups):
-            if not group.feeds or not any(param.pruned for param, _ in group.members):
+            if not group.consumers or not group.pruned:
                 continue
-            dead = ~self.alive(index).reshape(-1)
-            for param, units in group.feeds:
+            dead = ~self.alive(index).reshape(-1)  # (units,)
+            for param, units in group.consumers:  # units: (in,), -1 where an input comes from elsewhere
                 units = units.to(dead.device)
                 gone = (units >= 0) & dead[units.clamp_min(0)]
-                found[param.name] = found[param.name] | gone if param.name in found else gone
-        return found
+                inputs[param.name] = inputs[param.name] | gone if param.name in inputs else gone
+        return inputs
 
     def alive(self, index: int) -> Tensor:
         """Which units of a group have a weight left, a bool tensor of the units' shape."""
@@ -98,7 +131,7 @@ class Units(Sequence[Tensor]):
         for param, layout in self.groups[index].members:
             mask = layout.view(param.fill(param.mask))
             if self.weights[index] > 1:
-                mask = self.structure.pool(mask.to(param.weight.dtype)) > 0
+                mask = self.structure.pool(mask.to(param.weight.dtype)) > 0  # a mean above 0: some weight is left
             else:
                 mask = self.structure.pool(mask)
             alive = mask if alive is None else alive | mask
@@ -106,10 +139,10 @@ class Units(Sequence[Tensor]):
         return alive
 
     def assign(self, index: int, chosen: Tensor) -> None:
-        """Give the weights of a group, and what follows them, the mask that keeps the chosen units."""
+        """Give the weights of a group, and their companions, the mask that keeps the chosen units."""
         group = self.groups[index]
-        for param, layout in (*group.members, *group.followers):
-            mask = self.structure.expand(chosen, size_of(param, layout))
+        for param, layout in (*group.members, *group.companions):
+            mask = self.structure.expand(chosen, layout.shape_of(param.former))
             param.set_mask(param.take(layout.write(param.fill(param.mask), mask)))
 
     @property
@@ -118,15 +151,11 @@ class Units(Sequence[Tensor]):
         if not self.monotone:
             return self.sizes
         return [
-            int(self.alive(index).sum()) if any(param.pruned for param, _ in group.members) else size
+            int(self.alive(index).sum()) if group.pruned else size
             for index, (group, size) in enumerate(zip(self.groups, self.sizes, strict=True))
         ]
 
     def among(self, indices: Sequence[int]) -> Units:
         """The units of some of the groups."""
-        return Units([self.groups[i] for i in indices], self.structure, self.score, self.monotone, self.unfed)
-
-
-def _columns(unfed: Tensor, weight: Tensor) -> Tensor:
-    """A bool over inputs as one that broadcasts over (out, in, *kernel)."""
-    return unfed.reshape(1, -1, *(1,) * (weight.dim() - 2))
+        groups = [self.groups[i] for i in indices]
+        return Units(groups, self.structure, self.score, self.monotone, self.unit_scores, self.unfed)

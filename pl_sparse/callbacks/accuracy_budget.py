@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from pl_sparse.callbacks.sparsity import Sparsity
-from pl_sparse.schedule import Paced, Plan, Time, step_of
+from pl_sparse.schedule import Decisions, Paced, Time, step_of
 
 __all__ = ["AccuracyBudget"]
 
@@ -70,7 +70,7 @@ class AccuracyBudget(Callback):
         self.rate = rate
         self.least = least
         self.epoch: int | None = None
-        self._plan = Plan()
+        self._plan = Decisions()
         self._dense: float | None = None  # the reference, once the warm-up is over
         self._rate = rate
         self._tried = 0  # epochs at this level
@@ -94,7 +94,7 @@ class AccuracyBudget(Callback):
                 f"structure={pruner.structure.label} prescribes a sparsity of {pruner.structure.fixed:g}, so that an "
                 "accuracy budget has nothing to decide: use structure=unstructured, channel, block4x4 or another"
             )
-        pruner.schedule = Paced(final=schedule.final, plan=self._plan)
+        pruner.schedule = Paced(final=schedule.final, decisions=self._plan)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = trainer.num_training_batches

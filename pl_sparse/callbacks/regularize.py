@@ -103,7 +103,7 @@ class Regularize(Callback):
             found = me()
             if found is not None and found._active:
                 with torch.no_grad():
-                    found.regularizer.shrink(found._of(optimizer), optimizer)
+                    found.regularizer.prox(found._of(optimizer), optimizer)
 
         self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in trainer.optimizers]
 

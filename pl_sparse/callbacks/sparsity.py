@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,18 +15,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pl_sparse.allocation import Allocation
 from pl_sparse.callbacks.best_at_target import Judging
 from pl_sparse.callbacks.calibration import Calibration, example_of
+from pl_sparse.core.registry import Axis, names
 from pl_sparse.core.targets import Patterns
-from pl_sparse.masking import Masking
 from pl_sparse.network.macs import MacCounter, macs
-from pl_sparse.pruner import Pruner
+from pl_sparse.pruner import Pruner, PrunerOptions
 from pl_sparse.results.summary import Summary, summarize, summary_table
 from pl_sparse.schedule import Schedule
 from pl_sparse.scorer import Scorer
 from pl_sparse.structure import Structure
-from pl_sparse.updater import Updater
 
 __all__ = ["Sparsity"]
 
@@ -44,56 +41,35 @@ class Sparsity(Callback):
     table tells what is left of each layer.
 
     Args:
+        pruner: what prunes; None to make it of the other arguments.
         calibration_batches: how many training batches scorers and updaters see that look at the whole
             model (SNIP, GraSP, Wanda, SparseGPT).
             Their loss is that of the module's own `training_step`; what it logs is not.
         report: whether to print the table at the end of training.
 
-    All other arguments are those of `Pruner`.
+    All other arguments are those of `Pruner`, by keyword: `Sparsity(scorer="movement", structure="nm24")`.
 
     Raises:
         ValueError: as `Pruner` does, before training starts: unknown names, patterns that match nothing, weights that
             the structure does not fit, a schedule that does not fit the training, a checkpoint of another model.
+        TypeError: something else than a Pruner is given by position.
     """
 
     def __init__(
         self,
-        scorer: str | Scorer = "magnitude",
-        schedule: str | Schedule = "cubic",
-        structure: str | Structure = "unstructured",
-        allocation: str | Allocation = "global",
-        updater: str | Updater = "prune",
-        masking: str | Masking = "auto",
+        pruner: Pruner | None = None,
         *,
-        sparsity: float | None = None,
-        include: Patterns | None = None,
-        exclude: Patterns = (),
-        first: bool = True,
-        last: bool | None = None,
-        overrides: Mapping[str, float] | None = None,
-        misfit: str = "error",
-        ablation: str | None = None,
         calibration_batches: int = 1,
         report: bool = True,
+        **options: Unpack[PrunerOptions],
     ) -> None:
         if calibration_batches < 1:
             raise ValueError(f"calibration_batches={calibration_batches!r} must be 1 or more")
-        self.pruner = Pruner(
-            scorer,
-            schedule,
-            structure,
-            allocation,
-            updater,
-            masking,
-            sparsity=sparsity,
-            include=include,
-            exclude=exclude,
-            first=first,
-            last=last,
-            overrides=overrides,
-            misfit=misfit,
-            ablation=ablation,
-        )
+        if pruner is not None and not isinstance(pruner, Pruner):
+            raise TypeError(_meant(pruner))
+        if pruner is not None and options:
+            raise TypeError(f"{', '.join(options)} belong to the Pruner: Sparsity(Pruner({', '.join(options)}=...))")
+        self.pruner = Pruner(**options) if pruner is None else pruner
         self.calibration_batches = calibration_batches
         self.report = report
         self.sparsity = 0.0
@@ -131,7 +107,9 @@ class Sparsity(Callback):
         def words(patterns: Patterns | None) -> list[str] | None:
             return None if patterns is None else [p if isinstance(p, str) else p.__name__ for p in patterns]
 
-        return self._generate_state_key(include=words(self.pruner.include), exclude=words(self.pruner.exclude))
+        return self._generate_state_key(
+            include=words(self.pruner.targets.include), exclude=words(self.pruner.targets.exclude)
+        )
 
     # Before training
 
@@ -178,7 +156,7 @@ class Sparsity(Callback):
                 f"structure={pruner.structure.label} prescribes a sparsity of {pruner.structure.fixed:g}; "
                 f"the schedule's {pruner.schedule.final:g} shapes only the way there"
             )
-        for name, reason in pruner.dense.items():
+        for name, reason in pruner.skipped.items():
             rank_zero_info(f"{name} stays dense: {reason}")
 
     # Steps
@@ -348,3 +326,15 @@ def _skipped(trainer: Trainer, optimizer: Optimizer) -> bool:
         return False
     found: dict[Any, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     return any(bool(value) for value in found.values())
+
+
+def _meant(value: object) -> str:
+    """What a value that is no Pruner, given by position, was probably meant as."""
+    if isinstance(value, (int, float)):
+        return f"Sparsity takes a Pruner, or settings by name: Sparsity(sparsity={value!r})"
+    if isinstance(value, str):
+        axis = next((kind.axis for kind in (Scorer, Schedule, Structure) if value in names(kind)), "scorer")
+        return f"Sparsity takes a Pruner, or settings by name: Sparsity({axis}={value!r})"
+    if isinstance(value, Axis):
+        return f"Sparsity takes a Pruner, or settings by name: Sparsity({value.axis}={type(value).__name__}(...))"
+    return f"Sparsity takes a Pruner, or settings by name as in Sparsity(sparsity=0.9), got {value!r}"

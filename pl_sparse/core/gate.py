@@ -6,25 +6,33 @@ A gate is no parameter of the model: its state dict, its optimizer and its weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.core.group import Group
+from pl_sparse.core.layouts import Layout
 from pl_sparse.core.parameter import MaskedParameter
-from pl_sparse.structure import Structure
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 """Temperature and limits of the hard concrete distribution, as in the paper."""
 
 
+class Pooling(Protocol):
+    """How a tensor is pooled to units, and units are spread over a tensor: a structure."""
+
+    def pool(self, scores: Tensor, /) -> Tensor: ...
+    def expand(self, chosen: Tensor, shape: torch.Size, /) -> Tensor: ...
+
+
 class Gate:
-    """One learned number a unit of a group of weights, which all its members share.
+    """One learned number per unit of a group of weights, which all its members share.
 
     Args:
-        group: the weights.
-        structure: what a unit is.
+        name: of the group.
+        members: the weights, each with how its units are seen in it.
+        pooling: what a unit is.
         lr: the learning rate of the Adam that trains it; it has no weight decay.
 
     Attributes:
@@ -35,42 +43,40 @@ class Gate:
         sample: the gates that the forward pass of this step has with them; else None.
     """
 
-    def __init__(self, group: Group, structure: Structure, lr: float) -> None:
-        weight = group.members[0][0].weight
-        self.group = group
-        self.structure = structure
-        shape = structure.pool(torch.empty(group.shape, device="meta")).shape
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.value = nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
+    def __init__(
+        self, name: str, members: Sequence[tuple[MaskedParameter, Layout]], pooling: Pooling, lr: float
+    ) -> None:
+        self.name = name
+        self.members = members
+        self.pooling = pooling
+        param, layout = members[0]
+        shape = pooling.pool(torch.empty(layout.shape_of(param.former), device="meta")).shape
+        dtype = torch.promote_types(param.weight.dtype, torch.float32)
+        self.value = nn.Parameter(torch.zeros(shape, dtype=dtype, device=param.weight.device))
         self.optimizer = torch.optim.Adam([self.value], lr)
         self.level = 1.0
         self.share = 1.0
         self.noise: Tensor | None = None
         self.sample: Tensor | None = None
-        for param, _ in group.members:
-            param.gate = self
 
     @property
     def size(self) -> int:
         """How many weights a unit has."""
-        return self.group.numel // self.value.numel()
+        weights = sum(layout.shape_of(param.former).numel() for param, layout in self.members)
+        return weights // self.value.numel()
 
-    def last(self, param: MaskedParameter) -> bool:
-        """Whether it is the last member of its group: what is learned of all of them is learned then."""
-        return param is self.group.members[-1][0]
-
-    def spread(self, units: Tensor, param: MaskedParameter) -> Tensor:
-        """A value a unit as a tensor of the weight's shape and type."""
-        layout = next(layout for member, layout in self.group.members if member is param)
-        shape = layout.view(torch.empty(param.shape, device="meta")).shape
-        return layout.restore(self.structure.expand(units, shape), param.shape).to(param.weight.dtype)
+    def spread(self, units: Tensor, param: MaskedParameter, layout: Layout) -> Tensor:
+        """A value per unit as a tensor of a member's shape and type."""
+        viewed = self.pooling.expand(units, layout.shape_of(param.shape))
+        return layout.write(units.new_zeros(param.shape), viewed).to(param.weight.dtype)
 
     def gather(self, of: Callable[[MaskedParameter], Tensor]) -> Tensor:
         """The sum of `of(param)`, in the weights' shapes, over all weights of each unit."""
         total = torch.zeros_like(self.value)
-        for param, layout in self.group.members:
-            pooled = self.structure.pool(layout.view(of(param).to(total.dtype)))
-            total += pooled * (param.numel // pooled.numel())
+        for param, layout in self.members:
+            viewed = layout.view(of(param).to(total.dtype))
+            pooled = self.pooling.pool(viewed)  # means over the weights of a unit
+            total += pooled * (viewed.numel() // pooled.numel())
         return total
 
     def correlation(self) -> Tensor:
@@ -110,7 +116,7 @@ class Gate:
         value = tensors["value"]
         if value.shape != self.value.shape:
             raise ValueError(
-                f"the pruning state is of another structure: the gates of {self.group.name} have shape "
+                f"the pruning state is of another structure: the gates of {self.name} have shape "
                 f"{tuple(value.shape)}, here {tuple(self.value.shape)}"
             )
         self.value.data.copy_(value)

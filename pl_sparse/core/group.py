@@ -7,41 +7,46 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pl_sparse.core.gate import Gate
 from pl_sparse.core.layouts import Layout
 from pl_sparse.core.parameter import MaskedParameter
 
-__all__ = ["Group", "size_of"]
+__all__ = ["Group"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Group:
     """Weights whose units are pruned together: one weight, or e.g. all the projections of an attention layer.
 
     Attributes:
         name: what it is called in messages.
         members: the weights, each with how its units are seen in it.
-        followers: what goes with the units without being scored or counted: biases, the scales and shifts of norms.
-        feeds: the weights that take the units' outputs; column j of one takes that of unit `units[j]` (-1: of none
-            here). What a pruned unit fed has no say in scores.
+        companions: what goes with the units without being scored or counted: biases, the scales and shifts of norms.
+        consumers: the weights that take the units' outputs; column j of one takes that of unit `units[j]` (-1: of none
+            here). What takes in a pruned unit has no say in scores.
         reason: why none of the units can be pruned, or None.
+        gate: what is learned of the units, or None.
     """
 
     name: str
     members: tuple[tuple[MaskedParameter, Layout], ...]
-    followers: tuple[tuple[MaskedParameter, Layout], ...] = ()
-    feeds: tuple[tuple[MaskedParameter, Tensor], ...] = ()
+    companions: tuple[tuple[MaskedParameter, Layout], ...] = ()
+    consumers: tuple[tuple[MaskedParameter, Tensor], ...] = ()
     reason: str | None = None
+    gate: Gate | None = None
 
     @property
     def numel(self) -> int:
-        return sum(size_of(param, layout).numel() for param, layout in self.members)
+        """How many weights the units have together, before any of them was removed from the model."""
+        return sum(layout.shape_of(param.former).numel() for param, layout in self.members)
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the first member as (out, in, *kernel)."""
-        return size_of(*self.members[0])
+        """The shape of the first member as its layout sees it, before anything was removed from it."""
+        param, layout = self.members[0]
+        return layout.shape_of(param.former)
 
-
-def size_of(param: MaskedParameter, layout: Layout) -> torch.Size:
-    """The (former) shape of a weight as a layout sees it."""
-    return layout.view(torch.empty(param.former, device="meta")).shape
+    @property
+    def pruned(self) -> bool:
+        """Whether a mask of its members was ever set."""
+        return any(param.pruned for param, _ in self.members)

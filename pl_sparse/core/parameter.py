@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.cut import Cut
-from pl_sparse.core.layouts import Layout
-
-if TYPE_CHECKING:
-    from pl_sparse.core.gate import Gate
+from pl_sparse.core.layouts import Plain, Whole
 
 __all__ = ["MaskedParameter"]
 
@@ -26,8 +24,7 @@ class MaskedParameter:
         module: the module that holds it.
         weight: the parameter; between optimizer steps it *is* `mask * values`.
         mask: bool, the weight's shape, True = kept.
-        dense: the values behind the mask, for methods that remember pruned weights (latent weights), else None.
-        gate: what is learned of its units, shared with the other weights of its group, else None.
+        latent: the values behind the mask, for methods that remember pruned weights, else None.
         state: what the scorer gathers, tensors by name.
         layout: how the weight is seen as (out, in, *kernel).
         pruned: whether the mask was ever set; until then it is all True and masking has nothing to do.
@@ -39,10 +36,9 @@ class MaskedParameter:
     module: nn.Module
     weight: nn.Parameter
     mask: Tensor
-    dense: Tensor | None = None
-    gate: Gate | None = None
+    latent: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
-    layout: Layout = field(default_factory=Layout)
+    layout: Whole = field(default_factory=Plain)
     pruned: bool = False
     cut: Cut | None = None
     _factor: Tensor | None = field(default=None, repr=False)
@@ -50,7 +46,7 @@ class MaskedParameter:
     @property
     def values(self) -> Tensor:
         """The values a score is taken of: the latent ones where there are any, else the weight itself."""
-        return self.weight.detach() if self.dense is None else self.dense
+        return self.weight.detach() if self.latent is None else self.latent
 
     @property
     def grad(self) -> Tensor | None:
@@ -82,7 +78,7 @@ class MaskedParameter:
         kept = int(torch.count_nonzero(self.mask))
         if self.cut is not None:
             removed = self.cut.removed
-            for dim in set(removed) - {0 if self.layout.kind != "transposed" else 1}:
+            for dim in set(removed) - {self.layout.output_dim}:
                 kept = kept * self.cut.shape[dim] // (self.cut.shape[dim] - len(removed[dim]))
         return kept
 
@@ -99,8 +95,8 @@ class MaskedParameter:
         """Take the same out of all that belongs to the weight as was taken out of the weight itself."""
         self.mask = cut.take(self.mask)
         self._factor = None
-        if self.dense is not None:
-            self.dense = cut.take(self.dense)
+        if self.latent is not None:
+            self.latent = cut.take(self.latent)
         self.state = {
             key: cut.take(value) if value.dim() == len(cut.shape) else value for key, value in self.state.items()
         }
@@ -138,17 +134,24 @@ class MaskedParameter:
         if self.mask.device != device:
             self.mask = self.mask.to(device)
             self._factor = None
-        if self.dense is not None:
-            self.dense = self.dense.to(device)
-        if self.gate is not None:
-            self.gate.to(device)
+        if self.latent is not None:
+            self.latent = self.latent.to(device)
         self.state = {key: value.to(device) for key, value in self.state.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that must survive a checkpoint, by name."""
         named = {"mask": self.mask, **{f"state.{key}": value for key, value in self.state.items()}}
-        if self.dense is not None:
-            named["dense"] = self.dense
-        if self.gate is not None and self.gate.last(self):
-            named |= {f"gate.{key}": value for key, value in self.gate.tensors().items()}
+        if self.latent is not None:
+            named["latent"] = self.latent
         return named
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Any]) -> None:
+        """The inverse of `tensors`, with whether the weight is `pruned`."""
+        self.set_mask(tensors["mask"])
+        self.pruned = bool(tensors["pruned"])
+        latent = tensors.get("latent")
+        self.latent = None if latent is None else latent.to(self.weight.dtype, copy=True)
+        state = {key: value for key, value in tensors.items() if key.startswith("state.")}
+        self.state = {key.removeprefix("state."): value.clone() for key, value in state.items()}
+        self.to_weight()

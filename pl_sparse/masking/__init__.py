@@ -5,9 +5,22 @@ a masking may put other values into the parameters (latent ones) and shape the g
 once, so that a step costs a few kernels, not a few for each weight.
 """
 
-from pl_sparse.masking.base import Masking, Params
+from pl_sparse.masking.base import Groups, Masking, Params
+from pl_sparse.masking.choice import auto
 from pl_sparse.masking.hard import Frozen, Hard
-from pl_sparse.masking.learned import Gated, Shrunk
+from pl_sparse.masking.learned import Gated, SoftThresholded
 from pl_sparse.masking.straight_through import SRSTE, STE, TopKAST
 
-__all__ = ["SRSTE", "STE", "Frozen", "Gated", "Hard", "Masking", "Params", "Shrunk", "TopKAST"]
+__all__ = [
+    "SRSTE",
+    "STE",
+    "Frozen",
+    "Gated",
+    "Groups",
+    "Hard",
+    "Masking",
+    "Params",
+    "SoftThresholded",
+    "TopKAST",
+    "auto",
+]

@@ -15,20 +15,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import Axes, Axis, name_of
 from pl_sparse.scorer import Scorer
 
-__all__ = ["Masking", "Params"]
+__all__ = ["Groups", "Masking", "Params", "factors", "latent", "mask_gradients", "weights"]
 
 Params = Sequence[MaskedParameter]
+"""Weights that have been pruned before."""
+
+Groups = Sequence[Group]
+"""All groups of the pruner, for maskings that apply what is learned of a group's units."""
 
 
 @dataclass(frozen=True)
-class Masking(ABC):
+class Masking(Axis, ABC):
     """How a mask acts on training. All methods get weights that have been pruned before, and no others.
 
+    A step of the optimizer is `shape_gradients`, `before_step`, the optimizer's own, `after_step`.
+
     Attributes:
-        remembers: whether the values behind the mask are kept, in `MaskedParameter.dense`, so that weights can return.
+        remembers: whether the values behind the mask are kept, in `MaskedParameter.latent`, so that weights can return.
         trains_pruned: whether the values behind the mask are trained.
         clears_state: whether the optimizer's state (momentum and the like) of pruned weights is set to zero.
         transforms: whether kept weights too differ from the values behind them.
@@ -36,6 +44,7 @@ class Masking(ABC):
         rests_on: the scorer it needs, if it needs one.
     """
 
+    axis: ClassVar[str] = "masking"
     remembers: ClassVar[bool] = False
     trains_pruned: ClassVar[bool] = False
     clears_state: ClassVar[bool] = True
@@ -43,57 +52,91 @@ class Masking(ABC):
     samples: ClassVar[bool] = False
     rests_on: ClassVar[type[Scorer] | None] = None
 
-    def changed(self, params: Params) -> None:
+    def changed(self, params: Params, groups: Groups) -> None:
         """After the masks changed: write the sparse weights into the parameters."""
         if self.remembers:
             for param in params:
-                if param.dense is None:
-                    param.dense = param.weight.detach().clone()
-            torch._foreach_copy_(_weights(params), _latent(params))
-        torch._foreach_mul_(_weights(params), _factors(params))
+                if param.latent is None:
+                    param.latent = param.weight.detach().clone()
+            torch._foreach_copy_(weights(params), latent(params))
+        self.write(params, groups)
         self.on_change(params)
 
     def on_change(self, params: Params) -> None:
         """After the masks changed and the sparse weights are written; by default nothing is done."""
         return
 
-    def before_forward(self, params: Params, step: int) -> None:
+    def before_forward(self, params: Params, groups: Groups, step: int) -> None:
         """Before the forward pass of training, where it `samples`: write the sample of this step into the parameters.
 
         It may be called again within a step (accumulation), and then writes the same sample.
         """
         return
 
-    def after_forward(self, params: Params) -> None:
+    def after_forward(self, params: Params, groups: Groups) -> None:
         """Where it `samples`: write the sparse weights into the parameters again."""
         return
 
     @abstractmethod
-    def shape_gradients(self, params: Params) -> None:
+    def shape_gradients(self, params: Params, groups: Groups) -> None:
         """Before the optimizer step, and before gradients are clipped: change the gradients."""
 
-    @abstractmethod
     def before_step(self, params: Params) -> None:
-        """Before the optimizer step, after `shape_gradients`: put latent values into the parameters."""
+        """After `shape_gradients`: put latent values into the parameters, where pruned weights are trained."""
+        if self.trains_pruned:
+            torch._foreach_copy_(weights(params), latent(params))
 
-    @abstractmethod
-    def after_step(self, params: Params) -> None:
+    def after_step(self, params: Params, groups: Groups) -> None:
         """After the optimizer step: store latent values, write the sparse weights into the parameters."""
+        if self.remembers:
+            self.store(params)
+        self.write(params, groups)
+
+    def store(self, params: Params) -> None:
+        """Keep the values that the optimizer wrote as the latent ones."""
+        torch._foreach_copy_(latent(params), weights(params))
+
+    def write(self, params: Params, groups: Groups) -> None:
+        """Turn parameters that hold latent values, or what the optimizer wrote, into the sparse weights."""
+        torch._foreach_mul_(weights(params), factors(params))
+
+    def refusal(self, axes: Axes) -> str | None:
+        if self.rests_on is not None and not isinstance(axes.scorer, self.rests_on):
+            return (
+                f"masking={name_of(self)} applies what scorer={self.rests_on.__name__.lower()} learns, not "
+                f"scorer={name_of(axes.scorer)}: use masking=auto"
+            )
+        if self.transforms and axes.structure.needs_example:
+            return (
+                f"masking={name_of(self)} learns for each layer on its own which channels it keeps, so that joined "
+                "ones cannot be pruned together: use structure=channel with coupled=false"
+            )
+        return None
 
 
-def _weights(params: Params) -> list[Tensor]:
+def weights(params: Params) -> list[Tensor]:
+    """The parameters."""
     return [param.weight for param in params]
 
 
-def _factors(params: Params) -> list[Tensor]:
+def factors(params: Params) -> list[Tensor]:
+    """The masks, as numbers."""
     return [param.factor for param in params]
 
 
-def _latent(params: Params) -> list[Tensor]:
-    return [param.dense for param in params if param.dense is not None]
+def latent(params: Params) -> list[Tensor]:
+    """The latent values."""
+    return [param.latent for param in params if param.latent is not None]
 
 
-def _mask_gradients(params: Params) -> None:
-    gradients = [(param.weight.grad, param.factor) for param in params if param.weight.grad is not None]
+def with_gradients(params: Params) -> tuple[list[MaskedParameter], list[Tensor]]:
+    """The weights that took part in the loss, and their gradients."""
+    ready = [param for param in params if param.weight.grad is not None]
+    return ready, [param.weight.grad for param in ready if param.weight.grad is not None]
+
+
+def mask_gradients(params: Params) -> None:
+    """Set the gradients of pruned weights to zero."""
+    ready, gradients = with_gradients(params)
     if gradients:
-        torch._foreach_mul_([grad for grad, _ in gradients], [factor for _, factor in gradients])
+        torch._foreach_mul_(gradients, factors(ready))

@@ -7,25 +7,22 @@ from typing import ClassVar
 
 import torch
 
-from pl_sparse.masking.base import Masking, Params, _factors, _latent, _mask_gradients, _weights
+from pl_sparse.core.registry import register
+from pl_sparse.masking.base import Groups, Masking, Params, factors, latent, mask_gradients, weights
 
 __all__ = ["Frozen", "Hard"]
 
 
+@register
 @dataclass(frozen=True)
 class Hard(Masking):
     """Pruned weights are zero and have no gradient: w <- mask * w after every step. They forget their values."""
 
-    def shape_gradients(self, params: Params) -> None:
-        _mask_gradients(params)
-
-    def before_step(self, params: Params) -> None:
-        return
-
-    def after_step(self, params: Params) -> None:
-        torch._foreach_mul_(_weights(params), _factors(params))
+    def shape_gradients(self, params: Params, groups: Groups) -> None:
+        mask_gradients(params)
 
 
+@register
 @dataclass(frozen=True)
 class Frozen(Masking):
     """Pruned weights keep the value they had, untrained and undecayed, and return with it when the mask lets them.
@@ -37,13 +34,8 @@ class Frozen(Masking):
 
     remembers: ClassVar[bool] = True
 
-    def shape_gradients(self, params: Params) -> None:
-        _mask_gradients(params)
+    def shape_gradients(self, params: Params, groups: Groups) -> None:
+        mask_gradients(params)
 
-    def before_step(self, params: Params) -> None:
-        return
-
-    def after_step(self, params: Params) -> None:
-        weights, factors = _weights(params), _factors(params)
-        torch._foreach_lerp_(_latent(params), weights, factors)  # dense <- weight where kept
-        torch._foreach_mul_(weights, factors)
+    def store(self, params: Params) -> None:
+        torch._foreach_lerp_(latent(params), weights(params), factors(params))  # latent <- weight where kept

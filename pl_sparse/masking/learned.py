@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 from zlib import crc32
@@ -10,13 +11,16 @@ import torch
 from torch import Tensor
 
 from pl_sparse.core.gate import Gate, stretched
+from pl_sparse.core.layouts import Layout
 from pl_sparse.core.parameter import MaskedParameter
-from pl_sparse.masking.base import Masking, Params, _latent, _weights
+from pl_sparse.core.registry import register
+from pl_sparse.masking.base import Groups, Masking, Params, latent, weights, with_gradients
 from pl_sparse.scorer import HardConcrete, Scorer, SoftThreshold
 
-__all__ = ["Gated", "Shrunk"]
+__all__ = ["Gated", "SoftThresholded"]
 
 
+@register
 @dataclass(frozen=True)
 class Gated(Masking):
     """Weights are z v, z a hard concrete gate for each unit: a sample in training, deterministic everywhere else.
@@ -40,58 +44,66 @@ class Gated(Masking):
     samples: ClassVar[bool] = True
     rests_on: ClassVar[type[Scorer] | None] = HardConcrete
 
-    def on_change(self, params: Params) -> None:
-        self.after_forward(params)
+    def changed(self, params: Params, groups: Groups) -> None:
+        self._end_sample(params, groups)
+        super().changed(params, groups)
 
-    def before_forward(self, params: Params, step: int) -> None:
-        for gate in {id(gate): gate for gate in map(_gate, params)}.values():
-            mixed = (self.seed * 0x9E3779B1 + crc32(gate.group.name.encode()) * 0x85EBCA6B + step * 0xC2B2AE35) % 2**63
+    def before_forward(self, params: Params, groups: Groups, step: int) -> None:
+        for gate in {id(gate): gate for _, gate, _ in _gated(params, groups)}.values():
+            mixed = (self.seed * 0x9E3779B1 + crc32(gate.name.encode()) * 0x85EBCA6B + step * 0xC2B2AE35) % 2**63
             generator = torch.Generator(gate.value.device).manual_seed(mixed)
             uniform = torch.rand(gate.value.shape, generator=generator, device=gate.value.device)
             gate.noise = (uniform * (1 - 2e-6) + 1e-6).to(gate.value.dtype)
             gate.sample = stretched(gate.value.detach(), gate.noise).clamp_(0, 1)
-        torch._foreach_copy_(_weights(params), _latent(params))
-        torch._foreach_mul_(_weights(params), self._factors(params))
+        self.write(params, groups)
 
-    def after_forward(self, params: Params) -> None:
-        for param in params:
-            _gate(param).noise = _gate(param).sample = None
-        torch._foreach_copy_(_weights(params), _latent(params))
-        torch._foreach_mul_(_weights(params), self._factors(params))
+    def after_forward(self, params: Params, groups: Groups) -> None:
+        self._end_sample(params, groups)
+        self.write(params, groups)
 
-    def shape_gradients(self, params: Params) -> None:
-        ready = [param for param in params if param.weight.grad is not None]
-        gradients = [param.weight.grad for param in ready if param.weight.grad is not None]
+    @staticmethod
+    def _end_sample(params: Params, groups: Groups) -> None:
+        for _, gate, _ in _gated(params, groups):
+            gate.noise = gate.sample = None
+
+    def shape_gradients(self, params: Params, groups: Groups) -> None:
+        ready, gradients = with_gradients(params)
         if gradients:
-            torch._foreach_mul_(gradients, self._factors(ready))
+            torch._foreach_mul_(gradients, self._gates(ready, groups))
 
-    def before_step(self, params: Params) -> None:
-        torch._foreach_copy_(_weights(params), _latent(params))
+    def after_step(self, params: Params, groups: Groups) -> None:
+        self.store(params)
+        self.after_forward(params, groups)
 
-    def after_step(self, params: Params) -> None:
-        torch._foreach_copy_(_latent(params), _weights(params))
-        self.after_forward(params)
+    def write(self, params: Params, groups: Groups) -> None:
+        torch._foreach_copy_(weights(params), latent(params))
+        torch._foreach_mul_(weights(params), self._gates(params, groups))
 
-    def _factors(self, params: Params) -> list[Tensor]:
-        """z for each weight; where it is no sample, masked."""
-        factors = []
-        for param in params:
-            gate = _gate(param)
+    def _gates(self, params: Params, groups: Groups) -> list[Tensor]:
+        """z for each weight, in its shape; where it is no sample, masked."""
+        gates = {}
+        for param, gate, layout in _gated(params, groups):
             if gate.sample is None:
                 z = stretched(gate.value.detach()).clamp_(0, 1)
-                factors.append(gate.spread(z, param) * param.factor)
+                gates[id(param)] = gate.spread(z, param, layout) * param.factor
             else:
-                factors.append(gate.spread(gate.sample, param))
-        return factors
+                gates[id(param)] = gate.spread(gate.sample, param, layout)
+        return [gates[id(param)] for param in params]
 
 
-def _gate(param: MaskedParameter) -> Gate:
-    assert param.gate is not None
-    return param.gate
+def _gated(params: Params, groups: Groups) -> Iterator[tuple[MaskedParameter, Gate, Layout]]:
+    """Each of the weights with the gate of its group, and how the gate's units are seen in it."""
+    wanted = {id(param) for param in params}
+    for group in groups:
+        for param, layout in group.members:
+            if id(param) in wanted:
+                assert group.gate is not None
+                yield param, group.gate, layout
 
 
+@register
 @dataclass(frozen=True)
-class Shrunk(Masking):
+class SoftThresholded(Masking):
     """Weights are mask * sign(v) relu(|v| - sigmoid(s)), s the learned threshold of the tensor.
 
     Gradients reach v where the weight is not zero; the optimizer's momentum and weight decay go on everywhere, as
@@ -107,19 +119,12 @@ class Shrunk(Masking):
     transforms: ClassVar[bool] = True
     rests_on: ClassVar[type[Scorer] | None] = SoftThreshold
 
-    def on_change(self, params: Params) -> None:
-        for param, latent in zip(params, _latent(params), strict=True):
-            threshold = param.state["threshold"].sigmoid().to(latent.dtype)
-            param.weight.copy_(latent.sign() * (latent.abs() - threshold).clamp_min_(0) * param.factor)
+    def write(self, params: Params, groups: Groups) -> None:
+        for param, values in zip(params, latent(params), strict=True):
+            threshold = param.state["threshold"].sigmoid().to(values.dtype)
+            param.weight.copy_(values.sign() * (values.abs() - threshold).clamp_min_(0) * param.factor)
 
-    def shape_gradients(self, params: Params) -> None:
+    def shape_gradients(self, params: Params, groups: Groups) -> None:
         for param in params:
             if param.weight.grad is not None:
                 param.weight.grad.mul_(param.weight.detach() != 0)
-
-    def before_step(self, params: Params) -> None:
-        torch._foreach_copy_(_weights(params), _latent(params))
-
-    def after_step(self, params: Params) -> None:
-        torch._foreach_copy_(_latent(params), _weights(params))
-        self.on_change(params)

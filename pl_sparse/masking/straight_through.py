@@ -7,12 +7,14 @@ from typing import ClassVar
 
 import torch
 
+from pl_sparse.core.registry import register
 from pl_sparse.core.topk import top_k
-from pl_sparse.masking.base import Masking, Params, _factors, _latent, _weights
+from pl_sparse.masking.base import Groups, Masking, Params, latent, weights, with_gradients
 
 __all__ = ["SRSTE", "STE", "TopKAST"]
 
 
+@register
 @dataclass(frozen=True)
 class STE(Masking):
     """Straight-through estimator: the model computes with mask * v, the gradient there trains all of v.
@@ -28,18 +30,11 @@ class STE(Masking):
     trains_pruned: ClassVar[bool] = True
     clears_state: ClassVar[bool] = False
 
-    def shape_gradients(self, params: Params) -> None:
+    def shape_gradients(self, params: Params, groups: Groups) -> None:
         return
 
-    def before_step(self, params: Params) -> None:
-        torch._foreach_copy_(_weights(params), _latent(params))
 
-    def after_step(self, params: Params) -> None:
-        weights = _weights(params)
-        torch._foreach_copy_(_latent(params), weights)
-        torch._foreach_mul_(weights, _factors(params))
-
-
+@register
 @dataclass(frozen=True)
 class SRSTE(Masking):
     """Sparse-refined straight-through estimator: STE with a decay of the pruned weights.
@@ -60,22 +55,14 @@ class SRSTE(Masking):
         if self.decay < 0:
             raise ValueError(f"decay={self.decay!r} must not be negative")
 
-    def shape_gradients(self, params: Params) -> None:
-        ready = [param for param in params if param.weight.grad is not None]
-        gradients = [param.weight.grad for param in ready if param.weight.grad is not None]
+    def shape_gradients(self, params: Params, groups: Groups) -> None:
+        ready, gradients = with_gradients(params)
         if gradients:  # the weight is mask * v, so that v - weight is what is behind the mask
-            torch._foreach_add_(gradients, _latent(ready), alpha=self.decay)
-            torch._foreach_sub_(gradients, _weights(ready), alpha=self.decay)
-
-    def before_step(self, params: Params) -> None:
-        torch._foreach_copy_(_weights(params), _latent(params))
-
-    def after_step(self, params: Params) -> None:
-        weights = _weights(params)
-        torch._foreach_copy_(_latent(params), weights)
-        torch._foreach_mul_(weights, _factors(params))
+            torch._foreach_add_(gradients, latent(ready), alpha=self.decay)
+            torch._foreach_sub_(gradients, weights(ready), alpha=self.decay)
 
 
+@register
 @dataclass(frozen=True)
 class TopKAST(Masking):
     """Always sparse training: the model computes with a set A of weights, the gradient trains a larger set B.
@@ -112,18 +99,13 @@ class TopKAST(Masking):
             param.state["trained"] = trained.to(param.weight.dtype)
             param.state["penalty"] = self.reg * torch.where(param.mask, 1.0, trained / density).to(param.weight.dtype)
 
-    def shape_gradients(self, params: Params) -> None:
-        ready = [param for param in params if param.weight.grad is not None]
-        gradients = [param.weight.grad for param in ready if param.weight.grad is not None]
+    def shape_gradients(self, params: Params, groups: Groups) -> None:
+        ready, gradients = with_gradients(params)
         if gradients:
             torch._foreach_mul_(gradients, [param.state["trained"] for param in ready])
-            torch._foreach_addcmul_(gradients, _latent(ready), [param.state["penalty"] for param in ready])
+            torch._foreach_addcmul_(gradients, latent(ready), [param.state["penalty"] for param in ready])
 
-    def before_step(self, params: Params) -> None:
-        torch._foreach_copy_(_weights(params), _latent(params))
-
-    def after_step(self, params: Params) -> None:
-        weights = _weights(params)
-        torch._foreach_lerp_(_latent(params), weights, [param.state["trained"] for param in params])
-        torch._foreach_copy_(weights, _latent(params))
-        torch._foreach_mul_(weights, _factors(params))
+    def store(self, params: Params) -> None:
+        trained = [param.state["trained"] for param in params]
+        torch._foreach_lerp_(latent(params), weights(params), trained)  # latent <- weight where it is trained
+        torch._foreach_copy_(weights(params), latent(params))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pl_sparse.core.layouts import Layout
+from pl_sparse.core.layouts import Heads
 
 _SEPARATE = (
     ("query", "key", "value"),
@@ -63,7 +63,7 @@ class Attention:
 
     name: str
     heads: int
-    weights: tuple[tuple[nn.Module, str, Layout], ...]
+    weights: tuple[tuple[nn.Module, str, Heads], ...]
     path: str = ""
 
     def numbers(self, module: nn.Module, left: int) -> dict[str, tuple[int, int]]:
@@ -114,7 +114,7 @@ class FeedForward:
     """A feed-forward network: its path, and its weights, each seen as (neurons, weights of a neuron)."""
 
     name: str
-    weights: tuple[tuple[nn.Module, str, Layout], ...]
+    weights: tuple[tuple[nn.Module, str, Heads], ...]
 
 
 def feed_forwards(model: nn.Module) -> Iterator[FeedForward]:
@@ -131,7 +131,7 @@ def feed_forwards(model: nn.Module) -> Iterator[FeedForward]:
             if len(sizes) == 1:
                 neurons = sizes.pop()
                 columns = [_keeps_inputs_first(layer) != (layer is found[-1]) for layer in found]
-                layouts = [Layout("heads", heads=neurons, columns=each) for each in columns]
+                layouts = [Heads(neurons, columns=each) for each in columns]
                 names = ["weight"] * len(found)
                 yield FeedForward(path or "feed_forward", tuple(zip(found, names, layouts, strict=True)))
                 break
@@ -140,11 +140,11 @@ def feed_forwards(model: nn.Module) -> Iterator[FeedForward]:
 def _torch(path: str, module: nn.MultiheadAttention) -> Attention:
     heads = module.num_heads
     if module.in_proj_weight is not None:
-        inputs = [("in_proj_weight", Layout("heads", heads=heads, parts=(1, 1, 1)))]
+        inputs = [("in_proj_weight", Heads(heads, parts=(1, 1, 1)))]
     else:
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        inputs = [(name, Layout("heads", heads=heads)) for name in names]
-    output = (module.out_proj, "weight", Layout("heads", heads=heads, columns=True))
+        inputs = [(name, Heads(heads)) for name in names]
+    output = (module.out_proj, "weight", Heads(heads, columns=True))
     weights = (*((module, name, layout) for name, layout in inputs), output)
     return Attention(path or "attention", heads, weights, path)
 
@@ -207,7 +207,7 @@ def _read(
     return Attention(
         name,
         shared,
-        tuple((layer, "weight", Layout("heads", heads=shared, parts=p, columns=c)) for layer, p, c in layers),
+        tuple((layer, "weight", Heads(shared, parts=p, columns=c)) for layer, p, c in layers),
         path,
     )
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import write_json
-from pl_sparse.core.group import Group, size_of
+from pl_sparse.core.group import Group
 from pl_sparse.network.channels import called
 from pl_sparse.network.probe import undisturbed
 
@@ -114,9 +114,9 @@ class Network:
         ins: dict[int, dict[int, int]] = {}
         for g, group in enumerate(groups):
             for param, layout in group.members:
-                rows = len(layout.rows[0]) if layout.kind == "rows" else 1
+                rows = layout.outputs_per_unit
                 outs.setdefault(id(param.module), {})[g] = rows
-            for param, units in group.feeds:
+            for param, units in group.consumers:
                 groups_of = getattr(param.module, "groups", 1)
                 ins.setdefault(id(param.module), {})[g] = int((units == 0).sum()) * groups_of
         self.layers = []
@@ -156,7 +156,7 @@ class Network:
 
 def _units(group: Group) -> int:
     param, layout = group.members[0]
-    return size_of(param, layout)[0]
+    return layout.shape_of(param.former)[0]
 
 
 def _calls(model: nn.Module, example: Any) -> dict[int, tuple[tuple[int, ...], float]]:

@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import Axis
 from pl_sparse.network.probe import Probe
 from pl_sparse.structure import Structure
 
@@ -29,7 +29,7 @@ __all__ = ["Regularizer", "step_sizes"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regularizer(ABC):
+class Regularizer(Axis, ABC):
     """A penalty on some weights.
 
     Args:
@@ -39,6 +39,7 @@ class Regularizer(ABC):
         needs_example: whether it is made from a call of the model.
     """
 
+    axis: ClassVar[str] = "regularizer"
     strength: float
     needs_example: ClassVar[bool] = False
 
@@ -83,7 +84,7 @@ class Regularizer(ABC):
         """Add the (sub)gradient of the penalty to the weights' gradients; by default nothing is done."""
         return
 
-    def shrink(self, groups: Sequence[Group], optimizer: Optimizer) -> None:
+    def prox(self, groups: Sequence[Group], optimizer: Optimizer) -> None:
         """After the optimizer step: the proximal step; by default nothing is done."""
         return
 
@@ -120,16 +121,16 @@ def step_sizes(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor |
     return sizes
 
 
-def _params(groups: Sequence[Group]) -> list[MaskedParameter]:
+def members(groups: Sequence[Group]) -> list[MaskedParameter]:
     return [param for group in groups for param, _ in group.members]
 
 
-def _groups(
+def penalized_groups(
     structure: Structure, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None
 ) -> list[Group]:
     """The groups of a structure, if it divides all the weights."""
     for param in params:
-        reason = structure.misfit(param.layout.view(torch.empty(param.shape, device="meta")).shape)
+        reason = structure.misfit(param.layout.shape_of(param.shape))
         if reason is not None:
             raise ValueError(
                 f"{param.name} cannot be penalized by structure={structure.label}: {reason}. Leave it out by "

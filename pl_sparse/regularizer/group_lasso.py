@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pl_sparse.core.group import Group, size_of
+from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
 from pl_sparse.network.probe import NORMS, Probe
-from pl_sparse.regularizer.base import Regularizer, _groups, _params, step_sizes
-from pl_sparse.structure import NM, Row, Structure, Transposable, Unstructured
+from pl_sparse.regularizer.base import Regularizer, members, penalized_groups, step_sizes
+from pl_sparse.structure import NM, Channel, Row, Structure, Transposable, Unstructured
 
 __all__ = ["GroupLasso"]
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class GroupLasso(Regularizer):
     """strength * sum over groups sqrt(size) |w_group|_2, by its proximal step: groups become zero as a whole.
@@ -42,7 +44,8 @@ class GroupLasso(Regularizer):
         ValueError: the structure has no groups, or does not divide a weight.
     """
 
-    structure: Structure
+    strength: float = 1e-3
+    structure: Structure = field(default_factory=Channel)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +60,7 @@ class GroupLasso(Regularizer):
         return self.structure.removes_outputs
 
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
-        return _groups(self.structure, params, model, example)
+        return penalized_groups(self.structure, params, model, example)
 
     def prepare(self, groups: Sequence[Group], model: nn.Module, probe: Probe | None) -> None:
         if not self.structure.removes_outputs:
@@ -69,11 +72,11 @@ class GroupLasso(Regularizer):
                     "group lasso on channels looks for the batch norm after each layer by calling training_step, which "
                     "with manual optimization would train the module: use structure=kernel or block4x4"
                 )
-            following = probe.following_norms([param.module for param in _params(groups)])
-        for param in _params(groups):
+            following = probe.following_norms([param.module for param in members(groups)])
+        for param in members(groups):
             norm = following.get(param.module)
             found = [getattr(param.module, "bias", None), getattr(norm, "weight", None), getattr(norm, "bias", None)]
-            outputs = param.layout.view(torch.empty(param.shape, device="meta")).shape[0]
+            outputs = param.layout.shape_of(param.shape)[0]
             param.state = {
                 str(i): each for i, each in enumerate(found) if isinstance(each, Tensor) and len(each) == outputs
             }
@@ -83,13 +86,13 @@ class GroupLasso(Regularizer):
         total = torch.zeros(())
         for (param, layout), value in zip(group.members, values, strict=True):
             mean = self.structure.pool(layout.view(value))
-            total = total.to(mean.device) + mean * (size_of(param, layout).numel() / mean.numel())
+            total = total.to(mean.device) + mean * (layout.shape_of(param.former).numel() / mean.numel())
         return total
 
     def _spread(self, group: Group, units: Tensor) -> list[Tensor]:
         """For each weight of the group a tensor of its shape with the values of its units."""
         return [
-            layout.write(units.new_zeros(param.shape), self.structure.expand(units, size_of(param, layout)))
+            layout.write(units.new_zeros(param.shape), self.structure.expand(units, layout.shape_of(param.former)))
             for param, layout in group.members
         ]
 
@@ -98,7 +101,7 @@ class GroupLasso(Regularizer):
         norms = self._sum(group, [param.weight.detach().square() for param, _ in group.members]).sqrt()
         return norms, (group.numel / norms.numel()) ** 0.5
 
-    def shrink(self, groups: Sequence[Group], optimizer: Optimizer) -> None:
+    def prox(self, groups: Sequence[Group], optimizer: Optimizer) -> None:
         for group in groups:
             weights = [param.weight for param, _ in group.members]
             etas = step_sizes(optimizer, weights)

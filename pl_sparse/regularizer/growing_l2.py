@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from pl_sparse.allocation import Allocation, Global, Units, choose
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
-from pl_sparse.regularizer.base import Regularizer, _groups, _params
+from pl_sparse.core.registry import register
+from pl_sparse.regularizer.base import Regularizer, members, penalized_groups
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import Structure, Unstructured
 
 __all__ = ["GrowingL2"]
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class GrowingL2(Regularizer):
     """lambda / 2 sum w^2 over the weights of least magnitude, with a lambda that grows: they fade out before they are
@@ -38,6 +40,7 @@ class GrowingL2(Regularizer):
         ceiling: the largest lambda.
     """
 
+    strength: float = 1e-3
     sparsity: float
     structure: Structure = field(default_factory=Unstructured)
     allocation: Allocation = field(default_factory=Global)
@@ -56,7 +59,7 @@ class GrowingL2(Regularizer):
         return self.structure.removes_outputs
 
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
-        return _groups(self.structure, params, model, example)
+        return penalized_groups(self.structure, params, model, example)
 
     def start(self, groups: Sequence[Group]) -> None:
         level = self.sparsity if self.structure.fixed is None else self.structure.fixed
@@ -71,10 +74,10 @@ class GrowingL2(Regularizer):
         return min(self.strength * (1 + step // self.every), self.ceiling)
 
     def add_gradient(self, groups: Sequence[Group], step: int) -> None:
-        for param in _params(groups):
+        for param in members(groups):
             if param.weight.grad is not None:
                 param.weight.grad.addcmul_(param.weight.detach(), 1 - param.factor, value=self.factor(step))
 
     def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
-        squares = [(param.weight * (1 - param.factor)).square().sum() for param in _params(groups)]
+        squares = [(param.weight * (1 - param.factor)).square().sum() for param in members(groups)]
         return self.factor(step) / 2 * torch.stack(squares).sum()

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pl_sparse.core.group import Group
-from pl_sparse.regularizer.base import Regularizer, _params, step_sizes
+from pl_sparse.core.registry import register
+from pl_sparse.regularizer.base import Regularizer, members, step_sizes
 
 __all__ = ["L1"]
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class L1(Regularizer):
     """strength * sum |w|.
@@ -26,19 +28,20 @@ class L1(Regularizer):
     Proximal algorithms, 2014, section 6.5.2.
     """
 
+    strength: float = 1e-4
     proximal: bool = True
 
     def add_gradient(self, groups: Sequence[Group], step: int) -> None:
         if not self.proximal:
-            for param in _params(groups):
+            for param in members(groups):
                 if param.weight.grad is not None:
                     param.weight.grad.add_(param.weight.detach().sign(), alpha=self.strength)
 
-    def shrink(self, groups: Sequence[Group], optimizer: Optimizer) -> None:
+    def prox(self, groups: Sequence[Group], optimizer: Optimizer) -> None:
         if self.proximal:
-            weights = [param.weight for param in _params(groups)]
+            weights = [param.weight for param in members(groups)]
             for weight, eta in zip(weights, step_sizes(optimizer, weights), strict=True):
                 weight.copy_(weight.sign() * (weight.abs() - eta * self.strength).clamp_min_(0))
 
     def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
-        return self.strength * torch.stack([param.weight.abs().sum() for param in _params(groups)]).sum()
+        return self.strength * torch.stack([param.weight.abs().sum() for param in members(groups)]).sum()

@@ -9,15 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.core.group import Group, size_of
+from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
 from pl_sparse.network.latency import LatencyTable, Network
-from pl_sparse.regularizer.base import Regularizer, _params
+from pl_sparse.regularizer.base import Regularizer, members
 from pl_sparse.structure import Channel
 
 __all__ = ["Latency"]
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Latency(Regularizer):
     """strength * E[latency] / latency of the dense network, for coupled channels.
@@ -35,10 +37,11 @@ class Latency(Regularizer):
         table: where latencies are kept; None for the user's cache.
     """
 
+    strength: float = 0.1
     softness: float = 0.1
     table: str | None = None
     needs_example: ClassVar[bool] = True
-    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _measured: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,51 +57,51 @@ class Latency(Regularizer):
             example = getattr(model, "example_input_array", None)
         structure = Channel(coupled=True)
         groups = [group for group in structure.groups(params, model, example) if group.reason is None]
-        groups = [group for group in groups if group.feeds]
+        groups = [group for group in groups if group.consumers]
         if not groups:
             raise ValueError("the latency penalty found no channel that could be removed")
         network, table = Network(groups, model, example), LatencyTable(self.table)
         table.measure(network.layers)
         dense = float(network.cost(network.units, "ms", table))
-        self._known.update(network=network, table=table, dense=dense)
+        self._measured.update(network=network, table=table, dense=dense)
         self.start(groups)
         return groups
 
     def start(self, groups: Sequence[Group]) -> None:
-        self._known["means"] = [float(self._squares(group).detach().mean()) for group in groups]
+        self._measured["means"] = [float(self._squares(group).detach().mean()) for group in groups]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"means": self._known["means"]}
+        return {"means": self._measured["means"]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._known["means"] = state["means"]
+        self._measured["means"] = state["means"]
 
     def _squares(self, group: Group) -> Tensor:
         """The mean square of the weights of each unit, differentiable."""
         pool = Channel().pool
         parts = [
-            pool(layout.view(param.weight.square())) * (size_of(param, layout).numel() / group.numel)
+            pool(layout.view(param.weight.square())) * (layout.shape_of(param.former).numel() / group.numel)
             for param, layout in group.members
         ]
         return torch.stack(parts).sum(0)
 
     def expected(self, groups: Sequence[Group]) -> Tensor:
         """The expected latency in milliseconds, differentiable."""
-        widths: list[Any] = list(self._known["network"].units)
-        index = {id(group): i for i, group in enumerate(self._known["network"].groups)}
+        widths: list[Any] = list(self._measured["network"].units)
+        index = {id(group): i for i, group in enumerate(self._measured["network"].groups)}
         for group in groups:
             squares, i = self._squares(group), index[id(group)]
-            widths[i] = (squares / (squares + self.softness * self._known["means"][i] + 1e-30)).sum()
-        return torch.as_tensor(self._known["network"].cost(widths, "ms", self._known["table"]))
+            widths[i] = (squares / (squares + self.softness * self._measured["means"][i] + 1e-30)).sum()
+        return torch.as_tensor(self._measured["network"].cost(widths, "ms", self._measured["table"]))
 
     def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
-        return self.strength * self.expected(groups) / self._known["dense"]
+        return self.strength * self.expected(groups) / self._measured["dense"]
 
     def add_gradient(self, groups: Sequence[Group], step: int) -> None:
         ready = [group for group in groups if all(param.weight.grad is not None for param, _ in group.members)]
         if not ready:
             return
-        weights = list(dict.fromkeys(param.weight for param in _params(ready)))
+        weights = list(dict.fromkeys(param.weight for param in members(ready)))
         with torch.enable_grad():
             found = torch.autograd.grad(self.penalty(ready, step), weights)
         for weight, gradient in zip(weights, found, strict=True):

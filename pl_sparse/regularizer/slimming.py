@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
 from pl_sparse.network.probe import NORMS
-from pl_sparse.regularizer.base import Regularizer, _params
+from pl_sparse.regularizer.base import Regularizer, members
 
 __all__ = ["Slimming"]
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Slimming(Regularizer):
     """strength * sum |gamma| over the scales of all batch norms, by its subgradient; `scorer=slimming` then prunes by
@@ -32,6 +34,8 @@ class Slimming(Regularizer):
         ValueError: the model has no batch norm.
     """
 
+    strength: float = 1e-4
+
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
         found = [
             MaskedParameter(f"{path}.weight", module, module.weight, torch.ones_like(module.weight, dtype=torch.bool))
@@ -46,9 +50,9 @@ class Slimming(Regularizer):
         return super().groups(found, model)
 
     def add_gradient(self, groups: Sequence[Group], step: int) -> None:
-        for param in _params(groups):
+        for param in members(groups):
             if param.weight.grad is not None:
                 param.weight.grad.add_(param.weight.detach().sign(), alpha=self.strength)
 
     def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
-        return self.strength * torch.stack([param.weight.abs().sum() for param in _params(groups)]).sum()
+        return self.strength * torch.stack([param.weight.abs().sum() for param in members(groups)]).sum()

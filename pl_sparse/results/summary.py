@@ -113,7 +113,7 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
         prefix: cut from the names of layers.
     """
     rows = []
-    owns = {param.name: own for group, own in pruner.targets for param, _ in group.members}
+    owns = {param.name: own for group, own in pruner.group_overrides for param, _ in group.members}
     params = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
     masked = {param.name: param for param in pruner.params}
     tensors = [*params.values(), *model.buffers()]
@@ -132,8 +132,8 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
             structure = pruner.structure.label
             left = int(torch.count_nonzero(masked[name].mask))
             compressed -= (weight.numel() - left) * weight.element_size() - -(-weight.numel() // 8)
-        elif name in pruner.dense:
-            kept, note, structure = weight.numel(), f"dense: {pruner.dense[name]}", "dense"
+        elif name in pruner.skipped:
+            kept, note, structure = weight.numel(), f"dense: {pruner.skipped[name]}", "dense"
         else:
             continue
         rows.append(

@@ -8,7 +8,7 @@ A level due at `end` always happens, also where `end` is no multiple of `every`.
 
 from pl_sparse.schedule.base import Schedule
 from pl_sparse.schedule.gradual import Cosine, Cubic, Exponential, Linear
-from pl_sparse.schedule.paced import Paced, Plan
+from pl_sparse.schedule.paced import Decisions, Paced
 from pl_sparse.schedule.rounds import Constant, Cyclic, Iterative, OneShot, Staircase
 from pl_sparse.schedule.tickets import Tickets
 from pl_sparse.schedule.time import Time, step_of
@@ -18,12 +18,12 @@ __all__ = [
     "Cosine",
     "Cubic",
     "Cyclic",
+    "Decisions",
     "Exponential",
     "Iterative",
     "Linear",
     "OneShot",
     "Paced",
-    "Plan",
     "Schedule",
     "Staircase",
     "Tickets",

@@ -11,53 +11,65 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
-from pl_sparse.schedule.time import Time, _parse
+from pl_sparse.core.registry import Axes, Axis
+from pl_sparse.schedule.time import Time, parse
 
 __all__ = ["Schedule"]
 
 S = TypeVar("S", bound="Schedule")
 
 
-def _sparsity(value: float, what: str) -> None:
+def check_sparsity(value: float, what: str) -> None:
     if isinstance(value, bool) or not 0 <= value <= 1:
         raise ValueError(
             f"{what}={value!r} must be a fraction of the weights removed, in [0, 1] (0.9 keeps one in ten)"
         )
 
 
-def _rising(sparsities: tuple[float, ...], final: float) -> None:
+def rising(sparsities: tuple[float, ...], final: float) -> None:
     if any(a >= b for a, b in pairwise([0.0, *sparsities])) or not sparsities or sparsities[-1] != final:
         raise ValueError(f"sparsities={list(sparsities)} must rise from above 0 to final={final}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule(ABC):
+class Schedule(Axis, ABC):
     """The sparsity to reach at each optimizer step.
 
     Args:
         final: the sparsity at `end`, in [0, 1].
         begin: when pruning starts; dense before (warm-up).
         end: when `final` is reached.
-        every: optimizer steps between two updates of the masks.
+        every: the interval between two updates of the masks: a fraction of the time from `begin` to `end` (a number
+            below 1), optimizer steps (1 or more), or "1 epoch".
+
+    Attributes:
+        one_level: whether its levels end at one sparsity that never changes, however often masks are made.
+        one_shot: whether masks are made once.
     """
 
+    axis: ClassVar[str] = "schedule"
+    one_level: ClassVar[bool] = False
+    one_shot: ClassVar[bool] = False
     final: float
     begin: Time = 0.0
     end: Time = 0.75
-    every: int | str = 100
+    every: float | str = 0.05
 
     def __post_init__(self) -> None:
-        _sparsity(self.final, "final")
-        begin, begin_unit = _parse(self.begin, "begin")
-        end, end_unit = _parse(self.end, "end")
+        check_sparsity(self.final, "final")
+        begin, begin_unit = parse(self.begin, "begin")
+        end, end_unit = parse(self.end, "end")
         if begin_unit == end_unit and end < begin:
             raise ValueError(f"the schedule ends before it begins: begin={self.begin!r}, end={self.end!r}")
         if isinstance(self.every, str):
-            _parse(self.every, "every")
-        elif self.every < 1 or self.every != int(self.every):
-            raise ValueError(f"every={self.every!r} must be a whole number of optimizer steps, 1 or more")
+            parse(self.every, "every")
+        elif not (0 < self.every < 1 or (self.every >= 1 and self.every == int(self.every))):
+            raise ValueError(
+                f"every={self.every!r} must be a fraction of the schedule's time above 0, or a whole number of "
+                "optimizer steps, 1 or more"
+            )
 
     def resolved(self: S, steps_per_epoch: int | None) -> S:
         """The same schedule with epochs turned into steps.
@@ -65,9 +77,9 @@ class Schedule(ABC):
         Raises:
             ValueError: a time is in epochs and `steps_per_epoch` is not known.
         """
-        changes: dict[str, int | str] = {}
+        changes: dict[str, float | str] = {}
         for what in ("begin", "end", "every"):
-            value, unit = _parse(getattr(self, what), what)
+            value, unit = parse(getattr(self, what), what)
             if unit == "epochs":
                 if steps_per_epoch is None:
                     raise ValueError(
@@ -75,13 +87,13 @@ class Schedule(ABC):
                     )
                 changes[what] = _steps(round(value * steps_per_epoch), what)
             elif what == "every" and unit == "steps":
-                changes[what] = int(value)
+                changes[what] = int(value)  # "500 steps"
         return replace(self, **changes) if changes else self  # type: ignore[arg-type]
 
     @property
     def fractional(self) -> bool:
         """Whether a time other than 0 is a fraction of training, whose length must then be known."""
-        times = (_parse(self.begin, "begin"), _parse(self.end, "end"))
+        times = (parse(self.begin, "begin"), parse(self.end, "end"))
         return any(unit == "fraction" and value > 0 for value, unit in times)
 
     def span(self, total: int) -> tuple[int, int]:
@@ -106,16 +118,26 @@ class Schedule(ABC):
             )
         return begin, end
 
-    def share(self, own: float, level: float) -> float:
-        """The sparsity of a tensor whose own final one is `own`, when the others are at `level`: in proportion."""
-        return min(own * level / self.final, 1.0) if self.final else own
+    def share(self, override: float, level: float) -> float:
+        """The sparsity of a tensor whose final one is `override`, when the others are at `level`: in proportion."""
+        return min(override * level / self.final, 1.0) if self.final else override
 
     @staticmethod
     def _at(time: Time, what: str, total: int) -> int:
-        value, unit = _parse(time, what)
+        value, unit = parse(time, what)
         if unit == "epochs":
             raise ValueError(f"{what}={time!r} is in epochs: call resolved(steps_per_epoch) first")
         return round(value * total) if unit == "fraction" else int(value)
+
+    def _interval(self, begin: int, end: int) -> int:
+        """Optimizer steps between two updates, for a schedule from step `begin` to step `end`."""
+        every = float(self.every)  # epochs are steps by now
+        return max(round(every * (end - begin)), 1) if every < 1 else int(every)
+
+    def refusal(self, axes: Axes) -> str | None:
+        if axes.ablation in ("shuffle", "reinit") and not self.one_shot:
+            return f"ablation={axes.ablation} is done once, when the masks are made: use schedule=oneshot"
+        return None
 
     @abstractmethod
     def curve(self, x: float) -> float:
@@ -124,7 +146,7 @@ class Schedule(ABC):
     def levels(self, step: int, total: int) -> tuple[float, ...]:
         """The sparsities due at this step, () when none is; several are reached one after the other (rounds)."""
         begin, end = self.span(total)
-        if step != end and (step < begin or step > end or (step - begin) % int(self.every)):
+        if step != end and (step < begin or step > end or (step - begin) % self._interval(begin, end)):
             return ()
         return (self.curve((step - begin) / (end - begin) if end > begin else 1.0),)
 
@@ -133,5 +155,5 @@ class Schedule(ABC):
         return step > self.span(total)[1]
 
 
-def _steps(value: int, what: str) -> int | str:
+def _steps(value: int, what: str) -> float | str:
     return max(value, 1) if what == "every" else f"{value} steps"

@@ -6,7 +6,8 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
-from pl_sparse.schedule.base import Schedule, _sparsity
+from pl_sparse.core.registry import register
+from pl_sparse.schedule.base import Schedule, check_sparsity
 
 __all__ = ["Cosine", "Cubic", "Exponential", "Linear"]
 
@@ -23,7 +24,7 @@ class _Gradual(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _sparsity(self.initial, "initial")
+        check_sparsity(self.initial, "initial")
         if self.initial > self.final:
             raise ValueError(f"initial={self.initial!r} is above final={self.final!r}")
 
@@ -37,6 +38,7 @@ class _Gradual(Schedule):
         return self.initial + (self.final - self.initial) * self.progress(x)
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Linear(_Gradual):
     """s(x) = initial + (final - initial) x."""
@@ -45,6 +47,7 @@ class Linear(_Gradual):
         return x
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Cubic(_Gradual):
     """s(x) = final + (initial - final) (1 - x)^3: fast while weights are redundant, slow near the end.
@@ -59,6 +62,7 @@ class Cubic(_Gradual):
         return 1 - (1 - x) ** 3
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Cosine(_Gradual):
     """s(x) = initial + (final - initial) (1 - cos(pi x)) / 2: slow at both ends."""
@@ -67,6 +71,7 @@ class Cosine(_Gradual):
         return (1 - math.cos(math.pi * x)) / 2
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Exponential(_Gradual):
     """The density falls by the same factor at each update: 1 - s(x) = (1 - initial) ((1 - final) / (1 - initial))^x.

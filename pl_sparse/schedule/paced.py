@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pl_sparse.core.registry import register
 from pl_sparse.schedule.base import Schedule
 from pl_sparse.schedule.time import Time
 
-__all__ = ["Paced", "Plan"]
+__all__ = ["Decisions", "Paced"]
 
 
 @dataclass(eq=False)
-class Plan:
+class Decisions:
     """What is decided while training: the level due at each step, and whether the last one is reached."""
 
     levels: dict[int, float] = field(default_factory=dict)
     done: bool = False
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Paced(Schedule):
     """Levels that something else decides on while training goes on (`AccuracyBudget`); until it does, `final` at `end`.
@@ -25,22 +27,22 @@ class Paced(Schedule):
     `every` has no meaning here.
 
     Args:
-        plan: where the decisions are; None: nothing decides.
+        decisions: where the decisions are; None: nothing decides.
 
-    >>> Paced(final=0.9, plan=Plan({40: 0.2})).levels(40, 100)
+    >>> Paced(final=0.9, decisions=Decisions({40: 0.2})).levels(40, 100)
     (0.2,)
     """
 
-    plan: Plan | None = None
+    decisions: Decisions | None = None
     end: Time = 1.0
 
     def curve(self, x: float) -> float:
         return self.final
 
     def levels(self, step: int, total: int) -> tuple[float, ...]:
-        if self.plan is None:
+        if self.decisions is None:
             return (self.final,) if step == self.span(total)[1] else ()
-        return (self.plan.levels[step],) if step in self.plan.levels else ()
+        return (self.decisions.levels[step],) if step in self.decisions.levels else ()
 
     def reached(self, step: int, total: int) -> bool:
-        return super().reached(step, total) if self.plan is None else self.plan.done
+        return super().reached(step, total) if self.decisions is None else self.decisions.done

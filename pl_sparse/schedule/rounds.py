@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
-from pl_sparse.schedule.base import Schedule, _rising, _sparsity
+from pl_sparse.core.registry import register
+from pl_sparse.schedule.base import Schedule, check_sparsity, rising
 from pl_sparse.schedule.time import Time
 
-__all__ = ["Constant", "Cyclic", "Iterative", "OneShot", "Staircase"]
+__all__ = ["Constant", "Cyclic", "Iterative", "OneShot", "RateRounds", "Staircase"]
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
     """The final sparsity from `begin` on, the masks made anew every `every` steps until `end`.
@@ -19,6 +22,7 @@ class Constant(Schedule):
     (0.9,)
     """
 
+    one_level: ClassVar[bool] = True
     end: Time = 1.0
 
     def curve(self, x: float) -> float:
@@ -28,6 +32,7 @@ class Constant(Schedule):
         return step > self.span(total)[0]
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class OneShot(Schedule):
     """The final sparsity at once, at `begin`; in `rounds` rounds with densities (1 - final) ** (k / rounds).
@@ -41,6 +46,8 @@ class OneShot(Schedule):
     [0.631, 0.398, 0.251, 0.158, 0.1]
     """
 
+    one_level: ClassVar[bool] = True
+    one_shot: ClassVar[bool] = True
     end: Time = 1.0
     rounds: int = 1
 
@@ -67,16 +74,11 @@ class OneShot(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Iterative(Schedule):
-    """Rounds that each remove the fraction `rate` of what remains, spread evenly from `begin` to `end`.
+class RateRounds(Schedule):
+    """Rounds that each remove the same part of what remains.
 
-    After round k the sparsity is min(final, 1 - (1 - rate)^k); the number of rounds is the least that reaches `final`.
-    `every` has no meaning here.
-
-    Source: Han et al., Learning both weights and connections for efficient neural networks, 2015, arXiv:1506.02626.
-
-    >>> [round(level, 3) for level in Iterative(final=0.5, rate=0.2).rounds]
-    [0.2, 0.36, 0.488, 0.5]
+    Args:
+        rate: that part, between 0 and 1.
     """
 
     rate: float = 0.2
@@ -92,12 +94,35 @@ class Iterative(Schedule):
 
     @property
     def rounds(self) -> tuple[float, ...]:
-        """The sparsity after each round."""
+        """The sparsity after each round k, min(final, 1 - (1 - rate)^k): as few as reach `final`."""
         if self.final == 0:
             return (0.0,)
         count = math.ceil(round(math.log(1 - self.final) / math.log(1 - self.rate), 9))
         # rounded, so that the third of four rounds is the last of three, to the bit
         return (*(round(1 - (1 - self.rate) ** k, 12) for k in range(1, count)), self.final)
+
+    def share(self, override: float, level: float) -> float:
+        """As many rounds, each removing a fixed part of what remains, so that `override` comes with the last one."""
+        if override >= 1 or level in (0, self.final):
+            return min(level, override) if level == 0 else override
+        return 1 - (1 - level) ** (math.log(1 - override) / math.log(1 - self.final))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Iterative(RateRounds):
+    """Rounds that each remove the fraction `rate` of what remains, spread evenly from `begin` to `end`.
+
+    After round k the sparsity is min(final, 1 - (1 - rate)^k); the number of rounds is the least that reaches `final`.
+    `every` has no meaning here.
+
+    Source: Han et al., Learning both weights and connections for efficient neural networks, 2015, arXiv:1506.02626.
+
+    >>> [round(level, 3) for level in Iterative(final=0.5, rate=0.2).rounds]
+    [0.2, 0.36, 0.488, 0.5]
+    """
+
+    begin: Time = 0.1
 
     def curve(self, x: float) -> float:
         rounds = self.rounds
@@ -112,13 +137,8 @@ class Iterative(Schedule):
             due = [end]
         return tuple(level for level, at in zip(rounds, due, strict=True) if at == step)
 
-    def share(self, own: float, level: float) -> float:
-        """As many rounds, each removing a fixed part of what remains, so that `own` comes with the last one."""
-        if own >= 1 or level in (0, self.final):
-            return min(level, own) if level == 0 else own
-        return 1 - (1 - level) ** (math.log(1 - own) / math.log(1 - self.final))
 
-
+@register
 @dataclass(frozen=True, kw_only=True)
 class Staircase(Schedule):
     """Rests on each sparsity for an equal share of the time from `begin` to `end`, and on the last one until training
@@ -141,7 +161,7 @@ class Staircase(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sparsities is not None:
-            _rising(self.sparsities, self.final)
+            rising(self.sparsities, self.final)
 
     @property
     def rounds(self) -> tuple[float, ...]:
@@ -171,6 +191,7 @@ class Staircase(Schedule):
         return (self.rounds[starts.index(step)],) if step in starts else ()
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
 class Cyclic(Schedule):
     """Sparse and dense phases in turn: `final` at `begin`, `low` half a cycle later, ..., `final` for good at `end`.
@@ -188,12 +209,13 @@ class Cyclic(Schedule):
     [(0.9,), (0.0,), (0.9,), (0.0,), (0.9,)]
     """
 
+    begin: Time = 0.1
     cycles: int = 3
     low: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _sparsity(self.low, "low")
+        check_sparsity(self.low, "low")
         if self.cycles < 1:
             raise ValueError(f"cycles={self.cycles!r} must be 1 or more")
         if self.low > self.final:

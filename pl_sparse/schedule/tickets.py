@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from pl_sparse.schedule.base import Schedule, _rising
-from pl_sparse.schedule.rounds import Iterative
+from pl_sparse.core.registry import register
+from pl_sparse.schedule.base import rising
+from pl_sparse.schedule.rounds import RateRounds
 from pl_sparse.schedule.time import Time
 
 __all__ = ["Tickets"]
 
 
+@register
 @dataclass(frozen=True, kw_only=True)
-class Tickets(Schedule):
+class Tickets(RateRounds):
     """Rounds of equal length: dense first, then one for each sparsity, which is reached before its round begins.
 
     With a `Rewind` callback this is the search for lottery tickets. `begin`, `end` and `every` have no meaning here.
@@ -35,7 +36,6 @@ class Tickets(Schedule):
     ([0.2, 0.36, 0.488, 0.5], [200, 400, 600, 800])
     """
 
-    rate: float = 0.2
     sparsities: tuple[float, ...] | None = None
     to: float = 0.0
     epochs: int | None = None
@@ -43,25 +43,19 @@ class Tickets(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.rate < 1:
-            raise ValueError(
-                f"rate={self.rate!r} must be between 0 and 1: the part of the remaining weights removed a round"
-            )
-        if self.final == 1:
-            raise ValueError("final=1.0 is never reached by removing a part of what remains: choose final below 1")
         if not 0 <= self.to < 1:
             raise ValueError(f"to={self.to!r} must be in [0, 1): the part of a round that is not trained again")
         if self.epochs is not None and (self.epochs < 1 or not (self.epochs * self.to).is_integer()):
             raise ValueError(f"epochs={self.epochs!r} must be 1 or more, and to={self.to!r} of them a whole number")
         if self.sparsities is not None:
-            _rising(self.sparsities, self.final)
+            rising(self.sparsities, self.final)
 
     @property
     def rounds(self) -> tuple[float, ...]:
         """The sparsity of each round after the dense one."""
         if self.sparsities is not None:
             return tuple(self.sparsities)
-        return Iterative(final=self.final, rate=self.rate).rounds
+        return super().rounds
 
     @property
     def training_epochs(self) -> int | None:
@@ -94,9 +88,3 @@ class Tickets(Schedule):
     def levels(self, step: int, total: int) -> tuple[float, ...]:
         starts = self.starts(total)
         return (self.rounds[starts.index(step)],) if step in starts else ()
-
-    def share(self, own: float, level: float) -> float:
-        """As many rounds, each removing a fixed part of what remains, so that `own` comes with the last one."""
-        if own >= 1 or level in (0, self.final):
-            return min(level, own) if level == 0 else own
-        return 1 - (1 - level) ** (math.log(1 - own) / math.log(1 - self.final))

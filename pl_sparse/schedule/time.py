@@ -12,7 +12,7 @@ Time: TypeAlias = "float | int | str"
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?)\s*")
 
 
-def _parse(time: Time, what: str) -> tuple[float, str]:
+def parse(time: Time, what: str) -> tuple[float, str]:
     """A time as (number, unit); the units are "fraction", "steps" and "epochs"."""
     if isinstance(time, str):
         match = _TIME.fullmatch(time)
@@ -34,7 +34,7 @@ def step_of(time: Time, what: str, total: float, steps_per_epoch: int | None) ->
     Raises:
         ValueError: it is no time, or a part of a length that is not known; `what` is its name in the message.
     """
-    value, unit = _parse(time, what)
+    value, unit = parse(time, what)
     if unit == "steps" or value == 0:
         return int(value)
     length = steps_per_epoch if unit == "epochs" else total

@@ -9,12 +9,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
 from pl_sparse.network.probe import Probe
-from pl_sparse.scorer.base import Scorer, _observed
+from pl_sparse.scorer.base import Scorer, observed
 
 __all__ = ["Wanda"]
 
 
+@register
 @dataclass(frozen=True)
 class Wanda(Scorer):
     """|w_ij| |x_j|_2, with x_j the j-th input of the layer over all calibration samples and positions.
@@ -46,4 +48,4 @@ class Wanda(Scorer):
             param.state["calibrated"] = param.layout.restore(score, param.shape).clone()
 
     def score(self, param: MaskedParameter) -> Tensor:
-        return _observed(param, "calibrated")
+        return observed(param, "calibrated")

@@ -9,12 +9,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
 from pl_sparse.network.probe import Probe
-from pl_sparse.scorer.base import Scorer, _observed
+from pl_sparse.scorer.base import Scorer, observed
 
 __all__ = ["SNIP", "GraSP", "SynFlow"]
 
 
+@register
 @dataclass(frozen=True)
 class SNIP(Scorer):
     """|g w|, the connection sensitivity: |dL/dc| of c = 1 in c w, on calibration batches.
@@ -34,9 +36,10 @@ class SNIP(Scorer):
             param.state["calibrated"] = (grad * param.values).abs_()
 
     def score(self, param: MaskedParameter) -> Tensor:
-        return _observed(param, "calibrated")
+        return observed(param, "calibrated")
 
 
+@register
 @dataclass(frozen=True)
 class GraSP(Scorer):
     """w (H g): high for weights whose removal would take most from the norm of the gradient.
@@ -65,9 +68,10 @@ class GraSP(Scorer):
             param.state["calibrated"] = param.values * product
 
     def score(self, param: MaskedParameter) -> Tensor:
-        return _observed(param, "calibrated")
+        return observed(param, "calibrated")
 
 
+@register
 @dataclass(frozen=True)
 class SynFlow(Scorer):
     """|w dR/dw| with R = 1^T prod |W| 1, the synaptic flow: it needs no data, and conserves its sum over layers.
@@ -87,4 +91,4 @@ class SynFlow(Scorer):
             param.state["calibrated"] = flow * param.weight.detach().abs()
 
     def score(self, param: MaskedParameter) -> Tensor:
-        return _observed(param, "calibrated")
+        return observed(param, "calibrated")

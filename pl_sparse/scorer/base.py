@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import Axes, Axis, name_of
 from pl_sparse.network.probe import Probe
 from pl_sparse.structure import Structure
 
@@ -19,20 +20,22 @@ __all__ = ["Scorer"]
 
 
 @dataclass(frozen=True)
-class Scorer(ABC):
+class Scorer(Axis, ABC):
     """The importance of weights.
 
     A new one overrides `score`, `observe` if it looks at gradients over time, `calibrate` if it looks at the whole
     model at once, and `start` if it learns a number for each unit.
 
     Attributes:
-        needs_dense: whether it scores pruned weights by the values they had, which masking must then remember.
+        needs_latent: whether it scores pruned weights by the values they had, which masking must then remember.
         observes: whether it needs gradients; without, a level due at step 0 is met before the first batch.
         signed: whether scores can be negative.
         calibrates: whether it scores by `calibrate`, before each round of pruning.
     """
 
-    needs_dense: ClassVar[bool] = False
+    axis: ClassVar[str] = "scorer"
+    renamed: ClassVar[Mapping[str, str]] = {"needs_dense": "needs_latent"}
+    needs_latent: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     signed: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
@@ -42,17 +45,39 @@ class Scorer(ABC):
         return
 
     def facts(self, groups: Sequence[Group]) -> dict[str, float]:
-        """What there is to tell about what it learned, by name, for logs and metrics; by default nothing."""
+        """Figures of what it learned, by name, for logs and metrics; by default none."""
         return {}
+
+    def refusal(self, axes: Axes) -> str | None:
+        if self.needs_latent and not axes.masking.remembers:
+            return (
+                f"scorer={name_of(self)} scores pruned weights by the values they had, which "
+                f"masking={name_of(axes.masking)} forgets: use masking=frozen, ste or auto"
+            )
+        return None
 
     @abstractmethod
     def score(self, param: MaskedParameter) -> Tensor:
         """The scores of one weight, in its shape; higher = keep, and no NaN."""
 
+    def unit_scores(self, group: Group) -> Tensor | None:
+        """The scores of a group's units, where they are learned for the units themselves (`group.gate`).
+
+        None, as by default: the score of a unit is the mean of `score` over its weights.
+        """
+        return None
+
     def observe(self, param: MaskedParameter) -> None:
         """Look at one weight before an optimizer step; `param.grad` is the gradient at the masked weights.
 
         Called on every step until the last level of the schedule; by default nothing is done.
+        """
+        return
+
+    def learn(self, group: Group) -> None:
+        """Learn from one optimizer step what `start` made a `Gate` for, once `observe` has seen the group's weights.
+
+        By default nothing is done.
         """
         return
 
@@ -64,7 +89,7 @@ class Scorer(ABC):
         return
 
 
-def _average(param: MaskedParameter, name: str, value: Tensor, decay: float) -> None:
+def average_into(param: MaskedParameter, name: str, value: Tensor, decay: float) -> None:
     """Moving average of `value` in `param.state`, started at the first value."""
     average = param.state.get(name)
     if average is None:
@@ -73,12 +98,12 @@ def _average(param: MaskedParameter, name: str, value: Tensor, decay: float) -> 
         average.lerp_(value, 1 - decay)
 
 
-def _observed(param: MaskedParameter, name: str) -> Tensor:
+def observed(param: MaskedParameter, name: str) -> Tensor:
     """What was gathered under `name`; zeros for a weight that never had a gradient."""
-    found = param.state.get(name)
-    return torch.zeros_like(param.values) if found is None else found
+    gathered = param.state.get(name)
+    return torch.zeros_like(param.values) if gathered is None else gathered
 
 
-def _decay(value: float) -> None:
+def check_decay(value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"decay={value!r} must be in [0, 1): the share of the past in the moving average")

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from pl_sparse.core.parameter import MaskedParameter
-from pl_sparse.scorer.base import Scorer, _average, _decay, _observed
+from pl_sparse.core.registry import register
+from pl_sparse.scorer.base import Scorer, average_into, check_decay, observed
 
 __all__ = ["Gradient", "Momentum", "Movement", "Taylor"]
 
 
+@register
 @dataclass(frozen=True)
 class Gradient(Scorer):
     """The moving average of |g|, with g the gradient of the loss at the masked weights.
@@ -26,16 +28,17 @@ class Gradient(Scorer):
     observes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _decay(self.decay)
+        check_decay(self.decay)
 
     def observe(self, param: MaskedParameter) -> None:
         if param.grad is not None:
-            _average(param, "gradient", param.grad.detach().abs(), self.decay)
+            average_into(param, "gradient", param.grad.detach().abs(), self.decay)
 
     def score(self, param: MaskedParameter) -> Tensor:
-        return _observed(param, "gradient")
+        return observed(param, "gradient")
 
 
+@register
 @dataclass(frozen=True)
 class Taylor(Scorer):
     """The moving average of |w g|: to first order, how much the loss changes when the weight is removed.
@@ -51,16 +54,17 @@ class Taylor(Scorer):
     observes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _decay(self.decay)
+        check_decay(self.decay)
 
     def observe(self, param: MaskedParameter) -> None:
         if param.grad is not None:
-            _average(param, "taylor", (param.values * param.grad.detach()).abs_(), self.decay)
+            average_into(param, "taylor", (param.values * param.grad.detach()).abs_(), self.decay)
 
     def score(self, param: MaskedParameter) -> Tensor:
-        return _observed(param, "taylor")
+        return observed(param, "taylor")
 
 
+@register
 @dataclass(frozen=True)
 class Movement(Scorer):
     """S = -lr * sum over steps of g w: high for weights that move away from zero.
@@ -75,7 +79,7 @@ class Movement(Scorer):
     """
 
     lr: float = 1.0
-    needs_dense: ClassVar[bool] = True
+    needs_latent: ClassVar[bool] = True
     observes: ClassVar[bool] = True
     signed: ClassVar[bool] = True
 
@@ -90,9 +94,10 @@ class Movement(Scorer):
             param.state["movement"].addcmul_(param.grad.detach(), param.values, value=-self.lr)
 
     def score(self, param: MaskedParameter) -> Tensor:
-        return _observed(param, "movement")
+        return observed(param, "movement")
 
 
+@register
 @dataclass(frozen=True)
 class Momentum(Scorer):
     """|moving average of g|: of the weights that training keeps pushing the same way.
@@ -107,11 +112,11 @@ class Momentum(Scorer):
     observes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _decay(self.decay)
+        check_decay(self.decay)
 
     def observe(self, param: MaskedParameter) -> None:
         if param.grad is not None:
-            _average(param, "momentum", param.grad.detach(), self.decay)
+            average_into(param, "momentum", param.grad.detach(), self.decay)
 
     def score(self, param: MaskedParameter) -> Tensor:
-        return _observed(param, "momentum").abs()
+        return observed(param, "momentum").abs()

@@ -14,12 +14,14 @@ from torch import Tensor
 from pl_sparse.core.gate import GAMMA, ZETA, Gate, open_probability, slope, stretched
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
 from pl_sparse.scorer.base import Scorer
 from pl_sparse.structure import Structure
 
 __all__ = ["HardConcrete", "SoftMovement", "SoftThreshold"]
 
 
+@register
 @dataclass(frozen=True)
 class HardConcrete(Scorer):
     """Gates that are learned under an L0 penalty: weights are z v, each unit's z a hard concrete variable in [0, 1].
@@ -50,7 +52,7 @@ class HardConcrete(Scorer):
     lr: float = 1e-3
     keep: float = 0.5
     seed: int = 0
-    needs_dense: ClassVar[bool] = True
+    needs_latent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (self.penalty >= 0 and self.lr > 0):
@@ -60,14 +62,14 @@ class HardConcrete(Scorer):
 
     def start(self, groups: Sequence[Group], structure: Structure) -> None:
         for group in groups:
-            gate = Gate(group, structure, self.lr)
+            gate = group.gate = Gate(group.name, group.members, structure, self.lr)
             seed = (self.seed * 0x9E3779B1 + crc32(group.name.encode())) % 2**63
             drawn = torch.randn(gate.value.shape, generator=torch.Generator().manual_seed(seed))
             gate.value.data.copy_(drawn * 0.01 + math.log(self.keep / (1 - self.keep)))
 
-    def observe(self, param: MaskedParameter) -> None:
-        gate = param.gate
-        if gate is None or not param.pruned or not gate.last(param):
+    def learn(self, group: Group) -> None:
+        gate = group.gate
+        if gate is None or not group.pruned:
             return
         probability = open_probability(gate.value.detach())
         price = self.penalty * gate.level * gate.size
@@ -75,17 +77,20 @@ class HardConcrete(Scorer):
         gate.value.data.clamp_(math.log(1e-2), math.log(1e2))
 
     def score(self, param: MaskedParameter) -> Tensor:
-        if param.gate is None:
-            return torch.full_like(param.values, self.keep * (ZETA - GAMMA) + GAMMA)
-        return param.gate.spread(stretched(param.gate.value.detach()), param)
+        """That of a gate that has learned nothing yet."""
+        return torch.full_like(param.values, self.keep * (ZETA - GAMMA) + GAMMA)
+
+    def unit_scores(self, group: Group) -> Tensor | None:
+        return None if group.gate is None else stretched(group.gate.value.detach())
 
     def facts(self, groups: Sequence[Group]) -> dict[str, float]:
         """The expected share of weights that are zero in training."""
-        gates = [gate for group in groups if (gate := group.members[0][0].gate) is not None]
+        gates = [group.gate for group in groups if group.gate is not None]
         on = sum(float(open_probability(gate.value.detach()).sum()) * gate.size for gate in gates)
         return {"expected_sparsity": 1 - on / max(sum(group.numel for group in groups), 1)}
 
 
+@register
 @dataclass(frozen=True)
 class SoftMovement(Scorer):
     """sigmoid(S), with S learned by straight-through gradients: dL/dS = sum over the unit of g w.
@@ -106,7 +111,7 @@ class SoftMovement(Scorer):
 
     penalty: float = 400.0
     lr: float = 1e-2
-    needs_dense: ClassVar[bool] = True
+    needs_latent: ClassVar[bool] = True
     observes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -115,22 +120,26 @@ class SoftMovement(Scorer):
 
     def start(self, groups: Sequence[Group], structure: Structure) -> None:
         for group in groups:
-            Gate(group, structure, self.lr).share = 1 / len(groups)
+            group.gate = Gate(group.name, group.members, structure, self.lr)
+            group.gate.share = 1 / len(groups)
 
-    def observe(self, param: MaskedParameter) -> None:
-        gate = param.gate
-        if gate is None or not gate.last(param):
+    def learn(self, group: Group) -> None:
+        gate = group.gate
+        if gate is None:
             return
         p = gate.value.detach().sigmoid()
-        price = self.penalty * gate.level * gate.share / gate.value.numel() if param.pruned else 0.0
+        price = self.penalty * gate.level * gate.share / gate.value.numel() if group.pruned else 0.0
         gate.step(gate.correlation() + price * p * (1 - p))
 
     def score(self, param: MaskedParameter) -> Tensor:
-        if param.gate is None:
-            return torch.full_like(param.values, 0.5)
-        return param.gate.spread(param.gate.value.detach().sigmoid(), param)
+        """That of a gate that has learned nothing yet."""
+        return torch.full_like(param.values, 0.5)
+
+    def unit_scores(self, group: Group) -> Tensor | None:
+        return None if group.gate is None else group.gate.value.detach().sigmoid()
 
 
+@register
 @dataclass(frozen=True)
 class SoftThreshold(Scorer):
     """|w| - sigmoid(s), with s learned, one a tensor: a weight is off where it is 0 or less.
@@ -159,7 +168,7 @@ class SoftThreshold(Scorer):
     lr: float = 0.256
     momentum: float = 0.875
     decay: float = 2.2517e-5
-    needs_dense: ClassVar[bool] = True
+    needs_latent: ClassVar[bool] = True
     signed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -192,5 +201,5 @@ class SoftThreshold(Scorer):
 
     def facts(self, groups: Sequence[Group]) -> dict[str, float]:
         """The mean of the thresholds sigmoid(s)."""
-        found = [float(self._threshold(param).sigmoid()) for group in groups for param, _ in group.members]
-        return {"threshold": sum(found) / max(len(found), 1)}
+        thresholds = [float(self._threshold(param).sigmoid()) for group in groups for param, _ in group.members]
+        return {"threshold": sum(thresholds) / max(len(thresholds), 1)}

@@ -8,11 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
 from pl_sparse.scorer.base import Scorer
 
 __all__ = ["Ticket"]
 
 
+@register
 @dataclass(frozen=True)
 class Ticket(Scorer):
     """1 for what a mask on disk keeps, 0 for what it removes: to train with a mask that was found before.

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
 from pl_sparse.network.probe import NORMS, Probe
-from pl_sparse.scorer.base import Scorer, _observed
+from pl_sparse.scorer.base import Scorer, observed
 
 __all__ = ["Magnitude", "Random", "Slimming"]
 
 
+@register
 @dataclass(frozen=True)
 class Magnitude(Scorer):
     """|w|.
@@ -28,6 +30,7 @@ class Magnitude(Scorer):
         return param.values.abs()
 
 
+@register
 @dataclass(frozen=True)
 class Random(Scorer):
     """A uniform random number that stays the same for a weight: the control every method has to beat.
@@ -42,6 +45,7 @@ class Random(Scorer):
         return torch.rand(param.shape, generator=generator).to(param.weight.device)
 
 
+@register
 @dataclass(frozen=True)
 class Slimming(Scorer):
     """|gamma| of the batch norm that takes a layer's output, the same for all weights of an output channel.
@@ -64,7 +68,7 @@ class Slimming(Scorer):
                 "model with batch norm, or scorer=magnitude"
             )
         norms = probe.following_norms([param.module for param in params])
-        shapes = [param.layout.view(torch.empty(param.shape, device="meta")).shape for param in params]
+        shapes = [param.layout.shape_of(param.shape) for param in params]
         scales: list[Tensor | None] = []
         for param, shape in zip(params, shapes, strict=True):
             scale = getattr(norms.get(param.module), "weight", None)
@@ -78,4 +82,4 @@ class Slimming(Scorer):
             param.state["calibrated"] = param.layout.restore(spread, param.shape).to(param.values.dtype).clone()
 
     def score(self, param: MaskedParameter) -> Tensor:
-        return _observed(param, "calibrated")
+        return observed(param, "calibrated")

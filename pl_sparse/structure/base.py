@@ -9,21 +9,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import Axis
 from pl_sparse.core.topk import top_k
 
 __all__ = ["Structure"]
 
 
 @dataclass(frozen=True)
-class Structure(ABC):
+class Structure(Axis, ABC):
     """What is pruned together."""
+
+    axis: ClassVar[str] = "structure"
 
     @abstractmethod
     def pool(self, scores: Tensor) -> Tensor:
@@ -51,9 +54,47 @@ class Structure(ABC):
         """
         return [Group(param.name, ((param, param.layout),)) for param in params]
 
+    def bind(
+        self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None, misfit: str = "error"
+    ) -> tuple[list[Group], dict[str, str]]:
+        """The groups that can be pruned so, and by name why a weight is skipped.
+
+        Args:
+            params: the weights that are asked for.
+            example: inputs that the model can be called with, where `needs_example`.
+            misfit: "error", or "dense" to skip weights whose shape does not fit.
+
+        Raises:
+            ValueError: a weight does not fit, or none can be pruned.
+        """
+        skipped: dict[str, str] = {}
+        for param in params:
+            reason = self.misfit(param.layout.shape_of(param.shape))
+            if reason is not None:
+                skipped[param.name] = reason
+        fitting = [param for param in params if param.name not in skipped]
+        if skipped and (misfit == "error" or not fitting):
+            name, reason = next(iter(skipped.items()))
+            shape = next(param.shape for param in params if param.name == name)
+            more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+            raise ValueError(
+                f"{name} of shape {'x'.join(map(str, shape))} cannot be pruned by structure={self.label}: "
+                f"{reason}{more}. Leave such weights dense by misfit='dense', or this one by exclude=[{name!r}]"
+            )
+        groups = self.groups(fitting, model, example)
+        for group in groups:
+            if group.reason is not None:
+                skipped |= dict.fromkeys((param.name for param, _ in group.members), group.reason)
+        groups = [group for group in groups if group.reason is None]
+        if not groups:
+            raise ValueError("nothing to prune: " + "; ".join(f"{name}: {why}" for name, why in skipped.items()))
+        # of a layer that several groups share, one may be open and another not
+        pruned = {param.name for group in groups for param, _ in group.members}
+        return groups, {name: reason for name, reason in skipped.items() if name not in pruned}
+
     @property
     def needs_example(self) -> bool:
-        """Whether `groups` calls the model."""
+        """Whether `groups` calls the model, to find units that go through several layers."""
         return False
 
     @property

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pl_sparse.core.registry import register
 from pl_sparse.structure.base import Structure
 
 __all__ = ["Block", "Kernel"]
 
 
+@register
 @dataclass(frozen=True)
 class Block(Structure):
     """Blocks of `h` outputs by `w` inputs; a convolution has such blocks at each kernel position.
@@ -44,6 +46,7 @@ class Block(Structure):
         return chosen.repeat_interleave(self.h, 0).repeat_interleave(self.w, 1)
 
 
+@register
 @dataclass(frozen=True)
 class Kernel(Structure):
     """Single kernels of a convolution: the weights from one input to one output channel. A linear layer's are 1 x 1."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.group import Group
-from pl_sparse.core.layouts import Layout
+from pl_sparse.core.layouts import InputsFirst, Layout, Plain, Rows
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
+from pl_sparse.network.channels import Coupling
 from pl_sparse.structure.base import Structure
 from pl_sparse.surgery.trial import couplings
 
 __all__ = ["Channel", "Feature"]
 
 
+@register("coupled", coupled=True)
+@register
 @dataclass(frozen=True)
 class Channel(Structure):
     """Whole output channels: the filters of a convolution, the neurons of a linear layer (its rows).
@@ -51,52 +55,19 @@ class Channel(Structure):
                 "coupled channels are found by calling the model: give attach(model, example) a batch of inputs, or "
                 "the model an example_input_array"
             )
-        by_weight = {id(param.weight): param for param in params}
         order = {param.name: index for index, param in enumerate(params)}
-        others: dict[str, MaskedParameter] = {}
-        modules = dict(model.named_modules())
-
-        def reader(path: str, module: Any) -> MaskedParameter:
-            """A layer that is not pruned, but reads what is."""
-            layout = Layout("transposed") if getattr(module, "transposed", False) else Layout()
-            mask = torch.ones_like(module.weight, dtype=torch.bool, requires_grad=False)
-            return MaskedParameter(f"{path}.weight", module, module.weight, mask, layout=layout)
-
+        by_weight = {id(param.weight): param for param in params}
+        companions: dict[str, MaskedParameter] = {}  # a norm that several groups share is one
         groups = []
         for coupling in couplings(model, example):
-            members: list[tuple[MaskedParameter, Layout]] = []
-            followers: list[tuple[MaskedParameter, Layout]] = []
-            feeds: list[tuple[MaskedParameter, Tensor]] = []
-            reason = coupling.reason
-            for port in coupling.ports:
-                module: Any = modules.get(port.path)
-                if module is None or not port.path:  # a parameter, or the outputs of the model: there is a reason
-                    continue
-                if port.side == "in":
-                    if coupling.reason is None:
-                        into = by_weight.get(id(module.weight)) or reader(port.path, module)
-                        feeds.append((into, _readers(into, port.places)))
-                    continue
-                for short, tensor in module.named_parameters(recurse=False):
-                    param = by_weight.get(id(tensor))
-                    if param is not None:
-                        whole = coupling.reason is not None
-                        members.append((param, param.layout if whole else _rows(param, port.places)))
-                    elif reason is not None:
-                        continue
-                    elif short == "weight" and tensor.dim() > 1:
-                        reason = reason or f"its channels are joined with those of {port.path}, which is not pruned"
-                    elif not isinstance(module, nn.PReLU):
-                        name = f"{port.path}.{short}"
-                        mask = torch.ones_like(tensor, dtype=torch.bool, requires_grad=False)
-                        other = others.setdefault(name, MaskedParameter(name, module, tensor, mask))
-                        followers.append((other, _rows(other, port.places)))
-            if members:
-                members.sort(key=lambda member: order[member[0].name])
-                groups.append(Group(members[0][0].name, tuple(members), tuple(followers), tuple(feeds), reason))
-        found = {param.name for group in groups for param, _ in group.members}
-        why = "no channel that can be removed was found in it"
-        groups += [Group(p.name, ((p, p.layout),), reason=why) for p in params if p.name not in found]
+            group = _group(coupling, dict(model.named_modules()), by_weight, companions)
+            if group is not None:
+                group.members = tuple(sorted(group.members, key=lambda member: order[member[0].name]))
+                group.name = group.members[0][0].name
+                groups.append(group)
+        grouped = {param.name for group in groups for param, _ in group.members}
+        reason = "no channel that can be removed was found in it"
+        groups += [Group(p.name, ((p, p.layout),), reason=reason) for p in params if p.name not in grouped]
         return sorted(groups, key=lambda group: order[group.name])
 
     @property
@@ -114,24 +85,71 @@ class Channel(Structure):
         return chosen.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape)
 
 
-def _rows(param: MaskedParameter, places: tuple[tuple[int, ...], ...]) -> Layout:
+def _group(
+    coupling: Coupling,
+    modules: Mapping[str, nn.Module],
+    by_weight: Mapping[int, MaskedParameter],
+    companions: dict[str, MaskedParameter],
+) -> Group | None:
+    """The weights that a coupling goes through, as a group without a name; None if none of them is pruned.
+
+    Args:
+        by_weight: the weights that are pruned, by the identity of the parameter.
+        companions: biases and norms seen so far, by name; those of this coupling are added.
+    """
+    group = Group("", (), reason=coupling.reason)
+    for port in coupling.ports:
+        module: Any = modules.get(port.path)
+        if module is None or not port.path:  # a parameter, or the outputs of the model: there is a reason
+            continue
+        if port.side == "in":
+            if coupling.reason is None:
+                consumer = by_weight.get(id(module.weight)) or _unpruned(port.path, module)
+                group.consumers += ((consumer, _unit_of_input(consumer, port.places)),)
+            continue
+        for short, tensor in module.named_parameters(recurse=False):
+            param = by_weight.get(id(tensor))
+            if param is not None:
+                layout = param.layout if coupling.reason is not None else _units_as_rows(param, port.places)
+                group.members += ((param, layout),)
+            elif group.reason is not None:
+                continue
+            elif short == "weight" and tensor.dim() > 1:
+                group.reason = f"its channels are joined with those of {port.path}, which is not pruned"
+            elif not isinstance(module, nn.PReLU):  # a slope is harmless: it scales what is zero
+                name = f"{port.path}.{short}"
+                mask = torch.ones_like(tensor, dtype=torch.bool, requires_grad=False)
+                companion = companions.setdefault(name, MaskedParameter(name, module, tensor, mask))
+                group.companions += ((companion, _units_as_rows(companion, port.places)),)
+    return group if group.members else None
+
+
+def _unpruned(path: str, module: Any) -> MaskedParameter:
+    """The weight of a layer that is not pruned, but reads what is."""
+    layout = InputsFirst() if getattr(module, "transposed", False) else Plain()
+    mask = torch.ones_like(module.weight, dtype=torch.bool, requires_grad=False)
+    return MaskedParameter(f"{path}.weight", module, module.weight, mask, layout=layout)
+
+
+def _units_as_rows(param: MaskedParameter, places: tuple[tuple[int, ...], ...]) -> Layout:
     """How the units with these outputs are seen in a weight."""
-    outputs = param.layout.view(torch.empty(param.shape, device="meta")).shape[0]
+    outputs = param.layout.shape_of(param.shape)[0]
     if places == tuple((index,) for index in range(outputs)):
         return param.layout
-    return Layout("rows", rows=places, below=param.layout)
+    return Rows(places, param.layout)
 
 
-def _readers(param: MaskedParameter, places: tuple[tuple[int, ...], ...]) -> Tensor:
-    """The unit that each input of a weight takes in, -1 for none of these; inputs that groups share count once."""
-    inputs = param.layout.view(torch.empty(param.shape, device="meta")).shape[1]
+def _unit_of_input(param: MaskedParameter, places: tuple[tuple[int, ...], ...]) -> Tensor:
+    """The unit that each input of a weight takes in, (in,), -1 for none; inputs that groups share count once."""
+    inputs = param.layout.shape_of(param.shape)[1]
     units = torch.full((inputs,), -1)
-    for unit, at in enumerate(places):
-        for place in at:
-            units[place % inputs] = unit
+    for unit, indices in enumerate(places):
+        for index in indices:
+            units[index % inputs] = unit
     return units
 
 
+@register
 @dataclass(frozen=True)
 class Feature(Structure):
     """Whole features: the filters of a convolution (its output channels), the input units of a linear layer (columns).

@@ -8,11 +8,13 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
+from pl_sparse.core.registry import register
 from pl_sparse.structure.base import Structure
 
 __all__ = ["NM", "Transposable"]
 
 
+@register
 @dataclass(frozen=True)
 class NM(Structure):
     """At most `n` non-zeros in every group of `m` neighbours along the input dimension.
@@ -72,6 +74,7 @@ class NM(Structure):
         return chosen.flatten(-2).movedim(-1, 1)
 
 
+@register
 @dataclass(frozen=True)
 class Transposable(Structure):
     """N:M along the inputs and along the outputs, so that the weight and its transpose both have the pattern.

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pl_sparse.core.registry import register
 from pl_sparse.core.topk import top_k
 from pl_sparse.structure.base import Structure
 
 __all__ = ["Row", "Unstructured"]
 
 
+@register
 @dataclass(frozen=True)
 class Unstructured(Structure):
     """Every weight is a unit of its own."""
@@ -24,6 +26,7 @@ class Unstructured(Structure):
         return chosen
 
 
+@register
 @dataclass(frozen=True)
 class Row(Structure):
     """Single weights, as many in each output of a tensor (its rows).

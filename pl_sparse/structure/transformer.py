@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.group import Group
-from pl_sparse.core.layouts import Layout
+from pl_sparse.core.layouts import Blocks, InputsFirst
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
 from pl_sparse.network.attention import LOOKED_FOR, Attention, Unknown, attentions, feed_forwards
 from pl_sparse.structure.base import Structure
 
 __all__ = ["Head", "Hybrid"]
 
 
+@register
 @dataclass(frozen=True)
 class Head(Structure):
     """Whole attention heads: a head's rows of the query, key and value projections and its columns of the output one.
@@ -47,24 +49,24 @@ class Head(Structure):
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
         by_weight = {id(param.weight): param for param in params}
         groups = []
-        for found in attentions(model):
-            weights = [getattr(module, name) for module, name, *_ in found.weights]
-            known = [by_weight.get(id(weight)) for weight in weights]
-            if not any(known):  # left dense by include and exclude
+        for attention in attentions(model):
+            weights = [getattr(module, name) for module, name, *_ in attention.weights]
+            members = [by_weight.get(id(weight)) for weight in weights]
+            if not any(members):  # left dense by include and exclude
                 continue
-            if isinstance(found, Unknown):
+            if isinstance(attention, Unknown):
                 raise ValueError(
-                    f"structure=head cannot tell the heads of {found.name}: {found.reason}. Leave it dense by "
-                    f"exclude=[{found.name!r}]"
+                    f"structure=head cannot tell the heads of {attention.name}: {attention.reason}. Leave it dense by "
+                    f"exclude=[{attention.name!r}]"
                 )
-            missing = [name for param, (_, name, _) in zip(known, found.weights, strict=True) if param is None]
-            if missing:
+            if None in members:
                 raise ValueError(
-                    f"structure=head removes heads whole, but include and exclude leave {len(missing)} of the "
-                    f"{len(weights)} weights of {found.name} dense: name all of them or none, {found.name!r}"
+                    f"structure=head removes heads whole, but include and exclude leave {members.count(None)} of the "
+                    f"{len(weights)} weights of {attention.name} dense: name all of them or none, {attention.name!r}"
                 )
-            members = ((param, layout) for param, (*_, layout) in zip(known, found.weights, strict=True) if param)
-            groups.append(Group(found.name, tuple(members)))
+            layouts = [layout for *_, layout in attention.weights]
+            pairs = tuple((param, layout) for param, layout in zip(members, layouts, strict=True) if param)
+            groups.append(Group(attention.name, pairs))
         if not groups:
             raise ValueError(
                 f"structure=head found no attention layer to prune in {type(model).__name__}. It looks for "
@@ -79,6 +81,7 @@ class Head(Structure):
         return chosen.unsqueeze(1).expand(shape)
 
 
+@register
 @dataclass(frozen=True)
 class Hybrid(Structure):
     """Blocks of `h` outputs by `w` inputs in the attention layers of a transformer, neurons in the feed-forward ones.
@@ -109,25 +112,25 @@ class Hybrid(Structure):
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
         by_weight = {id(param.weight): param for param in params}
         groups = []
-        for found in attentions(model):
-            for module, name, *layout in found.weights:
+        for attention in attentions(model):
+            for module, name, *layout in attention.weights:
                 param = by_weight.pop(id(getattr(module, name)), None)
                 if param is None:
                     continue
-                turned = param.layout.kind == "transposed"  # GPT-2 keeps (in, out)
-                last = isinstance(found, Attention) and (module, name, *layout) == found.weights[-1]
+                turned = isinstance(param.layout, InputsFirst)  # GPT-2 keeps (in, out)
+                last = isinstance(attention, Attention) and (module, name, *layout) == attention.weights[-1]
                 block = (self.w, self.h) if turned != last else (self.h, self.w)
                 if param.shape[0] % block[0] or param.shape[1] % block[1]:
                     raise ValueError(
                         f"{param.name} of shape {param.shape[0]}x{param.shape[1]} is not made of blocks of "
                         f"{block[0]}x{block[1]}: choose other h and w, or leave it dense by exclude=[{param.name!r}]"
                     )
-                groups.append(Group(param.name, ((param, Layout("blocks", block=block)),)))
+                groups.append(Group(param.name, ((param, Blocks(*block)),)))
         for network in feed_forwards(model):
-            members = [(by_weight.pop(id(getattr(m, name)), None), layout) for m, name, layout in network.weights]
-            known = tuple((param, layout) for param, layout in members if param is not None)
-            if known:
-                groups.append(Group(network.name, known))
+            candidates = [(by_weight.pop(id(getattr(m, name)), None), layout) for m, name, layout in network.weights]
+            pairs = tuple((param, layout) for param, layout in candidates if param is not None)
+            if pairs:
+                groups.append(Group(network.name, pairs))
         if not groups:
             raise ValueError(
                 f"structure=hybrid found neither attention nor feed-forward layers to prune in {type(model).__name__}. "

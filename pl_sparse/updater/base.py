@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from pl_sparse.allocation import Allocation, Units
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import Axes, Axis, name_of
 from pl_sparse.network.probe import Probe
 from pl_sparse.scorer import Scorer
 from pl_sparse.structure import Structure
@@ -41,12 +44,18 @@ class Update:
 
     def units(self, groups: Sequence[Group], scorer: Scorer, structure: Structure) -> Units:
         """The scores of the groups' units."""
-        score = (lambda param: -scorer.score(param)) if self.invert else scorer.score
-        return Units(groups, structure, score, self.monotone)
+        if not self.invert:
+            return Units(groups, structure, scorer.score, self.monotone, scorer.unit_scores)
+
+        def negated(group: Group) -> Tensor | None:
+            scores = scorer.unit_scores(group)
+            return None if scores is None else -scores
+
+        return Units(groups, structure, lambda param: -scorer.score(param), self.monotone, negated)
 
 
 @dataclass(frozen=True)
-class Updater(ABC):
+class Updater(Axis, ABC):
     """The new masks from the old ones.
 
     Attributes:
@@ -58,6 +67,7 @@ class Updater(ABC):
         calibrates: whether it looks at the whole model through `Update.probe`.
     """
 
+    axis: ClassVar[str] = "updater"
     needs_zeros: ClassVar[bool] = False
     needs_training: ClassVar[bool] = False
     fixed_count: ClassVar[bool] = False
@@ -73,7 +83,30 @@ class Updater(ABC):
         """Whether an update takes the place of the optimizer step that it falls on."""
         return False
 
-    def refusal(self, structure: Structure) -> str | None:
+    def refusal(self, axes: Axes) -> str | None:
+        me, masking, schedule = name_of(self), name_of(axes.masking), name_of(axes.schedule)
+        if axes.targets.overrides and not self.targets_sparsity:
+            return f"overrides are sparsities, which updater={me} does not aim at"
+        if self.needs_zeros and axes.masking.remembers:
+            return (
+                f"updater={me} works on sparse weights alone, but masking={masking} keeps what was behind the mask: "
+                "use masking=hard or auto"
+            )
+        if self.needs_training and not axes.masking.trains_pruned:
+            return (
+                f"updater={me} brings back pruned weights that have grown, but masking={masking} does not train them: "
+                "use masking=ste or auto"
+            )
+        if self.fixed_count and axes.schedule.final and not axes.schedule.one_level:
+            return f"updater={me} keeps the number of weights, which schedule={schedule} changes: use schedule=constant"
+        return self.structure_refusal(axes.structure)
+
+    @property
+    def observes(self) -> bool:
+        """Whether it gathers gradients over time, so that what it does depends on training before the first masks."""
+        return False
+
+    def structure_refusal(self, structure: Structure) -> str | None:
         """Why it cannot work with a structure, or None."""
         return None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pl_sparse.allocation import Allocation, Units, choose
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
 from pl_sparse.core.topk import top_k
 from pl_sparse.scorer import Momentum, Random, Scorer
 from pl_sparse.structure import Structure
@@ -22,6 +23,7 @@ from pl_sparse.updater.base import Update, Updater
 __all__ = ["DropGrow"]
 
 
+@register
 @dataclass(frozen=True)
 class DropGrow(Updater):
     """Dynamic sparse training: in each tensor drop what scores lowest, and grow as many where nothing is.
@@ -71,10 +73,14 @@ class DropGrow(Updater):
             raise ValueError(f"redistribute=true goes by momentum: it needs grow=momentum, not {self.grow}")
 
     @property
+    def observes(self) -> bool:
+        return self.grow == "momentum"
+
+    @property
     def replaces_step(self) -> bool:
         return self.skip_step
 
-    def refusal(self, structure: Structure) -> str | None:
+    def structure_refusal(self, structure: Structure) -> str | None:
         if structure.fixed is not None:
             return (
                 "updater=dropgrow moves weights freely within a tensor, which the pattern of "
@@ -104,7 +110,7 @@ class DropGrow(Updater):
             start = Random(self.seed)
             choose(Units(groups, structure, start.score, due.monotone), allocation, due.level, due.overrides)
             return
-        units = Units(groups, structure, scorer.score)
+        units = Units(groups, structure, scorer.score, unit_scores=scorer.unit_scores)
         alive = [units.alive(index) for index in range(len(units))]
         counts = [int(mask.sum()) for mask in alive]
         dropped = [int(self.rate(due.progress) * count) for count in counts]

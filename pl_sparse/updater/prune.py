@@ -13,6 +13,7 @@ from torch import Tensor
 from pl_sparse.allocation import Allocation, Global, Units, choose, kept
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
 from pl_sparse.core.topk import top_k
 from pl_sparse.scorer import Scorer
 from pl_sparse.structure import Row, Structure
@@ -21,6 +22,7 @@ from pl_sparse.updater.base import Update, Updater
 __all__ = ["Prune", "Splice", "Threshold"]
 
 
+@register
 @dataclass(frozen=True)
 class Prune(Updater):
     """Keep what scores best. Weights come back only where masking remembers their values."""
@@ -31,6 +33,7 @@ class Prune(Updater):
         choose(due.units(groups, scorer, structure), allocation, due.level, due.overrides)
 
 
+@register
 @dataclass(frozen=True)
 class Threshold(Updater):
     """Keep what scores above a threshold: how much that is comes out of training.
@@ -63,7 +66,7 @@ class Threshold(Updater):
     def target(self, scheduled: float) -> float | None:
         return self.at_least
 
-    def refusal(self, structure: Structure) -> str | None:
+    def structure_refusal(self, structure: Structure) -> str | None:
         if structure.fixed is not None or isinstance(structure, Row):
             return (
                 f"updater=threshold keeps what scores high, which knows nothing of the pattern of "
@@ -77,9 +80,8 @@ class Threshold(Updater):
         units = due.units(groups, scorer, structure)
         left = 0
         for index, group in enumerate(groups):
-            for param, _ in group.members:
-                if param.gate is not None:
-                    param.gate.level = due.level
+            if group.gate is not None:
+                group.gate.level = due.level
             scores = units[index]
             if bool(scores.isnan().any()):
                 raise ValueError(f"the scores of {group.name} hold NaN: its weights, gradients or gates diverged")
@@ -94,6 +96,7 @@ class Threshold(Updater):
             choose(units, Global(), float(self.at_least or 0))
 
 
+@register
 @dataclass(frozen=True)
 class Splice(Updater):
     """Dynamic network surgery: cut what scores low, splice what scores high, and leave alone what is between.
@@ -120,7 +123,14 @@ class Splice(Updater):
     def update(
         self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update
     ) -> None:
+        alive = Units(groups, structure, scorer.score).alive
+        places = {id(group): index for index, group in enumerate(groups)}
+
         def score(param: MaskedParameter) -> Tensor:
             return scorer.score(param) / torch.where(param.mask, self.low, self.high)
 
-        choose(Units(groups, structure, score), allocation, due.level, due.overrides)
+        def unit_scores(group: Group) -> Tensor | None:
+            scores = scorer.unit_scores(group)
+            return None if scores is None else scores / torch.where(alive(places[id(group)]), self.low, self.high)
+
+        choose(Units(groups, structure, score, unit_scores=unit_scores), allocation, due.level, due.overrides)

@@ -12,6 +12,7 @@ from torch import Tensor
 from pl_sparse.allocation import Allocation, kept
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
 from pl_sparse.network.probe import Probe
 from pl_sparse.scorer import Scorer
 from pl_sparse.structure import NM, Structure, Unstructured
@@ -20,6 +21,7 @@ from pl_sparse.updater.base import Update, Updater
 __all__ = ["Reconstruct"]
 
 
+@register
 @dataclass(frozen=True)
 class Reconstruct(Updater):
     """SparseGPT: remove weights and move those that are left, so that each layer's outputs change least.
@@ -55,7 +57,7 @@ class Reconstruct(Updater):
         if not self.damping > 0:
             raise ValueError(f"damping={self.damping!r} must be positive, or H may have no inverse")
 
-    def refusal(self, structure: Structure) -> str | None:
+    def structure_refusal(self, structure: Structure) -> str | None:
         if isinstance(structure, (Unstructured, NM)):
             return None
         return (

@@ -41,7 +41,7 @@ def prefix(cfg: DictConfig, sparsity: Sparsity, epochs: int | None) -> Prefix | 
         return None  # its warm-up is no part of the schedule, and what follows it is decided as it goes
     plain = settings(cfg)
     learned = pruner.masking.samples or not pruner.updater.targets_sparsity
-    observed = pruner.scorer.observes or learned or getattr(pruner.updater, "redistribute", False)
+    observed = pruner.scorer.observes or learned or pruner.updater.observes
     early = {key: value for key, value in plain.items() if key not in _LATER}
     axes = {key: plain[key] for key in _LATER if key not in ("sparsity", "levels", "schedule", "front", "test")}
     schedule: dict[str, Any] = dict(plain["schedule"])
@@ -54,7 +54,7 @@ def prefix(cfg: DictConfig, sparsity: Sparsity, epochs: int | None) -> Prefix | 
     stages: dict[int, str] = {}
     pruned = set()
     for end, reached in rounds:
-        if reached and (pruner.overrides or pruner.structure.fixed is not None):
+        if reached and (pruner.targets.overrides or pruner.structure.fixed is not None):
             break  # these scale with the final sparsity, from the first pruning on
         if end >= 1:
             stages[end] = digest([common, end, [axes, kind, reached] if reached else None])

@@ -1,0 +1,61 @@
+"""What survives a checkpoint: masks, latent values, what scorers gather, gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pl_sparse.core.group import Group
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import suggestion
+
+__all__ = ["load_state", "state_of"]
+
+_RENAMED = {"dense": "latent"}  # keys of version 1
+
+
+def state_of(params: Sequence[MaskedParameter], groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
+    """By the name of each weight its tensors, on the CPU; a group's gate stands with its last member."""
+    state: dict[str, dict[str, Any]] = {
+        param.name: {"pruned": param.pruned, **{key: value.cpu() for key, value in param.tensors().items()}}
+        for param in params
+    }
+    for group in groups:
+        if group.gate is not None:
+            tensors = {f"gate.{key}": value.cpu() for key, value in group.gate.tensors().items()}
+            state[group.members[-1][0].name] |= tensors
+    return state
+
+
+def load_state(
+    params: Sequence[MaskedParameter], groups: Sequence[Group], state: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Give weights and groups the state that `state_of` had.
+
+    Raises:
+        ValueError: it is of another model; nothing has changed then.
+    """
+    names = [param.name for param in params]
+    missing, extra = [n for n in names if n not in state], [n for n in state if n not in set(names)]
+    if missing or extra:
+        parts = [f"it lacks {', '.join(missing[:5])}"] * bool(missing)
+        if extra:
+            parts.append(f"it has {', '.join(extra[:5])}. {suggestion(extra[0], missing or names)}")
+        raise ValueError(f"the pruning state is of another model or other include/exclude: {'; '.join(parts)}")
+    saved = {name: {_RENAMED.get(key, key): value for key, value in state[name].items()} for name in names}
+    for param in params:
+        for key in ("mask", "latent"):
+            value = saved[param.name].get(key)
+            if value is not None and value.shape != param.shape:
+                raise ValueError(
+                    f"the pruning state is of another model: {key} of {param.name} has shape {tuple(value.shape)}, the "
+                    f"weight {tuple(param.shape)}"
+                )
+    for group in groups:
+        tensors = saved[group.members[-1][0].name]
+        gate = {key.removeprefix("gate."): tensors.pop(key) for key in list(tensors) if key.startswith("gate.")}
+        if group.gate is not None and gate:
+            group.gate.load(gate)
+            group.gate.to(group.members[0][0].weight.device)
+    for param in params:
+        param.load(saved[param.name])

@@ -1,0 +1,28 @@
+"""Sanity checks of masks.
+
+Source: Frankle et al., Pruning neural networks at initialization: why are we missing the mark?, 2021, arXiv:2009.08576.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pl_sparse.allocation import Units
+from pl_sparse.core.group import Group
+from pl_sparse.structure import Structure
+
+__all__ = ["ABLATIONS", "shuffle"]
+
+ABLATIONS = ("shuffle", "reinit", "invert")
+
+
+def shuffle(groups: Sequence[Group], structure: Structure) -> None:
+    """Permute each mask within its tensor, whole units (of N:M, whole groups), as the seed of torch has it."""
+    units = Units(groups, structure, lambda param: param.mask.float())
+    for index in range(len(units)):
+        alive = units.alive(index) if structure.fixed is None else units[index].bool()
+        rows = alive.reshape(-1, 1) if structure.fixed is None else alive.flatten(0, -2)  # (units, 1) or (groups, m)
+        order = torch.randperm(len(rows)).to(rows.device)
+        units.assign(index, rows[order].reshape(alive.shape))
