@@ -1,29 +1,33 @@
 """Networks that are trained to be sparse.
 
 `Sparsity` is the callback for a Lightning Trainer, `Pruner` the same for a plain training loop. The axes that a method
-is made of are the modules `scorer`, `schedule`, `structure`, `allocation`, `updater` and `masking`.
+is made of are the packages `scorer`, `schedule`, `structure`, `allocation`, `updater`, `masking` and `regularizer`.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pl_sparse.callbacks import Sparsity
+    from pl_sparse.core.registry import register
+    from pl_sparse.core.targets import Targets
     from pl_sparse.pruner import Pruner
 
 __version__ = "0.1.0"
-__all__ = ["Pruner", "Sparsity", "__version__"]
+__all__ = ["Pruner", "Sparsity", "Targets", "__version__", "register"]
+
+_HOMES = {
+    "Pruner": "pl_sparse.pruner",
+    "Sparsity": "pl_sparse.callbacks",
+    "Targets": "pl_sparse.core.targets",
+    "register": "pl_sparse.core.registry",
+}
 
 
 def __getattr__(name: str) -> object:
-    # Imported on first use: a plain loop needs no Lightning, and a ground-floor module none of the upper ones.
-    if name == "Pruner":
-        from pl_sparse.pruner import Pruner
-
-        return Pruner
-    if name == "Sparsity":
-        from pl_sparse.callbacks import Sparsity
-
-        return Sparsity
+    # Imported on first use: a plain loop needs no Lightning, and the core none of the rooms above it.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -58,14 +58,14 @@ class Budget(Allocation):
     _measured: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        given = {key: getattr(self, key) for key in ("ms", "kb", "macs") if getattr(self, key) is not None}
-        if len(given) != 1:
+        limits = {key: getattr(self, key) for key in ("ms", "kb", "macs") if getattr(self, key) is not None}
+        if len(limits) != 1:
             raise ValueError(
                 "allocation=budget needs one of ms (milliseconds), kb (kilobytes), macs (a fraction or a number), got "
-                + (", ".join(given) or "none of them")
+                + (", ".join(limits) or "none of them")
             )
-        if next(iter(given.values())) <= 0:
-            raise ValueError(f"{next(iter(given))}={next(iter(given.values()))!r} must be above 0")
+        if next(iter(limits.values())) <= 0:
+            raise ValueError(f"{next(iter(limits))}={next(iter(limits.values()))!r} must be above 0")
         for key in ("multiple", "bytes"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be 1 or more")

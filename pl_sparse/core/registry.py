@@ -27,18 +27,18 @@ T = TypeVar("T")
 A = TypeVar("A", bound="Axis")
 
 
-def near_misses(word: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """The known names most like `word`, best first.
+def near_misses(word: str, names: Iterable[str], most: int = 3) -> list[str]:
+    """The names most like `word`, best first.
 
     >>> near_misses("movment", ["magnitude", "movement", "taylor"])
     ['movement']
     """
-    return get_close_matches(word, list(known), n=most, cutoff=0.5)
+    return get_close_matches(word, list(names), n=most, cutoff=0.5)
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
+def suggestion(word: str, names: Iterable[str]) -> str:
     """A sentence for an error message: the near misses, else all that is known."""
-    candidates = sorted(set(known))
+    candidates = sorted(set(names))
     close = near_misses(word, candidates)
     if close:
         return "Did you mean " + " or ".join(repr(name) for name in close) + "?"

@@ -74,7 +74,12 @@ def _alone(histogram: Tensor) -> Tensor:
 
 
 def _bracketed(scores: Sequence[Tensor], keep: int) -> Threshold | None:
-    """The threshold by way of two bounds from a sample; None if it is not between them, or a score is not finite."""
+    """The threshold by way of two bounds from a sample; None if it is not between them, or a score is not finite.
+
+    A sample of n scores has the k-th largest of all at about rank k n / total, with a standard deviation below
+    sqrt(n) / 2. The bounds stand 5 sqrt(n) ranks to either side, so that they almost never miss it. What lies between
+    them is 10 / sqrt(n) of all scores: that much is gathered and searched. What is above is counted.
+    """
     total = sum(sizes(scores))
     if keep > total:
         return None
@@ -130,8 +135,8 @@ def threshold(scores: Sequence[Tensor], keep: int, reduce: Callable[[Tensor], Te
         raise ValueError(f"keep must be 0 or more, got {keep}")
     if keep == 0:
         return Threshold(float("inf"), 0, -1)
-    if reduce is _alone and sum(sizes(scores)) > _LARGE and (found := _bracketed(scores, keep)) is not None:
-        return found
+    if reduce is _alone and sum(sizes(scores)) > _LARGE and (bracketed := _bracketed(scores, keep)) is not None:
+        return bracketed
     dtype = torch.float64 if any(scores[i].dtype == torch.float64 for i in range(len(scores))) else torch.float32
     bits = 64 if dtype == torch.float64 else 32
     pool: list[Tensor] | None = None  # the candidates, once they are few
@@ -175,12 +180,12 @@ def threshold(scores: Sequence[Tensor], keep: int, reduce: Callable[[Tensor], Te
 
 def sizes(scores: Sequence[Tensor]) -> list[int]:
     """How many scores each tensor holds."""
-    known: list[int] | None = getattr(scores, "sizes", None)  # a lazy sequence knows without computing them
-    return known if known is not None else [score.numel() for score in scores]
+    counts: list[int] | None = getattr(scores, "sizes", None)  # of a lazy sequence, without computing the scores
+    return counts if counts is not None else [score.numel() for score in scores]
 
 
 def _refuse_nan(histogram: Tensor, scores: Sequence[Tensor], bits: int, width: int) -> None:
-    """NaN and infinity have all exponent bits set, so the histogram tells for nothing whether there can be any."""
+    """NaN and infinity have all exponent bits set: only where the histogram has such bits are scores looked at."""
     exponent = 8 if bits == 32 else 11
     mantissa = width - 1 - exponent
     start = ((1 << exponent) - 1) << mantissa

@@ -75,10 +75,14 @@ class GroupLasso(Regularizer):
             following = probe.following_norms([param.module for param in members(groups)])
         for param in members(groups):
             norm = following.get(param.module)
-            found = [getattr(param.module, "bias", None), getattr(norm, "weight", None), getattr(norm, "bias", None)]
+            companions = [
+                getattr(param.module, "bias", None),
+                getattr(norm, "weight", None),
+                getattr(norm, "bias", None),
+            ]
             outputs = param.layout.shape_of(param.shape)[0]
             param.state = {
-                str(i): each for i, each in enumerate(found) if isinstance(each, Tensor) and len(each) == outputs
+                str(i): each for i, each in enumerate(companions) if isinstance(each, Tensor) and len(each) == outputs
             }
 
     def _sum(self, group: Group, values: Sequence[Tensor]) -> Tensor:
@@ -135,5 +139,5 @@ class GroupLasso(Regularizer):
         return t
 
     def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
-        found = [self._norms(group) for group in groups]
-        return self.strength * torch.stack([norms.sum() * root for norms, root in found]).sum()
+        norms_and_roots = [self._norms(group) for group in groups]
+        return self.strength * torch.stack([norms.sum() * root for norms, root in norms_and_roots]).sum()

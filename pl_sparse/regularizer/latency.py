@@ -103,7 +103,7 @@ class Latency(Regularizer):
             return
         weights = list(dict.fromkeys(param.weight for param in members(ready)))
         with torch.enable_grad():
-            found = torch.autograd.grad(self.penalty(ready, step), weights)
-        for weight, gradient in zip(weights, found, strict=True):
+            gradients = torch.autograd.grad(self.penalty(ready, step), weights)
+        for weight, gradient in zip(weights, gradients, strict=True):
             assert weight.grad is not None
             weight.grad.add_(gradient)

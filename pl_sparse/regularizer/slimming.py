@@ -37,17 +37,17 @@ class Slimming(Regularizer):
     strength: float = 1e-4
 
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
-        found = [
+        scales = [
             MaskedParameter(f"{path}.weight", module, module.weight, torch.ones_like(module.weight, dtype=torch.bool))
             for path, module in model.named_modules()
             if isinstance(module, NORMS) and module.affine
         ]
-        if not found:
+        if not scales:
             raise ValueError(
                 "network slimming penalizes the scales of batch norms, and the model has none: use a model with batch "
                 "norm, or regularizer=group_lasso"
             )
-        return super().groups(found, model)
+        return super().groups(scales, model)
 
     def add_gradient(self, groups: Sequence[Group], step: int) -> None:
         for param in members(groups):

@@ -80,7 +80,7 @@ class Transposable(Structure):
     """N:M along the inputs and along the outputs, so that the weight and its transpose both have the pattern.
 
     Sparse tensor cores then speed up the backward pass too. In each m x m block every row and every column keeps n
-    weights: of all such masks the one with the largest sum of scores, found among all of them, so that m is at most 4.
+    weights: of all such masks the one with the largest sum of scores, masks among all of them, so that m is at most 4.
 
     Source: Hubara et al., Accelerated sparse neural training: a provable and efficient method to find N:M transposable
     masks, 2021, arXiv:2102.08124, section 3.
@@ -128,9 +128,9 @@ class Transposable(Structure):
 def _permutation_sums(n: int, m: int) -> Tensor:
     """All m x m masks with n kept in every row and column, flat, (masks, m * m)."""
     rows = [list(row) for row in combinations(range(m), n)]
-    found = [
+    masks = [
         [[j in row for j in range(m)] for row in chosen]
         for chosen in product(rows, repeat=m)
         if all(sum(j in row for row in chosen) == n for j in range(m))
     ]
-    return torch.tensor(found).flatten(1)
+    return torch.tensor(masks).flatten(1)

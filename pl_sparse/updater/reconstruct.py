@@ -70,46 +70,46 @@ class Reconstruct(Updater):
     ) -> None:
         assert due.probe is not None
         units = due.units(groups, scorer, structure)
-        levels = [due.level if own is None else own for own in due.overrides]
+        levels = [due.level if override is None else override for override in due.overrides]
         counts = [kept(level, size) for level, size in zip(levels, units.sizes, strict=True)]
-        free = [i for i, own in enumerate(due.overrides) if own is None]
+        free = [i for i, override in enumerate(due.overrides) if override is None]
         if free and structure.fixed is None:
             shares = allocation.keep([groups[i] for i in free], units.among(free), due.level)
             counts = [dict(zip(free, shares, strict=True)).get(i, count) for i, count in enumerate(counts)]
         params = [group.members[0][0] for group in groups]
-        called: dict[str, int] = {}
+        order_of_calls: dict[str, int] = {}
 
         def see(param: MaskedParameter, x: Tensor) -> None:
-            called.setdefault(param.name, len(called))
+            order_of_calls.setdefault(param.name, len(order_of_calls))
 
         due.probe.activations(params, see)
-        for i in sorted(range(len(params)), key=lambda i: called.get(params[i].name, len(called))):
+        for i in sorted(range(len(params)), key=lambda i: order_of_calls.get(params[i].name, len(order_of_calls))):
             self._reconstruct(params[i], counts[i], structure, due)
 
     def _reconstruct(self, param: MaskedParameter, count: int, structure: Structure, due: Update) -> None:
         """Give one weight its mask and its new values."""
         assert due.probe is not None
-        last = param.layout.view(param.weight.detach()).movedim(1, -1)
-        alive = param.layout.view(param.mask).movedim(1, -1).flatten(1)
-        weight = last.flatten(1).to(torch.float64, copy=True)
-        hessian = _hessian(param, weight.shape[1], due.probe)
+        last = param.layout.view(param.weight.detach()).movedim(1, -1)  # (out, *kernel, in)
+        alive = param.layout.view(param.mask).movedim(1, -1).flatten(1)  # (out, columns)
+        weight = last.flatten(1).to(torch.float64, copy=True)  # (out, columns)
+        hessian = _hessian(param, weight.shape[1], due.probe)  # (groups, columns, columns)
         width = structure.m if isinstance(structure, NM) else self.block
-        rows = len(weight) // len(hessian)
+        rows = len(weight) // len(hessian)  # outputs of each group of a convolution
         chosen = torch.ones_like(alive)
-        done = 0  # weights looked at so far, of all groups of a convolution
+        done = 0  # weights looked at so far; the tensor's count is shared out so that it is met to the unit
         for i, inputs in enumerate(hessian):
-            own = slice(i * rows, (i + 1) * rows)
-            factor = _inverse_factor(inputs, weight[own], self.damping)
+            outputs = slice(i * rows, (i + 1) * rows)
+            factor = _inverse_factor(inputs, weight[outputs], self.damping)
             for start in range(0, weight.shape[1], width):
                 block = slice(start, start + width)
-                score = weight[own, block].square() / factor.diagonal()[block].square()
+                score = weight[outputs, block].square() / factor.diagonal()[block].square()
                 score = -score if due.invert else score
                 if due.monotone and param.pruned:
-                    score = score.masked_fill(~alive[own, block], torch.finfo(score.dtype).min)
+                    score = score.masked_fill(~alive[outputs, block], torch.finfo(score.dtype).min)
                 share = _share(count, done + score.numel(), alive.numel()) - _share(count, done, alive.numel())
                 done += score.numel()
-                chosen[own, block] = structure.expand(structure.select(structure.pool(score), share), score.shape)
-                _eliminate(weight[own], chosen[own, block], factor, start)
+                chosen[outputs, block] = structure.expand(structure.select(structure.pool(score), share), score.shape)
+                _eliminate(weight[outputs], chosen[outputs, block], factor, start)
 
         def restored(columns: Tensor) -> Tensor:
             return param.layout.restore(columns.reshape(last.shape).movedim(-1, 1), param.shape)
@@ -147,8 +147,8 @@ def _inverse_factor(hessian: Tensor, weight: Tensor, damping: float) -> Tensor:
 def _eliminate(weight: Tensor, chosen: Tensor, factor: Tensor, start: int) -> None:
     """Set the weights of a block of columns to zero that are not chosen, and move all that are right of each."""
     end = start + chosen.shape[1]
-    errors = torch.zeros_like(weight[:, start:end])
-    for i in range(start, end):
+    errors = torch.zeros_like(weight[:, start:end])  # (out, columns of the block)
+    for i in range(start, end):  # within the block at once, beyond it by one product below: lazy batch updates
         errors[:, i - start] = weight[:, i] * ~chosen[:, i - start] / factor[i, i]
         weight[:, i:end] -= errors[:, i - start, None] * factor[i, i:end]
     weight[:, end:] -= errors @ factor[start:end, end:]
