@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's "Add a scorer in ten minutes", to the letter: in a package of its own, and in a copy of this one."""
+"""CONTRIBUTING.md's "Add a scorer in ten minutes" to the letter: in a package of its own, in a copy of this one."""
 
 import os
 import re
