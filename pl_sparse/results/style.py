@@ -11,7 +11,7 @@ from pl_sparse.core.files import replacing
 
 __all__ = ["BLUE", "GREY", "PALETTE", "VERMILION", "remove_frame", "save"]
 
-# Okabe and Ito's palette, which every colour vision distinguishes, and two more colours. page.js has the same.
+# Okabe and Ito's palette, which every colour vision distinguishes, and two more colours. page/data.js has the same.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#8C8C8C")
 BLUE, VERMILION, GREY = PALETTE[0], PALETTE[1], PALETTE[7]
 

@@ -14,6 +14,9 @@ from pl_sparse.results.fronts import finite_or_none
 
 __all__ = ["render"]
 
+_FOLDER = Path(__file__).parent
+_SCRIPTS = ("data.js", "plot.js", "tables.js", "controls.js")  # each uses names of those before it
+
 
 def render(contents: Mapping[str, Any]) -> str:
     """The HTML of the page with data, style and script in it.
@@ -23,13 +26,16 @@ def render(contents: Mapping[str, Any]) -> str:
     Args:
         contents: what is in pareto.json.
     """
-    folder = Path(__file__).parent
-    style, script = ((folder / f"page.{suffix}").read_text(encoding="utf-8") for suffix in ("css", "js"))
+    style = _text("page.css")
+    script = "\n".join(map(_text, _SCRIPTS))
     # "<" is escaped, so that no text in the data ends the script element
     data = json.dumps(_plain(contents), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     parts = {"DATA": data, "STYLE": style, "SCRIPT": script, "STYLE_HASH": _hash(style), "SCRIPT_HASH": _hash(script)}
-    template = (folder / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\$(STYLE_HASH|SCRIPT_HASH|STYLE|SCRIPT|DATA)", lambda match: parts[match[1]], template)
+    return re.sub(r"\$(STYLE_HASH|SCRIPT_HASH|STYLE|SCRIPT|DATA)", lambda match: parts[match[1]], _text("page.html"))
+
+
+def _text(name: str) -> str:
+    return (_FOLDER / name).read_text(encoding="utf-8")
 
 
 def _plain(node: Any) -> Any:
