@@ -42,11 +42,11 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(sweep: Path) -> dict[str, Any]:
+def contents(sweep: Path) -> dict[str, Any]:
     return overview([sweep], sweep, kb=1, ms=1)
 
 
-def test_files_and_figures(sweep: Path, found: dict[str, Any]) -> None:
+def test_files_and_figures(sweep: Path, contents: dict[str, Any]) -> None:
     with open(sweep / "pareto.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["method"], float(row["sparsity"]), int(row["seeds"])) for row in rows[:4]] == [
@@ -54,10 +54,10 @@ def test_files_and_figures(sweep: Path, found: dict[str, Any]) -> None:
     ]  # fmt: skip
     assert float(rows[0]["test/acc"]) == pytest.approx(0.905) and rows[0]["on_front"] == "sparsity size macs"
     assert float(rows[0]["spread"]) == pytest.approx(0.01 / 2**0.5)
-    assert json.loads((sweep / "pareto.json").read_text()) == json.loads(json.dumps(found))
+    assert json.loads((sweep / "pareto.json").read_text()) == json.loads(json.dumps(contents))
     with Image.open(sweep / "pareto.png") as picture:
         assert picture.size == (1200, 750)
-    summary = found["summary"]
+    summary = contents["summary"]
     assert summary["columns"] == [
         "method", "hypervolume (sparsity)", "on the front", "smallest within 1 point of dense", "best up to 1 kB",
         "best up to 1 ms",
@@ -65,10 +65,10 @@ def test_files_and_figures(sweep: Path, found: dict[str, Any]) -> None:
     # magnitude: 0.1 dense at 0.805, 0.5 dense at 0.905 -> 0.9 x 0.805 + 0.5 x 0.1
     assert summary["rows"][0][1] == "0.7745"
     assert summary["rows"][0][3:] == ["1.5 kB, sparsity 0.5, 0.9050", "0.5 kB, sparsity 0.9, 0.8050", "none"]
-    assert {other["run"]: other["state"] for other in found["others"]} == {"bad": "failed", "runs": "running"}
+    assert {other["run"]: other["state"] for other in contents["others"]} == {"bad": "failed", "runs": "running"}
 
 
-def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:
     made(tmp_path / "a", None)
     with pytest.raises(ValueError, match=r"none of the 1 runs below .* has test/loss yet"):
         overview([tmp_path], tmp_path, key="test/loss")
@@ -93,31 +93,31 @@ def test_a_sweep_ends_with_its_overview(tmp_path: Path) -> None:
 # The page
 
 
-def test_the_page_is_whole_and_escaped(sweep: Path, found: dict[str, Any]) -> None:
+def test_the_page_is_whole_and_escaped(sweep: Path, contents: dict[str, Any]) -> None:
     text = (sweep / "pareto.html").read_text()
     assert not re.search(r"""(?:src|href)\s*=\s*["']|@import|https?://(?!www\.w3\.org/2000/svg)""", text)
     assert text.count("</script>") == 2 and "<img" not in text
 
 
 @pytest.fixture(scope="module")
-def page(sweep: Path, found: dict[str, Any]) -> Iterator[Any]:
+def page(sweep: Path, contents: dict[str, Any]) -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with playwright.sync_playwright() as run:
-        browser = run.chromium.launch(executable_path=chromium, headless=True, args=quiet)
-        opened = browser.new_page(viewport={"width": 1200, "height": 900})
-        opened.trouble, opened.requests = [], []
-        opened.on("console", lambda message: opened.trouble.append(message.text))
-        opened.on("pageerror", lambda error: opened.trouble.append(str(error)))
-        opened.on("dialog", lambda dialog: (opened.trouble.append("a dialog"), dialog.dismiss()))
-        opened.on("request", lambda request: opened.requests.append(request.url))
-        opened.goto((sweep / "pareto.html").as_uri())
-        yield opened
+        browser = run.chromium.launch(executable_path=chromium, headless=True, args=arguments)
+        tab = browser.new_page(viewport={"width": 1200, "height": 900})
+        tab.trouble, tab.requests = [], []
+        tab.on("console", lambda message: tab.trouble.append(message.text))
+        tab.on("pageerror", lambda error: tab.trouble.append(str(error)))
+        tab.on("dialog", lambda dialog: (tab.trouble.append("a dialog"), dialog.dismiss()))
+        tab.on("request", lambda request: tab.requests.append(request.url))
+        tab.goto((sweep / "pareto.html").as_uri())
+        yield tab
         # whatever was done to it: it asked for nothing but itself, and nothing went wrong
-        assert opened.requests == [(sweep / "pareto.html").as_uri()] and opened.trouble == []
+        assert tab.requests == [(sweep / "pareto.html").as_uri()] and tab.trouble == []
         browser.close()
 
 

@@ -1,4 +1,4 @@
-"""Points, groups, fronts, hypervolume and constraints, against what loops find."""
+"""Points, series, fronts, hypervolume and constraints, compared with loops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ import pytest
 import yaml
 
 from pl_sparse.core.files import write_json
-from pl_sparse.results.fronts import AXES, Group, best, dense, front, group, hypervolume, metric, pareto, smallest
+from pl_sparse.results.fronts import (
+    AXES,
+    Series,
+    baselines,
+    best,
+    front,
+    hypervolume,
+    merge_seeds,
+    metric,
+    pareto,
+    smallest,
+)
 from pl_sparse.results.runs import gather
 
 KEY = "test/acc"
@@ -47,8 +58,8 @@ def made(folder: Path, accuracy: float | None = 0.9, sparsity: float = 0.5, **op
 # The front
 
 
-def beaten(costs: list[float], values: list[float]) -> set[int]:
-    """What no other point beats, pair by pair."""
+def unbeaten_by_pairs(costs: list[float], values: list[float]) -> set[int]:
+    """The points that no other beats, pair by pair."""
     finite = [i for i in range(len(costs)) if math.isfinite(costs[i]) and math.isfinite(values[i])]
     return {
         i
@@ -75,11 +86,11 @@ def covered(costs: list[float], values: list[float], reference: tuple[float, flo
 def test_front_and_hypervolume_are_those_of_all_pairs(seed: int) -> None:
     draw = random.Random(seed)
     count = draw.randint(0, 9)
-    grid = [0.0, 0.1, 0.25, 0.25, 0.5, 0.75, 1.0, 1.5, math.nan]  # ties, points outside the reference, unknown ones
+    grid = [0.0, 0.1, 0.25, 0.25, 0.5, 0.75, 1.0, 1.5, math.nan]  # ties, points outside the reference, missing ones
     costs, values = ([draw.choice(grid) for _ in range(count)] for _ in range(2))
-    found = pareto(costs, values)
-    assert set(found) == beaten(costs, values) and len(found) == len(set(found))
-    assert [costs[i] for i in found] == sorted(costs[i] for i in found)
+    unbeaten = pareto(costs, values)
+    assert set(unbeaten) == unbeaten_by_pairs(costs, values) and len(unbeaten) == len(set(unbeaten))
+    assert [costs[i] for i in unbeaten] == sorted(costs[i] for i in unbeaten)
     for reference in ((1.0, 0.0), (0.6, 0.2)):
         assert hypervolume(costs, values, reference) == pytest.approx(covered(costs, values, reference), abs=1e-12)
 
@@ -117,7 +128,7 @@ def test_runs_are_found_whatever_their_state(tmp_path: Path) -> None:
     assert states["bad"].error == "out of memory" and "metrics.json" in str(states["torn"].error)
     assert states["cut"].command == "pl-sparse train seed=1"
     assert [len(run.models) for run in runs] == [1, 1, 0, 0, 0, 0]
-    assert len(group(runs)) == 1
+    assert len(merge_seeds(runs)) == 1
     with pytest.raises(FileNotFoundError, match="is no folder"):
         gather([tmp_path / "nowhere"])
 
@@ -140,56 +151,69 @@ def test_a_whole_front_and_tickets_are_several_models(tmp_path: Path) -> None:
     assert models["lottery"][1]["scorer"] == "magnitude" and "size_bytes" not in models["lottery"][1]
 
 
-# Groups
+# Series
 
 
-def test_seeds_are_one_group_and_settings_are_not(tmp_path: Path) -> None:
+def test_seeds_are_one_series_and_settings_are_not(tmp_path: Path) -> None:
     values = {0.5: (0.90, 0.92, 0.97), 0.9: (0.8, 0.81, 0.82)}
     for scorer, sparsity in itertools.product(("magnitude", "movement"), values):
         for seed, value in enumerate(values[sparsity]):
             made(tmp_path / f"{scorer}{sparsity}{seed}", value, sparsity, scorer=scorer, seed=seed)
     made(tmp_path / "more", 0.5, 0.5, config={"lr": 0.1}, overrides=["scorer=magnitude", "sparsity=0.5", "lr=0.1"])
-    groups = group(gather([tmp_path]))
-    sizes = {(g.label, round(g.cost(AXES["sparsity"]), 2)): len(g.points) for g in groups}
+    all_series = merge_seeds(gather([tmp_path]))
+    sizes = {(s.label, round(s.cost(AXES["sparsity"]), 2)): len(s.points) for s in all_series}
     assert sizes == {
         ("magnitude", 0.5): 3, ("magnitude", 0.1): 3, ("movement", 0.5): 3, ("movement", 0.1): 3,
         ("magnitude lr=0.1", 0.5): 1,
     }  # fmt: skip
-    first = next(g for g in groups if g.label == "movement" and g.cost(AXES["sparsity"]) == 0.5)
+    first = next(s for s in all_series if s.label == "movement" and s.cost(AXES["sparsity"]) == 0.5)
     mean = sum(values[0.5]) / 3
     assert first.accuracy(KEY) == pytest.approx(mean)
     assert first.spread(KEY) == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in values[0.5]) / 2))
-    assert math.isnan(next(g for g in groups if len(g.points) == 1).spread(KEY))
+    assert math.isnan(next(s for s in all_series if len(s.points) == 1).spread(KEY))
 
 
-def test_a_label_is_what_tells_methods_apart(tmp_path: Path) -> None:
+def test_the_spread_of_a_cost_is_zero_where_the_seeds_agree(tmp_path: Path) -> None:
+    for seed, size in enumerate((1000, 1100, 1300)):
+        made(tmp_path / str(seed), seed=seed, size=size, sparsity=0.9)  # the mean of three times 0.1 is rounded
+    (series,) = merge_seeds(gather([tmp_path]))
+    assert series.cost_spread(AXES["sparsity"]) == 0 and series.cost_spread(AXES["latency"]) == 0
+    assert series.cost_spread(AXES["size"]) == pytest.approx(math.sqrt(70000 / 3))
+
+
+def test_a_label_is_what_methods_differ_in(tmp_path: Path) -> None:
     made(tmp_path / "a", scorer="magnitude", structure="2:4")
     made(tmp_path / "b", scorer="magnitude", structure="unstructured")
     made(tmp_path / "c", scorer="movement", structure="unstructured", masking="frozen")
-    assert {g.label for g in group(gather([tmp_path]))} == {
+    assert {s.label for s in merge_seeds(gather([tmp_path]))} == {
         "magnitude 2:4",
         "magnitude unstructured",
         "movement unstructured",
     }
-    assert {g.label for g in group(gather([tmp_path / "a"]))} == {"magnitude"}
+    assert {s.label for s in merge_seeds(gather([tmp_path / "a"]))} == {"magnitude"}
 
 
 def test_missing_values_leave_only_their_axis(tmp_path: Path) -> None:
     made(tmp_path / "a", 0.9, 0.5, latency_ms=2.0, latency_dense_ms=4.0)
     made(tmp_path / "b", 0.8, 0.9, size_bytes={"dense": 2000})
     made(tmp_path / "c", None, 0.95)
-    groups = group(gather([tmp_path]))
-    assert [len(front(groups, AXES[key], KEY)) for key in ("sparsity", "size", "latency", "exported")] == [2, 1, 1, 0]
-    (one,) = front(groups, AXES["latency"], KEY)
-    assert one.share(AXES["latency"]) == 0.5 and one.share(AXES["size"]) == 0.5 and one.share(AXES["macs"]) == 0.5
-    assert metric(groups) == KEY
+    all_series = merge_seeds(gather([tmp_path]))
+    assert [len(front(all_series, AXES[key], KEY)) for key in ("sparsity", "size", "latency", "exported")] == [
+        2,
+        1,
+        1,
+        0,
+    ]
+    (series,) = front(all_series, AXES["latency"], KEY)
+    assert series.share(AXES["latency"]) == series.share(AXES["size"]) == series.share(AXES["macs"]) == 0.5
+    assert metric(all_series) == KEY
 
 
 # Constraints
 
 
-def chosen(found: Group | None) -> str | None:
-    return found.points[0].run.folder.name if found else None
+def folder_name(series: Series | None) -> str | None:
+    return series.points[0].run.folder.name if series else None
 
 
 def test_the_best_under_a_constraint(tmp_path: Path) -> None:
@@ -197,28 +221,31 @@ def test_the_best_under_a_constraint(tmp_path: Path) -> None:
     made(tmp_path / "near", 0.89, 0.5, size=1200)  # exactly a point below
     made(tmp_path / "small", 0.889, 0.9, size=500)
     made(tmp_path / "same", 0.895, 0.51, size=1200)
-    groups = group(gather([tmp_path]))
-    known = dense(groups, KEY)
-    assert list(known.values()) == [0.9]
+    all_series = merge_seeds(gather([tmp_path]))
+    accuracies = baselines(all_series, KEY)
+    assert list(accuracies.values()) == [0.9]
     size = AXES["size"]
-    assert chosen(smallest(groups, size, KEY, known)) == "same"  # as small, and more accurate
-    assert chosen(smallest(groups, size, KEY, known, 0.02)) == "small"
-    assert chosen(smallest(groups, size, KEY, 0.8)) == "small"
-    assert smallest(groups, size, KEY, 0.99) is None and smallest(groups, size, KEY, {}) is None
-    assert chosen(best(groups, size, KEY, 1200)) == "same" and chosen(best(groups, size, KEY, 1199)) == "small"
-    assert best(groups, size, KEY, 499) is None and best(groups, AXES["latency"], KEY, 1e9) is None
+    assert folder_name(smallest(all_series, size, KEY, accuracies)) == "same"  # as small, and more accurate
+    assert folder_name(smallest(all_series, size, KEY, accuracies, 0.02)) == "small"
+    assert folder_name(smallest(all_series, size, KEY, 0.8)) == "small"
+    assert smallest(all_series, size, KEY, 0.99) is None and smallest(all_series, size, KEY, {}) is None
+    assert (
+        folder_name(best(all_series, size, KEY, 1200)) == "same"
+        and folder_name(best(all_series, size, KEY, 1199)) == "small"
+    )
+    assert best(all_series, size, KEY, 499) is None and best(all_series, AXES["latency"], KEY, 1e9) is None
 
 
-def test_dense_is_of_the_same_task(tmp_path: Path) -> None:
+def test_the_baseline_is_of_the_same_task(tmp_path: Path) -> None:
     made(tmp_path / "dense", 0.9, 0.0)
     made(tmp_path / "other", 0.7, 0.9, config={"model": {"width": 99}}, size=10)
-    groups = group(gather([tmp_path]))
-    assert chosen(smallest(groups, AXES["size"], KEY, dense(groups, KEY), 0.5)) == "dense"
+    all_series = merge_seeds(gather([tmp_path]))
+    assert folder_name(smallest(all_series, AXES["size"], KEY, baselines(all_series, KEY), 0.5)) == "dense"
 
 
 def test_numbers_survive_the_files(tmp_path: Path) -> None:
-    """The JSON that is written has null for NaN, which is read as unknown."""
+    """The JSON that is written has null for NaN, which is read as missing."""
     run = made(tmp_path / "a", math.nan)
     assert json.loads((run / "metrics.json").read_text())[KEY] is None
-    (found,) = group(gather([run]))
-    assert math.isnan(found.accuracy(KEY)) and front([found], AXES["sparsity"], KEY) == []
+    (series,) = merge_seeds(gather([run]))
+    assert math.isnan(series.accuracy(KEY)) and front([series], AXES["sparsity"], KEY) == []

@@ -1,4 +1,4 @@
-"""Weights & Biases: the overview of a sweep as an artifact, and `pl-sparse report`, which builds a report of it."""
+"""Weights & Biases: the overview of a sweep as an artifact, and `pl-sparse report`, which builds a report of runs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def hand_over_sweep(logger: Any, folder: Path) -> None:
 
     Args:
         logger: the settings of the sweep's wandb logger.
-        folder: the sweep's, with the overview's files.
+        folder: the folder of the sweep, with the files of its overview.
     """
     import wandb
 
-    found = json.loads((folder / "pareto.json").read_text(encoding="utf-8"))
+    contents = json.loads((folder / "pareto.json").read_text(encoding="utf-8"))
     group = logger.get("group") or folder.name
     with wandb.init(
         project=logger.project,
@@ -39,7 +39,7 @@ def hand_over_sweep(logger: Any, folder: Path) -> None:
         mode=logger.get("mode"),
         dir=str(folder),
     ) as run:
-        columns, rows = table(found)
+        columns, rows = table(contents)
         picture = wandb.Image(str(folder / "pareto.png"))
         run.log({"pareto/table": wandb.Table(columns=list(columns), data=rows), "pareto/front": picture})
         artifact = wandb.Artifact(f"pareto-{run.id}", type="overview")
@@ -48,40 +48,54 @@ def hand_over_sweep(logger: Any, folder: Path) -> None:
         run.log_artifact(artifact)
 
 
-def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows, a model each, of what pareto.json has."""
-    axes = found["axes"]
-    columns = ["method", *(axis["short"] for axis in axes), found["metric"], "spread", "seeds", "settings"]
+def table(contents: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """The table of models.
+
+    Args:
+        contents: what is in pareto.json.
+
+    Returns:
+        the names of the columns, and a row per series.
+    """
+    axes = contents["axes"]
+    columns = ["method", *(axis["short"] for axis in axes), contents["metric"], "spread", "seeds", "settings"]
     rows = []
-    for model in found["groups"]:
-        costs = [model["costs"][axis["key"]] for axis in axes]
-        shown = [1 - v if axis["sparsity"] and v is not None else v for axis, v in zip(axes, costs, strict=True)]
-        settings = " ".join(model["differ"])
-        rows.append([model["method"], *shown, model["accuracy"], model["spread"], len(model["points"]), settings])
+    for series in contents["groups"]:
+        costs = [series["costs"][axis["key"]] for axis in axes]
+        cells = [
+            1 - cost if axis["sparsity"] and cost is not None else cost for axis, cost in zip(axes, costs, strict=True)
+        ]
+        seeds, settings = len(series["points"]), " ".join(series["differ"])
+        rows.append([series["method"], *cells, series["accuracy"], series["spread"], seeds, settings])
     return columns, rows
 
 
 # The report
 
 
-def build(project: str, entity: str, groups: Sequence[str], found: Mapping[str, Any], folder: str) -> Any:
-    """A W&B Report, not saved yet: a scatter of accuracy over each cost, the curves, and the table of the overview.
+def build(project: str, entity: str, groups: Sequence[str], contents: Mapping[str, Any], folder: str) -> Any:
+    """A W&B Report, not saved yet: a scatter of accuracy over each cost, the curves, and the tables of the overview.
 
     Args:
+        project: the W&B project of the runs.
+        entity: the W&B entity that the project belongs to.
         groups: the W&B groups of the runs; none for all runs of the project.
-        found: what `overview` returned.
-        folder: what the report is of, for its title.
+        contents: what is in pareto.json.
+        folder: the name of the runs' folder, for the title.
+
+    Raises:
+        ImportError: wandb-workspaces is missing.
     """
     try:
         wr: Any = import_module("wandb_workspaces.reports.v2")
     except ImportError as error:
         raise ImportError("reports need wandb-workspaces: pip install 'pl_sparse[wandb]'") from error
 
-    listed = ", ".join(json.dumps(group) for group in groups)
+    names = ", ".join(json.dumps(group) for group in groups)
     runs = wr.Runset(
-        entity=entity, project=project, name="runs", filters=f"Metric('Group') in [{listed}]" if groups else ""
+        entity=entity, project=project, name="runs", filters=f"Metric('Group') in [{names}]" if groups else ""
     )
-    accuracy = wr.SummaryMetric(f"final/{found['metric']}")
+    accuracy = wr.SummaryMetric(f"final/{contents['metric']}")
     costs = {
         "sparsity": "final/sparsity",
         "size": "final/size_bytes.compressed",
@@ -91,9 +105,9 @@ def build(project: str, entity: str, groups: Sequence[str], found: Mapping[str, 
     }
     scatters = [
         wr.ScatterPlot(
-            title=f"{found['metric']} over {axis['short']}", x=wr.SummaryMetric(costs[axis["key"]]), y=accuracy
+            title=f"{contents['metric']} over {axis['short']}", x=wr.SummaryMetric(costs[axis["key"]]), y=accuracy
         )
-        for axis in found["axes"]
+        for axis in contents["axes"]
     ]
     curves = [
         wr.LinePlot(title=title, x="trainer/global_step", y=list(keys))
@@ -104,20 +118,19 @@ def build(project: str, entity: str, groups: Sequence[str], found: Mapping[str, 
             "overlap of masks": ("mask/overlap",),
         }.items()
     ]
+    summary = contents["summary"]
     return wr.Report(
         project=project,
         entity=entity,
         title=f"Sparsity and accuracy: {folder}",
-        description=found["lead"],
+        description=contents["lead"],
         blocks=[
             wr.H1("What sparsity costs"),
             wr.PanelGrid(runsets=[runs], panels=scatters),
             wr.H1("Methods"),
-            wr.MarkdownBlock(
-                _markdown(found["summary"]["columns"], found["summary"]["rows"]) + "\n\n" + found["summary"]["note"]
-            ),
+            wr.MarkdownBlock(_markdown(summary["columns"], summary["rows"]) + "\n\n" + summary["note"]),
             wr.H1("Models"),
-            wr.MarkdownBlock(_markdown(*table(found))),
+            wr.MarkdownBlock(_markdown(*table(contents))),
             wr.H1("Training"),
             wr.PanelGrid(runsets=[runs], panels=curves),
         ],
@@ -125,6 +138,8 @@ def build(project: str, entity: str, groups: Sequence[str], found: Mapping[str, 
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
+
     def line(cells: Sequence[Any]) -> str:
         return "| " + " | ".join(map(_cell, cells)) + " |"
 
@@ -136,25 +151,7 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def _boards(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """The settings of the wandb loggers that runs had."""
-    for run in runs:
-        logger = run.config.get("logger")
-        if isinstance(logger, Mapping) and isinstance(logger.get("wandb"), Mapping):
-            yield dict(logger["wandb"])
-
-
-def _logged_in() -> bool:
-    """Whether there is a key for the server, without asking for one."""
-    import wandb
-
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(wandb.Settings().base_url).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+# The command
 
 
 def main() -> None:
@@ -168,38 +165,47 @@ def main() -> None:
     parser.add_argument("--entity", help="the W&B entity (that of the runs, else your default)")
     parser.add_argument("--project", help="the W&B project (that of the runs)")
     parser.add_argument("--draft", action="store_true", help="save it as a draft")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
+    folder = Path(arguments.folders[0])
     try:
-        runs = gather(given.folders)
-        found = overview(given.folders, Path(given.folders[0]))
+        runs = gather(arguments.folders)
+        contents = overview(arguments.folders, folder)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(_failed(str(error)))
-    boards = list(_boards(runs))
-    online = [board for board in boards if board.get("mode") in (None, "online")]
-    page = (Path(given.folders[0]) / "pareto.html").resolve()
-    reason = _obstacle(boards, online, given.folders)
-    if reason is not None:
-        print(f"\nno W&B report: {reason}\nThe report is {page.as_uri()}")
+    loggers = list(_wandb_loggers(runs))
+    online = [logger for logger in loggers if logger.get("mode") in (None, "online")]
+    page = (folder / "pareto.html").resolve()
+    obstacle = _obstacle(loggers, online, arguments.folders)
+    if obstacle is not None:
+        print(f"\nno W&B report: {obstacle}\nThe report is {page.as_uri()}")
         return
     import wandb
 
     try:
-        entity = given.entity or next((b["entity"] for b in online if b.get("entity")), None)
+        entity = arguments.entity or next((logger["entity"] for logger in online if logger.get("entity")), None)
         entity = str(entity or wandb.Api().default_entity)
-        project = given.project or online[0]["project"]
-        groups = sorted({str(board["group"]) for board in online if board.get("group")})
-        report = build(project, entity, groups, found, Path(given.folders[0]).resolve().name)
-        report.save(draft=given.draft)
-    except Exception as error:  # whatever the server or its client has to say
+        project = arguments.project or online[0]["project"]
+        groups = sorted({str(logger["group"]) for logger in online if logger.get("group")})
+        report = build(project, entity, groups, contents, folder.resolve().name)
+        report.save(draft=arguments.draft)
+    except Exception as error:  # whatever the server or its client raises
         sys.exit(_failed(f"W&B refused the report: {error}\nThe report is {page.as_uri()}"))
     print(f"\nreport: {report.url}")
 
 
+def _wandb_loggers(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """The settings of the wandb loggers of some runs."""
+    for run in runs:
+        loggers = run.config.get("logger")
+        if isinstance(loggers, Mapping) and isinstance(loggers.get("wandb"), Mapping):
+            yield dict(loggers["wandb"])
+
+
 def _obstacle(
-    boards: Sequence[Mapping[str, Any]], online: Sequence[Mapping[str, Any]], folders: Sequence[str]
+    loggers: Sequence[Mapping[str, Any]], online: Sequence[Mapping[str, Any]], folders: Sequence[str]
 ) -> str | None:
-    """Why there can be no report on the server."""
-    if not boards:
+    """Why there can be no report on the server; None if there can."""
+    if not loggers:
         return "none of the runs was logged to it (logger=wandb)"
     if not online:
         return f"the runs are offline. To upload them: wandb sync {folders[0]}/*/wandb/offline-run-*"
@@ -208,6 +214,19 @@ def _obstacle(
     except ImportError:
         return "wandb is not installed: pip install 'pl_sparse[wandb]'"
     return None if _logged_in() else "you are not logged in (wandb login)"
+
+
+def _logged_in() -> bool:
+    """Whether there is a key for the server, without asking for one."""
+    import wandb
+
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(wandb.Settings().base_url).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _failed(message: str) -> int:

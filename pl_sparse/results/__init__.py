@@ -1,1 +1,1 @@
-"""What a run leaves, and what looks at runs."""
+"""Results: the summary and the figures of a run, and the comparison of several runs."""

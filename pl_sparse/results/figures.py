@@ -1,4 +1,4 @@
-"""Figures of a run: curves, layers, masks, tickets."""
+"""The figures of a run: training curves, density of layers, masks, lottery tickets."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from torch import Tensor, nn
 
-from pl_sparse.core.files import replacing
-from pl_sparse.results.summary import _BLUE, _GREY, _VERMILION, Summary, _dead, _percent
+from pl_sparse.results.style import BLUE, GREY, VERMILION, remove_frame, save
+from pl_sparse.results.summary import Summary, percent
 
 __all__ = ["plot_layers", "plot_masks", "plot_tickets", "plot_training"]
-
-_DPI = 150
 
 
 def plot_training(history: Sequence[Mapping[str, float | None]], path: str | os.PathLike[str], title: str = "") -> None:
@@ -27,63 +26,59 @@ def plot_training(history: Sequence[Mapping[str, float | None]], path: str | os.
             that is missing, None or not finite is skipped, a missing epoch is the row's place. Without accuracies
             there is one panel.
         path: the picture; its suffix gives the format.
+        title: above the figure; "" for none.
 
     Raises:
         ValueError: there is nothing to draw.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     keys = ("sparsity", "train/loss", "val/loss", "train/acc", "val/acc")
-    series = {key: points for key in keys if (points := _points(history, key))}
-    if not series:
+    curves = {key: points for key in keys if (points := _points(history, key))}
+    if not curves:
         raise ValueError("the training history holds no loss, accuracy or sparsity to draw")
     names = {"loss": "loss", "acc": "accuracy"}
-    panels = [kind for kind in names if f"train/{kind}" in series or f"val/{kind}" in series] or ["loss"]
+    panels = [kind for kind in names if f"train/{kind}" in curves or f"val/{kind}" in curves] or ["loss"]
 
     figure = Figure(figsize=(8, 1.0 + 2.7 * len(panels)), layout="constrained")
     handles: dict[str, Artist] = {}
     axes: list[Axes] = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0])
     for axis, kind in zip(axes, panels, strict=True):
-        for split, colour, style in (("train", _BLUE, "-"), ("val", _VERMILION, "--")):
-            points = series.get(f"{split}/{kind}", [])
+        for split, colour, style in (("train", BLUE, "-"), ("val", VERMILION, "--")):
+            points = curves.get(f"{split}/{kind}", [])
             if points:
-                epochs, values = zip(*points, strict=True)
-                mark = "o" if len(points) <= 40 else ""
-                (handles[split],) = axis.plot(epochs, values, style, color=colour, marker=mark, markersize=3.5)
+                marker = "o" if len(points) <= 40 else ""
+                (handles[split],) = axis.plot(
+                    *zip(*points, strict=True), style, color=colour, marker=marker, markersize=3.5
+                )
         axis.set_ylabel(names[kind])
-        _plain(axis)
-        if "sparsity" in series:
-            handles["sparsity"] = _sparsity_behind(axis, series["sparsity"])
+        remove_frame(axis)
+        if "sparsity" in curves:
+            handles["sparsity"] = _sparsity_behind(axis, curves["sparsity"])
 
-    drawn = [epoch for points in series.values() for epoch, _ in points]
-    margin = 0.02 * (max(drawn) - min(drawn)) or 0.5
-    axes[-1].set_xlim(min(drawn) - margin, max(drawn) + margin)
+    epochs = [epoch for points in curves.values() for epoch, _ in points]
+    margin = 0.02 * (max(epochs) - min(epochs)) or 0.5
+    axes[-1].set_xlim(min(epochs) - margin, max(epochs) + margin)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel("epoch")
     figure.legend(list(handles.values()), list(handles), loc="outside upper right", ncols=3, frameon=False)
-    if title:
-        figure.suptitle(title, x=0.02, ha="left")
-    _save(figure, path)
+    save(figure, path, title)
 
 
 def plot_tickets(rows: Sequence[Mapping[str, float]], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw the validation accuracy (else loss) of each round over the remaining weights, the last and the best of a
-    round.
+    """Draw the validation accuracy (else loss) of each round of lottery tickets over the weights remaining.
+
+    One line is the end of the rounds, another the best epoch of each.
 
     Args:
-        rows: with "remaining", a fraction, and any of val/acc, best/val/acc, val/loss, best/val/loss.
+        rows: a row per round, with "remaining", a fraction, and any of val/acc, best/val/acc, val/loss, best/val/loss.
         path: the picture; its suffix gives the format.
+        title: above the figure; "" for none.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     kind = "acc" if any("val/acc" in row for row in rows) else "loss"
     for key, label, colour, style in (
-        (f"val/{kind}", "end of the round", _BLUE, "-"),
-        (f"best/val/{kind}", "best of the round", _VERMILION, "--"),
+        (f"val/{kind}", "end of the round", BLUE, "-"),
+        (f"best/val/{kind}", "best of the round", VERMILION, "--"),
     ):
         points = [(row["remaining"], row[key]) for row in rows if key in row]
         if points:
@@ -96,12 +91,10 @@ def plot_tickets(rows: Sequence[Mapping[str, float]], path: str | os.PathLike[st
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("weights remaining")
     axis.set_ylabel("validation accuracy" if kind == "acc" else "validation loss")
-    _plain(axis)
+    remove_frame(axis)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False)
-    if title:
-        figure.suptitle(title, x=0.02, ha="left")
-    _save(figure, path)
+    save(figure, path, title)
 
 
 def plot_layers(summary: Summary, path: str | os.PathLike[str], title: str = "") -> None:
@@ -109,18 +102,21 @@ def plot_layers(summary: Summary, path: str | os.PathLike[str], title: str = "")
 
     "kept / total" stands right of each bar; a line marks the density of all prunable weights.
 
+    Args:
+        summary: the summary of the model.
+        path: the picture; its suffix gives the format.
+        title: above the figure; "" for none.
+
     Raises:
         ValueError: the summary has no layers.
     """
-    from matplotlib.figure import Figure
-
     layers = summary.layers
     if not layers:
         raise ValueError("the summary has no layers to draw")
     figure = Figure(figsize=(9, 1.5 + 0.2 * len(layers)), layout="constrained")
     axis = figure.subplots()
     rows = range(len(layers))
-    axis.barh(rows, [layer.density for layer in layers], height=0.7, color=_BLUE)
+    axis.barh(rows, [layer.density for layer in layers], height=0.7, color=BLUE)
     axis.set_yticks(rows, [_shortened(layer.name) for layer in layers], fontsize=8)
     axis.set_ylim(len(layers) - 0.4, -0.6)
     for row, layer in enumerate(layers):
@@ -132,33 +128,34 @@ def plot_layers(summary: Summary, path: str | os.PathLike[str], title: str = "")
             textcoords="offset points",
             va="center",
             fontsize=8,
-            color=_VERMILION if _dead(layer) else "black",
+            color=VERMILION if layer.dead else "black",
         )
     total = 1.0 - summary.sparsity
-    axis.axvline(total, color="black", linestyle="--", linewidth=1, label=f"all layers: {_percent(total)}")
+    axis.axvline(total, color="black", linestyle="--", linewidth=1, label=f"all layers: {percent(total)}")
     highest = max([layer.density for layer in layers] + [total])
     axis.set_xlim(0, min(1.0, 1.1 * highest) or 1.0)
     axis.set_xlabel("density")
     axis.tick_params(axis="y", length=0)
-    _plain(axis)
+    remove_frame(axis)
     axis.grid(axis="y", visible=False)
     figure.legend(loc="outside upper right", frameon=False)
-    if title:
-        figure.suptitle(title, x=0.02, ha="left")
-    _save(figure, path)
+    save(figure, path, title)
 
 
 def plot_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str], title: str = "") -> None:
     """Draw each mask as a picture, output by output from the top, and write them to `path`.
 
-    A tensor (out, in, *kernel) is drawn as out rows of in x kernel columns. Where that is more than about 400 either
-    way, a pixel is the density of a patch of it.
+    A tensor (out, in, *kernel) is drawn as out rows of in x kernel columns. Where that is more than 400 rows or
+    columns, a pixel is the density of a patch.
+
+    Args:
+        masks: by name, True where a weight is kept.
+        path: the picture; its suffix gives the format.
+        title: above the figure; "" for none.
 
     Raises:
         ValueError: there is no mask.
     """
-    from matplotlib.figure import Figure
-
     if not masks:
         raise ValueError("there is no mask to draw")
     columns = min(3, len(masks))
@@ -169,23 +166,21 @@ def plot_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str], title:
         pixels = mask.float().reshape(mask.shape[0], -1)
         size = min(pixels.shape[0], 400), min(pixels.shape[1], 400)
         drawn = nn.functional.adaptive_avg_pool2d(pixels[None, None], size)[0, 0]
-        # one scale a layer, so that a sparse one is not a black square
+        # each layer has its own scale, so that a sparse one is not blank
         axis.imshow(
             drawn.numpy(), cmap="Blues", vmin=0, vmax=float(drawn.max()) or 1, aspect="auto", interpolation="nearest"
         )
-        axis.set_title(f"{_shortened(name, 30)}\n{_percent(float(mask.float().mean()))} kept", fontsize=8)
+        axis.set_title(f"{_shortened(name, 30)}\n{percent(float(mask.float().mean()))} kept", fontsize=8)
         axis.set_xlabel("x".join(map(str, mask.shape)), fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([])
     for axis in panels[len(masks) :]:
         axis.set_visible(False)
-    if title:
-        figure.suptitle(title, x=0.02, ha="left")
-    _save(figure, path)
+    save(figure, path, title)
 
 
 def _points(history: Sequence[Mapping[str, float | None]], key: str) -> list[tuple[float, float]]:
-    """(epoch, value) of the rows where `key` has a finite value, by epoch."""
+    """The pairs (epoch, value) of the rows where `key` has a finite value, by epoch."""
     points = []
     for place, row in enumerate(history):
         epoch, value = row.get("epoch"), row.get(key)
@@ -195,13 +190,13 @@ def _points(history: Sequence[Mapping[str, float | None]], key: str) -> list[tup
 
 
 def _sparsity_behind(axis: Axes, points: list[tuple[float, float]]) -> Artist:
-    """Fill the sparsity, 0..1, on a second axis behind `axis`; returns the area for a legend."""
+    """Fill the sparsity, 0..1, on a second axis behind `axis`, and return the area for the legend."""
     if len(points) == 1:  # a single point has no area
         (epoch, value) = points[0]
         points = [(epoch - 0.25, value), (epoch + 0.25, value)]
     epochs, values = zip(*points, strict=True)
     behind = axis.twinx()
-    area = behind.fill_between(epochs, values, color=_GREY, alpha=0.25, linewidth=0)
+    area = behind.fill_between(epochs, values, color=GREY, alpha=0.25, linewidth=0)
     behind.set_ylim(0, 1)
     behind.set_ylabel("sparsity", color="#595959")
     behind.tick_params(colors="#595959")
@@ -212,22 +207,10 @@ def _sparsity_behind(axis: Axes, points: list[tuple[float, float]]) -> Artist:
     return area
 
 
-def _plain(axis: Axes) -> None:
-    """No frame above and at the right, a faint grid behind the data."""
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(color="#D9D9D9", linewidth=0.6)
-    axis.set_axisbelow(True)
-
-
 def _shortened(name: str, length: int = 44) -> str:
-    """The end of `name`, which tells layers apart.
+    """The end of `name`, where the names of layers differ.
 
     >>> _shortened("encoder.layers.0.weight", 12)
     '…rs.0.weight'
     """
     return name if len(name) <= length else "…" + name[len(name) - length + 1 :]
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=_DPI)

@@ -1,4 +1,4 @@
-"""`pl-sparse show RUN` and `pl-sparse compare RUN RUN`: what one run left, and how two differ."""
+"""`pl-sparse show RUN` and `pl-sparse compare RUN RUN`: the results of one run, and how two runs differ."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from rich.table import Table
 from torch import Tensor
 
 from pl_sparse.results.figures import plot_masks
-from pl_sparse.results.runs import Run, is_run, read
+from pl_sparse.results.runs import Run, flat, is_run, read
 
 __all__ = ["compare", "show"]
 
 
-def _run(path: str) -> Run:
+# Reading
+
+
+def _read_run(path: str) -> Run:
     """The run in a folder.
 
     Raises:
@@ -31,10 +34,24 @@ def _run(path: str) -> Run:
     if not folder.is_dir():
         raise ValueError(f"{path} is no folder: give the folder of a run, such as outputs/<date>/<time>")
     if not is_run(folder):
-        below = [found for found in sorted(folder.iterdir()) if found.is_dir() and is_run(found)]
+        below = [child for child in sorted(folder.iterdir()) if child.is_dir() and is_run(child)]
         hint = f"there are {len(below)} below it, such as {below[0]}" if below else "it holds no metrics.json"
         raise ValueError(f"{path} is no run: {hint}")
     return read(folder)
+
+
+def _metrics(run: Run) -> dict[str, Any]:
+    """The metrics of the last model by dotted key; empty before there is a model."""
+    return {key: value for key, value in flat(run.models[-1]) if value != {}} if run.models else {}
+
+
+def _layers(run: Run) -> list[dict[str, str]]:
+    """The rows of layers.csv; empty before there is a model."""
+    path = run.folder / "layers.csv"
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _masks(run: Run) -> dict[str, Tensor]:
@@ -49,23 +66,12 @@ def _masks(run: Run) -> dict[str, Tensor]:
         return {row["name"]: file.get_tensor(row["name"]) != 0 for row in _layers(run) if row["name"] in names}
 
 
-def _layers(run: Run) -> list[dict[str, str]]:
-    path = run.folder / "layers.csv"
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in metrics.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+# Tables
 
 
 def _text(value: Any) -> str:
-    """
+    """A value for a cell.
+
     >>> _text(0.123456), _text(None), _text(12345), _text("a")
     ('0.1235', '', '12,345', 'a')
     """
@@ -76,32 +82,36 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _table(*columns: str, numbers: bool = True) -> Table:
+def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1))
     for i, column in enumerate(columns):
-        table.add_column(escape(column), overflow="fold", justify="right" if i and numbers else "left")
+        table.add_column(escape(column), overflow="fold", justify="right" if i else "left")
     return table
 
 
+# The commands
+
+
 def _show(path: str, console: Console) -> None:
-    run = _run(path)
+    """Print state, command, metrics and layers of a run, and draw its masks."""
+    run = _read_run(path)
     console.print(f"[bold]{escape(str(run.folder))}[/]: {run.state}" + (f", {escape(run.error)}" if run.error else ""))
     console.print(f"  {escape(run.command)}\n", highlight=False, soft_wrap=True)
     if run.models:
         table = _table("metric", "value")
-        for key, value in _flat(run.models[-1]).items():
+        for key, value in _metrics(run).items():
             table.add_row(escape(key), escape(_text(value)))
         console.print(table, "")
     if rows := _layers(run):
         table = _table("layer", "shape", "structure", "weights", "kept", "density", "note")
         for row in rows:
-            dead = int(row["kept"]) == 0
-            cells = (row["name"], row["shape"], row["structure"], f"{int(row['weights']):,}", f"{int(row['kept']):,}")
-            style = "bold red" if dead else None
+            weights, kept = int(row["weights"]), int(row["kept"])
+            cells = (row["name"], row["shape"], row["structure"], f"{weights:,}", f"{kept:,}")
+            style = "bold red" if kept == 0 else None
             table.add_row(*map(escape, cells), f"{float(row['density']):.2%}", escape(row["note"]), style=style)
         console.print(table, "")
     if masks := _masks(run):
@@ -110,55 +120,69 @@ def _show(path: str, console: Console) -> None:
         console.print(f"masks: {picture}", highlight=False, soft_wrap=True)
 
 
-def _compare(first: str, second: str, console: Console) -> None:
-    runs = _run(first), _run(second)
-    names = ["first", "second"]
-    for name, run in zip(names, runs, strict=True):
+def _compare(first_path: str, second_path: str, console: Console) -> None:
+    """Print how two runs differ: settings, metrics, density of each layer, overlap of the masks."""
+    first, second = _read_run(first_path), _read_run(second_path)
+    for name, run in (("first", first), ("second", second)):
         console.print(f"{name:<7} [bold]{escape(str(run.folder))}[/]: {run.state}", highlight=False, soft_wrap=True)
-    settings = [{**run.settings, "seed": run.config.get("seed")} for run in runs]
-    _differences("setting", names, settings, console, "the settings are the same")
-    _differences("metric", names, [_flat(run.models[-1]) if run.models else {} for run in runs], console, "")
-    masks = [_masks(run) for run in runs]
-    if not all(masks):
-        return
-    table = _table("layer", *(f"density, {name}" for name in names), "overlap")
+    settings = _setting_differences(first, second)
+    if settings.row_count:
+        console.print("", settings)
+    else:
+        console.print("\nthe settings are the same")
+    metrics = _metric_differences(first, second)
+    if metrics.row_count:
+        console.print("", metrics)
+    first_masks, second_masks = _masks(first), _masks(second)
+    if first_masks and second_masks:
+        _compare_masks(first_masks, second_masks, console)
+
+
+def _setting_differences(first: Run, second: Run) -> Table:
+    """The settings that differ."""
+    table = _table("setting", "first", "second")
+    first_settings, second_settings = ({**run.settings, "seed": run.config.get("seed")} for run in (first, second))
+    for key in {**first_settings, **second_settings}:
+        values = first_settings.get(key), second_settings.get(key)
+        if values[0] != values[1]:
+            table.add_row(escape(key), *(escape(_text(value)) for value in values))
+    return table
+
+
+def _metric_differences(first: Run, second: Run) -> Table:
+    """All metrics, with the difference of those that differ."""
+    table = _table("metric", "first", "second", "difference")
+    first_metrics, second_metrics = _metrics(first), _metrics(second)
+    for key in {**first_metrics, **second_metrics}:
+        values: tuple[Any, Any] = first_metrics.get(key), second_metrics.get(key)
+        difference = ""
+        if values[0] != values[1] and all(map(_is_number, values)):
+            difference = _text(float(values[1]) - float(values[0]))
+        table.add_row(escape(key), *(escape(_text(value)) for value in values), difference)
+    return table
+
+
+def _compare_masks(first: Mapping[str, Tensor], second: Mapping[str, Tensor], console: Console) -> None:
+    """Print the density of each layer, and the overlap of masks that have the same shape."""
+    table = _table("layer", "density, first", "density, second", "overlap")
     both = either = 0
-    for layer in dict.fromkeys([*masks[0], *masks[1]]):
-        pair = [found.get(layer) for found in masks]
-        cells = ["" if mask is None else f"{float(mask.float().mean()):.2%}" for mask in pair]
-        one, other = pair
+    for layer in {**first, **second}:
+        masks = first.get(layer), second.get(layer)
+        densities = ("" if mask is None else f"{float(mask.float().mean()):.2%}" for mask in masks)
         overlap = ""
-        if one is not None and other is not None and one.shape == other.shape:
-            shared, united = int((one & other).sum()), int((one | other).sum())
+        if masks[0] is not None and masks[1] is not None and masks[0].shape == masks[1].shape:
+            shared, united = int((masks[0] & masks[1]).sum()), int((masks[0] | masks[1]).sum())
             both, either = both + shared, either + united
             overlap = f"{shared / max(united, 1):.2%}"
-        table.add_row(escape(layer), *cells, overlap)
+        table.add_row(escape(layer), *densities, overlap)
     console.print("", table)
     if either:
         console.print(f"overlap of the masks, kept by both of those kept by either: {both / either:.2%}")
 
 
-def _differences(kind: str, names: list[str], values: list[dict[str, Any]], console: Console, otherwise: str) -> None:
-    table = _table(kind, *names, *(["difference"] if kind == "metric" else []))
-    for key in dict.fromkeys([*values[0], *values[1]]):
-        one: Any = values[0].get(key)
-        other: Any = values[1].get(key)
-        if kind == "setting" and one == other:
-            continue
-        cells = [escape(_text(one)), escape(_text(other))]
-        if kind == "metric":
-            numbers = one != other and _number(one) and _number(other)
-            cells.append(_text(float(other) - float(one)) if numbers else "")
-        table.add_row(escape(key), *cells)
-    if table.row_count:
-        console.print("", table)
-    elif otherwise:
-        console.print(f"\n{otherwise}")
-
-
-def _called(action: Callable[..., None], *arguments: Any) -> None:
+def _run_or_exit(command: Callable[..., None], *arguments: str) -> None:
     try:
-        action(*arguments, Console())
+        command(*arguments, Console())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -170,7 +194,7 @@ def show() -> None:
         prog="pl-sparse show", description="Tell what a run left: metrics, layers, and a picture of its masks."
     )
     parser.add_argument("run", metavar="RUN", help="the folder of a run, such as outputs/<date>/<time>")
-    _called(_show, parser.parse_args().run)
+    _run_or_exit(_show, parser.parse_args().run)
 
 
 def compare() -> None:
@@ -181,5 +205,5 @@ def compare() -> None:
     )
     parser.add_argument("first", metavar="RUN", help="the folder of a run")
     parser.add_argument("second", metavar="RUN", help="the folder of another")
-    given = parser.parse_args()
-    _called(_compare, given.first, given.second)
+    arguments = parser.parse_args()
+    _run_or_exit(_compare, arguments.first, arguments.second)

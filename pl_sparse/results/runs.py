@@ -1,4 +1,4 @@
-"""Runs that trainings have left in folders."""
+"""Runs: what a training has left in its folder, read back."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Run", "gather", "is_run", "read"]
+__all__ = ["CHOICES", "Run", "flat", "gather", "is_run", "read"]
 
-_NAMES = ("method", "scorer", "structure", "schedule", "allocation", "masking")
-
-
-# Runs
+CHOICES = ("method", "scorer", "structure", "schedule", "allocation", "masking")
+"""The metrics that name the parts of a run's method."""
 
 
 @dataclass
@@ -24,13 +22,13 @@ class Run:
     """What a run's folder holds.
 
     Attributes:
-        folder: where.
-        state: "finished", "running", "failed", or "unfinished" for one that left neither an end nor an error.
+        folder: the folder.
+        state: "finished", "running", "failed", or "unfinished" for a run that left neither an end nor an error.
         error: why it failed.
-        overrides: what it was started with, without Hydra's own.
+        overrides: the arguments it was started with, without Hydra's own.
         config: its settings, resolved.
         models: the metrics of each model it has so far: several for a whole front or for lottery tickets.
-        status: what it last said of itself.
+        status: the content of status.json.
     """
 
     folder: Path
@@ -43,23 +41,31 @@ class Run:
 
     @property
     def command(self) -> str:
-        """What starts it again."""
+        """The command that starts it again."""
         return " ".join(["pl-sparse", "train", *map(shlex.quote, self.overrides)])
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The resolved settings by dotted key, without seeds and places."""
-        place = self.config.get("output_dir")
+        output_dir = self.config.get("output_dir")
         return {
             key: value
-            for key, value in _flat(self.config)
+            for key, value in flat(self.config)
             if key.rpartition(".")[2] not in ("seed", "output_dir", "ckpt_path", "save_dir", "dirpath")
             and not key.startswith(("logger.", "hydra."))
-            and not (place and isinstance(value, str) and str(place) in value)
+            and not (output_dir and isinstance(value, str) and str(output_dir) in value)
         }
 
     def setting(self, key: str) -> str | None:
-        """What was chosen for a key of the command line, or what it is by default, in a word."""
+        """The value of a setting in one word.
+
+        Args:
+            key: the setting's dotted key on the command line.
+
+        Returns:
+            the override's value, else that of the settings, where a class is its name in lower case; None if there is
+            neither.
+        """
         for override in self.overrides:
             name, _, value = override.partition("=")
             if name.lstrip("+~") == key:
@@ -72,46 +78,65 @@ class Run:
         return None if node is None else str(node)
 
 
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings with their dotted keys. An empty mapping is a value.
+
+    Args:
+        node: the outermost mapping.
+        prefix: put before each key.
+
+    >>> dict(flat({"a": {"b": 1, "c": {}}, "d": 2}))
+    {'a.b': 1, 'a.c': {}, 'd': 2}
+    """
     for key, value in node.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
+# Reading
+
+
 def gather(folders: Iterable[str | os.PathLike[str]]) -> list[Run]:
-    """All runs in or below folders, in the order of their names, numbers by value.
+    """All runs in or below some folders.
+
+    Args:
+        folders: runs, or folders of runs; a run that several of them contain is read once.
+
+    Returns:
+        the runs in the order of their names, numbers by value.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    found: dict[Path, Run] = {}
+    by_path: dict[Path, Run] = {}
     for folder in folders:
         top = Path(folder)
         if not top.is_dir():
             raise FileNotFoundError(f"{top} is no folder")
-        for path in _runs(top):
-            found.setdefault(path.resolve(), read(path))
-    return list(found.values())
+        for path in _run_folders(top):
+            by_path.setdefault(path.resolve(), read(path))
+    return list(by_path.values())
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a training has left its files there."""
+    """Whether a training has left its files in the folder."""
     return any((folder / name).is_file() for name in ("metrics.json", "status.json", ".hydra/overrides.yaml"))
 
 
-def _runs(folder: Path) -> Iterator[Path]:
+def _run_folders(folder: Path) -> Iterator[Path]:
     if is_run(folder):
         yield folder
         return
     below = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     for path in sorted(below, key=lambda path: _natural(path.name)):
-        yield from _runs(path)
+        yield from _run_folders(path)
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """
+    """The key that sorts names with their numbers by value.
+
     >>> sorted(["10", "9", "b", "a2", "a10"], key=_natural)
     ['9', '10', 'a2', 'a10', 'b']
     """
@@ -120,7 +145,7 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 
 def read(folder: Path) -> Run:
-    """One run, as far as it is readable."""
+    """The run in a folder, as far as its files are there. A run whose files are broken counts as failed."""
     run = Run(folder, "unfinished")
     try:
         run.status = _json(folder / "status.json") or {}
@@ -129,14 +154,14 @@ def read(folder: Path) -> Run:
         ]
         run.config = _yaml(folder / "config.yaml") or _yaml(folder / ".hydra/config.yaml") or {}
         final = _json(folder / "metrics.json")
-        levels = _json(folder / "front.json") or [
+        models = _json(folder / "front.json") or [
             _ticket(_json(path), final or {}) for path in sorted(folder.glob("levels/level_*/metrics.json"))
         ]
     except (ValueError, KeyError, OSError) as error:
         run.state, run.error = "failed", f"cannot be read: {error}"
         return run
-    run.models = [level for level in levels if isinstance(level, dict)]
-    if final is not None and not any(level.get("sparsity") == final.get("sparsity") for level in run.models):
+    run.models = [metrics for metrics in models if isinstance(metrics, dict)]
+    if final is not None and not any(metrics.get("sparsity") == final.get("sparsity") for metrics in run.models):
         run.models.append(final)
     run.error = run.status.get("error")
     run.state = run.status.get("state") or ("finished" if final is not None else "unfinished")
@@ -144,11 +169,18 @@ def read(folder: Path) -> Run:
 
 
 def _ticket(row: dict[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of one round of lottery tickets, in the words of metrics.json: its own, and what the run is."""
-    same = {
-        key: final[key] for key in (*_NAMES, "seed", "params_total", "params_prunable", "macs_dense") if key in final
+    """The metrics of one round of lottery tickets, with the keys of metrics.json.
+
+    Args:
+        row: the metrics of the round.
+        final: those of the run, for what all rounds have in common.
+    """
+    common = ("seed", "params_total", "params_prunable", "macs_dense")
+    return {
+        **{key: final[key] for key in (*CHOICES, *common) if key in final},
+        **row,
+        "sparsity": 1 - row["remaining"],
     }
-    return {**same, **row, "sparsity": 1 - row["remaining"]}
 
 
 def _json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What is left of each layer of a model."""
+"""The summary of a sparse model: what is left of each layer, as a table and as rows for a CSV file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from torch import nn
 from pl_sparse.network.macs import Macs
 from pl_sparse.pruner import Pruner
 
-__all__ = ["LayerRow", "Summary", "dead_layers", "layer_rows", "summarize", "summary_table"]
-
-
-# Okabe and Ito's palette: told apart with any colour vision.
-_BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#8C8C8C"
+__all__ = ["LayerRow", "Summary", "dead_layers", "layer_rows", "percent", "summarize", "summary_table"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +24,12 @@ class LayerRow:
     Attributes:
         name: parameter name.
         shape: the weight's shape.
-        structure: what is removed as one, for example "unstructured" or "2:4".
+        structure: what is pruned together, for example "unstructured" or "2:4".
         weights: number of elements.
         kept: number of elements the mask keeps.
-        macs_dense: multiply-accumulates a sample with all elements.
-        macs_sparse: the same with the kept elements.
-        note: anything worth telling, for example why it stays dense.
+        macs_dense: multiply-accumulates per sample with all elements.
+        macs_sparse: multiply-accumulates per sample with the kept elements.
+        note: a remark, for example why the weight is not pruned.
     """
 
     name: str
@@ -55,6 +51,11 @@ class LayerRow:
         """Removed share, 0..1."""
         return 1.0 - self.density
 
+    @property
+    def dead(self) -> bool:
+        """Whether nothing of it is kept."""
+        return self.kept == 0 and self.weights > 0
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -65,11 +66,11 @@ class Summary:
         requested: the sparsity asked for, 0..1, over the prunable weights; None where it comes out of training.
         params_total: number of all parameters, prunable or not.
         params_nonzero: how many of them are not zero.
-        macs_dense: multiply-accumulates a sample with all weights (0: not counted).
-        macs_sparse: the same with the kept weights.
+        macs_dense: multiply-accumulates per sample with all weights (0: not counted).
+        macs_sparse: multiply-accumulates per sample with the kept weights.
         bytes_dense: size of the stored model, dense.
-        bytes_compressed: the same, compressed.
-        params_left: number of parameters that were not removed by shrinking (0: not known).
+        bytes_compressed: size of the stored model, compressed.
+        params_left: number of parameters after channels were removed (0: not counted).
     """
 
     layers: tuple[LayerRow, ...]
@@ -109,43 +110,46 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
     The compressed size is that of one bit for each prunable weight, the kept values, and everything else as it is.
 
     Args:
-        counted: its MACs, if they are known.
+        pruner: the pruner.
+        model: the model, with its channels removed or not.
+        counted: its MACs, if they are counted.
         prefix: cut from the names of layers.
     """
     rows = []
-    owns = {param.name: own for group, own in pruner.group_overrides for param, _ in group.members}
+    overrides = {param.name: override for group, override in pruner.group_overrides for param, _ in group.members}
     params = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
     masked = {param.name: param for param in pruner.params}
-    tensors = [*params.values(), *model.buffers()]
-    compressed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    former = {name: math.prod(cut.shape) for name, cut in pruner.cuts.items()}  # of what was shrunk
-    own = {**params, **dict(model.named_buffers())}
-    gone = {name: count - own[name].numel() for name, count in former.items()}
-    size = compressed + sum(count * own[name].element_size() for name, count in gone.items())
+    tensors = {**params, **dict(model.named_buffers())}
+    compressed = sum(tensor.numel() * tensor.element_size() for tensor in (*params.values(), *model.buffers()))
+    former = {name: math.prod(cut.shape) for name, cut in pruner.cuts.items()}  # elements before channels were removed
+    size = compressed + sum(
+        (count - tensors[name].numel()) * tensors[name].element_size() for name, count in former.items()
+    )
     nonzero = 0
     for name, weight in params.items():
         nonzero += int(torch.count_nonzero(weight))
         dense, sparse = counted.layers.get(name, (0.0, 0.0)) if counted is not None else (0.0, 0.0)
         if name in masked:
             kept = masked[name].kept
-            note = "" if owns[name] is None else f"own sparsity {owns[name]:g}"
+            note = "" if overrides[name] is None else f"own sparsity {overrides[name]:g}"
             structure = pruner.structure.label
-            left = int(torch.count_nonzero(masked[name].mask))
-            compressed -= (weight.numel() - left) * weight.element_size() - -(-weight.numel() // 8)
+            stored = int(torch.count_nonzero(masked[name].mask))
+            # pruned values are not stored, and each element has a bit
+            compressed -= (weight.numel() - stored) * weight.element_size() - -(-weight.numel() // 8)
         elif name in pruner.skipped:
             kept, note, structure = weight.numel(), f"dense: {pruner.skipped[name]}", "dense"
         else:
             continue
         rows.append(
             LayerRow(
-                name.removeprefix(prefix),
-                tuple(weight.shape),
-                structure,
-                former.get(name, weight.numel()),
-                kept,
-                dense,
-                sparse,
-                note,
+                name=name.removeprefix(prefix),
+                shape=tuple(weight.shape),
+                structure=structure,
+                weights=former.get(name, weight.numel()),
+                kept=kept,
+                macs_dense=dense,
+                macs_sparse=sparse,
+                note=note,
             )
         )
     return Summary(
@@ -163,11 +167,11 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
 
 def dead_layers(summary: Summary) -> list[str]:
     """Names of the layers that keep nothing, in model order."""
-    return [layer.name for layer in summary.layers if _dead(layer)]
+    return [layer.name for layer in summary.layers if layer.dead]
 
 
 def layer_rows(summary: Summary) -> list[dict[str, object]]:
-    """One flat row a layer, in model order, for a CSV file; shapes read "300x64"."""
+    """A flat row per layer, in model order, for a CSV file; shapes read "300x64"."""
     return [
         {
             "name": layer.name,
@@ -186,8 +190,8 @@ def layer_rows(summary: Summary) -> list[dict[str, object]]:
 
 
 def summary_table(summary: Summary) -> Table:
-    """A row a layer, dead ones red, with the totals below; readable from 80 columns on."""
-    noted = any(layer.note for layer in summary.layers)
+    """A table with a row per layer, dead ones red, and the totals below; readable from 80 columns on."""
+    with_notes = any(layer.note for layer in summary.layers)
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -203,8 +207,8 @@ def summary_table(summary: Summary) -> Table:
     table.add_column("structure", no_wrap=True)
     table.add_column("weights", f"{summary.weights:,}", justify="right", no_wrap=True)
     table.add_column("kept", f"{summary.kept:,}", justify="right", no_wrap=True)
-    table.add_column("density", _percent(1.0 - summary.sparsity), justify="right", no_wrap=True)
-    if noted:
+    table.add_column("density", percent(1.0 - summary.sparsity), justify="right", no_wrap=True)
+    if with_notes:
         table.add_column("note", overflow="fold", min_width=7)
     for layer in summary.layers:
         cells = [
@@ -213,30 +217,27 @@ def summary_table(summary: Summary) -> Table:
             escape(layer.structure),
             f"{layer.weights:,}",
             f"{layer.kept:,}",
-            _percent(layer.density),
+            percent(layer.density),
         ]
-        table.add_row(*cells, *([escape(layer.note)] if noted else []), style="bold red" if _dead(layer) else None)
+        table.add_row(*cells, *([escape(layer.note)] if with_notes else []), style="bold red" if layer.dead else None)
     return table
-
-
-def _dead(layer: LayerRow) -> bool:
-    return layer.kept == 0 and layer.weights > 0
 
 
 def _shape(layer: LayerRow) -> str:
     return "x".join(map(str, layer.shape))
 
 
-def _percent(share: float) -> str:
-    """
-    >>> _percent(0.1), _percent(0.9996)
+def percent(share: float) -> str:
+    """A share as text.
+
+    >>> percent(0.1), percent(0.9996)
     ('10.00%', '99.96%')
     """
     return f"{100 * share:.2f}%"
 
 
 def _scaled(amount: float, unit: str = "", base: float = 1000.0) -> str:
-    """`amount` with a prefix.
+    """An amount with the prefix of its unit.
 
     >>> _scaled(1_234_567), _scaled(2048, "B", 1024), _scaled(12)
     ('1.23 M', '2.00 KiB', '12')
@@ -254,17 +255,17 @@ def _scaled(amount: float, unit: str = "", base: float = 1000.0) -> str:
 
 def _totals(summary: Summary) -> str:
     """The lines below the table."""
-    requested = "learned" if summary.requested is None else f"requested {_percent(summary.requested)}"
+    requested = "learned" if summary.requested is None else f"requested {percent(summary.requested)}"
     lines = [
-        f"sparsity: {requested}, actual {_percent(summary.sparsity)}",
-        f"all parameters: {_percent(summary.sparsity_model)} zero "
+        f"sparsity: {requested}, actual {percent(summary.sparsity)}",
+        f"all parameters: {percent(summary.sparsity_model)} zero "
         f"({summary.params_nonzero:,} of {summary.params_total:,} left)",
     ]
     if summary.macs_dense:
-        share = _percent(summary.macs_sparse / summary.macs_dense)
+        share = percent(summary.macs_sparse / summary.macs_dense)
         lines.append(f"MACs a sample: {_scaled(summary.macs_dense)} -> {_scaled(summary.macs_sparse)} ({share})")
     if summary.bytes_dense and summary.bytes_compressed is not None:
-        share = _percent(summary.bytes_compressed / summary.bytes_dense)
+        share = percent(summary.bytes_compressed / summary.bytes_dense)
         sizes = [_scaled(size, "B", 1024) for size in (summary.bytes_dense, summary.bytes_compressed)]
         lines.append(f"size: {sizes[0]} -> {sizes[1]} ({share})")
     if dead := dead_layers(summary):

@@ -5,39 +5,46 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = []
+from pl_sparse.results.fronts import finite_or_none
+
+__all__ = ["render"]
+
+_FOLDER = Path(__file__).parent
+_SCRIPTS = ("data.js", "plot.js", "tables.js", "controls.js")  # each uses names of those before it
 
 
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def render(contents: Mapping[str, Any]) -> str:
+    """The HTML of the page with data, style and script in it.
 
+    Its content security policy names the hashes of this one style and script. Nothing else runs, and nothing is loaded.
 
-# Files
-
-
-def _page(found: Mapping[str, Any]) -> str:
-    """The page, whole in itself: its policy lets nothing but its own script and style run, and loads nothing."""
-    here = Path(__file__).parent
-    style, script = ((here / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    data = json.dumps(_plain(found), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    Args:
+        contents: what is in pareto.json.
+    """
+    style = _text("page.css")
+    script = "\n".join(map(_text, _SCRIPTS))
+    # "<" is escaped, so that no text in the data ends the script element
+    data = json.dumps(_plain(contents), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     parts = {"DATA": data, "STYLE": style, "SCRIPT": script, "STYLE_HASH": _hash(style), "SCRIPT_HASH": _hash(script)}
-    page = (here / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\$(STYLE_HASH|SCRIPT_HASH|STYLE|SCRIPT|DATA)", lambda match: parts[match[1]], page)
+    return re.sub(r"\$(STYLE_HASH|SCRIPT_HASH|STYLE|SCRIPT|DATA)", lambda match: parts[match[1]], _text("page.html"))
 
 
-def _plain(found: Any) -> Any:
-    """Numbers that JSON lacks become null."""
-    if isinstance(found, float):
-        return _known(found)
-    if isinstance(found, Mapping):
-        return {key: _plain(value) for key, value in found.items()}
-    return [_plain(value) for value in found] if isinstance(found, (list, tuple)) else found
+def _text(name: str) -> str:
+    return (_FOLDER / name).read_text(encoding="utf-8")
+
+
+def _plain(node: Any) -> Any:
+    """A copy in which numbers that JSON lacks are None."""
+    if isinstance(node, float):
+        return finite_or_none(node)
+    if isinstance(node, Mapping):
+        return {key: _plain(value) for key, value in node.items()}
+    return [_plain(value) for value in node] if isinstance(node, (list, tuple)) else node
 
 
 def _hash(text: str) -> str:
