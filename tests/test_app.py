@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from pl_sparse.app.deploy import export
-from pl_sparse.app.parts import load_run, make_module
+from pl_sparse.app.export_command import export
+from pl_sparse.app.finished import load_run
+from pl_sparse.app.instantiate import make_module
 from pl_sparse.app.settings import CONF, ConfigError
 from pl_sparse.app.training import train
 from pl_sparse.export import load_shrunk

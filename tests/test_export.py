@@ -247,10 +247,10 @@ def test_the_verdict_does_not_flatter() -> None:
 
 
 def test_dense_and_sparse_models_differ_in_their_zeros_alone() -> None:
-    from pl_sparse.app.deploy import _filled
+    from pl_sparse.app.deploy import filled
 
     net = sparse(nn.Sequential(nn.Linear(20, 20)))
-    dense = _filled(net)
+    dense = filled(net)
     for name, weight in dense.named_parameters():
         kept = net.get_parameter(name) != 0
         assert torch.equal(weight[kept], net.get_parameter(name)[kept])

@@ -213,12 +213,12 @@ def test_a_plugin_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_objective_that_is_no_metric_is_told() -> None:
-    from pl_sparse.app.sweep.job import _value
+    from pl_sparse.app.sweep.job import metric
 
     metrics: dict[str, Any] = {"sparsity": 0.9, "val/acc": 0.5, "size_bytes": {"compressed": 10}}
-    assert _value(metrics, "density") == pytest.approx(0.1) and _value(metrics, "size") == 10
+    assert metric(metrics, "density") == pytest.approx(0.1) and metric(metrics, "size") == 10
     with pytest.raises(ConfigError, match=r"no metric 'val/ac'\. Did you mean 'val/acc'"):
-        _value(metrics, "val/ac")
+        metric(metrics, "val/ac")
 
 
 # Processes

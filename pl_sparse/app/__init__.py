@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pl_sparse.app.command import main
+    from pl_sparse.app.finished import load_run
     from pl_sparse.app.training import train
 
-__all__ = ["main", "train"]
+__all__ = ["load_run", "main", "train"]
 
 
 def __getattr__(name: str) -> object:
     # Imported on first use: a look at a run's folder needs no Hydra and no training.
+    if name == "load_run":
+        from pl_sparse.app.finished import load_run
+
+        return load_run
     if name == "main":
         from pl_sparse.app.command import main
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -16,88 +16,82 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from pl_sparse.app.parts import network
-from pl_sparse.callbacks import History, Quantize, Shrink, Sparsity
+from pl_sparse.app.instantiate import network
+from pl_sparse.app.parts import Parts
+from pl_sparse.callbacks import Quantize
 from pl_sparse.core.files import replacing, write_csv, write_text
-from pl_sparse.pruner import Pruner
 from pl_sparse.quantize import integers
 from pl_sparse.results.figures import plot_layers, plot_training
 from pl_sparse.results.summary import Summary, layer_rows, summary_table
 from pl_sparse.surgery.saved import save_plan
 
-__all__ = ["figures", "first", "integers_of", "one", "tell", "write"]
-
-T = TypeVar("T")
+__all__ = ["figures", "integer_network", "print_report", "save_weights", "write_reports"]
 
 
-def one(own: list[Any], kind: type[T]) -> T:
-    """The callback of a class that a run always has."""
-    return next(callback for callback in own if isinstance(callback, kind))
+def integer_network(quantize: Quantize, parts: Parts) -> tuple[nn.Module, dict[str, float]]:
+    """Convert the network to integers, and leave the module in floating point; ranges go to ranges.safetensors.
 
-
-def first(own: list[Any], kind: type[T]) -> T | None:
-    """The callback of a class; None where a run has none."""
-    return next((callback for callback in own if isinstance(callback, kind)), None)
-
-
-def integers_of(
-    quantize: Quantize, module: LightningModule, pruner: Pruner, folder: Path
-) -> tuple[nn.Module, dict[str, float]]:
-    """The network with integers, and the fraction of zeros among them; the module is in floating point again."""
-    quantization, net = quantize.quantization, network(module)
+    Returns:
+        the network with integers, and "sparsity_quantized", the fraction of zeros among them; no fraction where no
+        pruned weight has integers.
+    """
+    quantization, net = quantize.quantization, network(parts.module)
     ranges = quantization.state_dict()
     if ranges:
-        with replacing(folder / "ranges.safetensors") as temporary:
+        with replacing(parts.folder / "ranges.safetensors") as temporary:
             save_file(ranges, temporary)
-    module.cpu()
+    parts.module.cpu()
     converted = quantization.convert()
     quantization.release()
-    found = integers(converted, net)
+    by_name = integers(converted, net)
     with torch.no_grad():  # where a weight of the plain class can have the rounded values, it has them
         for name, weight in converted.named_parameters():
             if hasattr(weight, "dequantize") and hasattr(weight, "qdata"):
                 net.get_parameter(name).copy_(weight.dequantize())
     names = {id(weight): name for name, weight in net.named_parameters()}
-    pruned = [names[id(param.weight)] for param in pruner.params if id(param.weight) in names]
-    kept = [found[name] for name in pruned if name in found]
-    left = [name for name in pruned if name not in found]
-    if left:
-        rank_zero_warn(f"{', '.join(left)} stay in floating point: quantization={quantization.dtype} does not fit them")
-    count = sum(value.numel() for value in kept)
+    pruned = [names[id(param.weight)] for param in parts.sparsity.pruner.params if id(param.weight) in names]
+    missing = [name for name in pruned if name not in by_name]
+    if missing:
+        rank_zero_warn(
+            f"{', '.join(missing)} stay in floating point: quantization={quantization.dtype} does not fit them"
+        )
+    values = [by_name[name] for name in pruned if name in by_name]
+    count = sum(value.numel() for value in values)
     if not count:
         return converted, {}
-    return converted, {"sparsity_quantized": 1 - sum(int(torch.count_nonzero(value)) for value in kept) / count}
+    nonzero = sum(int(torch.count_nonzero(value)) for value in values)
+    return converted, {"sparsity_quantized": 1 - nonzero / count}
+
+
+def save_weights(parts: Parts, folder: Path) -> None:
+    """Save the weights that the module has to model.safetensors, and what was removed from it to shrunk.json."""
+    tensors = {
+        name.replace("_orig_mod.", "").removeprefix(parts.prefix): tensor.detach().cpu().contiguous()
+        for name, tensor in parts.module.state_dict().items()
+    }
+    first_names: dict[int, str] = {}
+    for name in list(tensors):  # safetensors refuses tensors that share memory
+        if first_names.setdefault(tensors[name].data_ptr(), name) != name:
+            tensors[name] = tensors[name].clone()
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary)
+    if parts.shrink is not None:
+        save_plan(parts.shrink.plan.below(parts.prefix), parts.module, folder)
 
 
 def figures(
-    cfg: DictConfig,
-    folder: Path,
-    trainer: Trainer,
-    module: LightningModule,
-    cut: str,
-    own: list[Any],
-    scores: Mapping[str, Any],
+    cfg: DictConfig, parts: Parts, trainer: Trainer, folder: Path, summary: Summary, scores: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Save the weights that the module has to `folder`/model.safetensors, and count them there."""
-    weights = folder / "model.safetensors"
-    tensors = {
-        name.replace("_orig_mod.", "").removeprefix(cut): tensor.detach().cpu().contiguous()
-        for name, tensor in module.state_dict().items()
-    }
-    shared: dict[int, str] = {}
-    for name in list(tensors):  # safetensors refuses tensors that share memory
-        if shared.setdefault(tensors[name].data_ptr(), name) != name:
-            tensors[name] = tensors[name].clone()
-    with replacing(weights) as temporary:
-        save_file(tensors, temporary)
-    if (shrink := first(own, Shrink)) is not None:
-        save_plan(shrink.plan.below(cut), module, folder)
+    """The metrics of the model whose weights were saved to a folder, in which non-zero weights are counted.
 
-    history, sparsity = one(own, History), one(own, Sparsity)
-    pruner = sparsity.pruner
-    summary = sparsity.summarize(module, cut)
-    prunable = [param.name.removeprefix(cut) for param in pruner.params]
-    nonzero, count = _nonzeros(weights, prunable), pruner.numel
+    Args:
+        folder: with model.safetensors.
+        summary: of the module.
+        scores: metrics of training, validation and test, by name.
+    """
+    pruner = parts.sparsity.pruner
+    prunable = [param.name.removeprefix(parts.prefix) for param in pruner.params]
+    nonzero, count = _nonzeros(folder / "model.safetensors", prunable), pruner.numel
     # inputs that left the model because nothing feeds them any more were not pruned
     unread = pruner.kept - sum(int(torch.count_nonzero(param.mask)) for param in pruner.params)
     return {
@@ -121,37 +115,34 @@ def figures(
         "macs_sparse": summary.macs_sparse,
         **{name: float(value) for name, value in scores.items()},
         "size_bytes": {"dense": summary.bytes_dense, "compressed": summary.bytes_compressed},
-        "train_seconds": round(history.seconds, 3),
-        "epochs": len(history.rows),
+        "train_seconds": round(parts.history.seconds, 3),
+        "epochs": len(parts.history.rows),
         "steps": trainer.global_step,
         "epoch_best": None,
         "device": str(trainer.strategy.root_device),
     }
 
 
-def write(
-    cfg: DictConfig,
-    folder: Path,
-    trainer: Trainer,
-    module: LightningModule,
-    cut: str,
-    own: list[Any],
-    best: int | None,
-    tested: Mapping[str, float],
+def write_reports(
+    cfg: DictConfig, parts: Parts, trainer: Trainer, best_epoch: int | None, scores: Mapping[str, float]
 ) -> tuple[dict[str, Any], Summary]:
-    """Write what a run leaves behind but its metrics, which are returned with the summary of its layers.
+    """Write what a run leaves behind but its metrics: weights, tables, pictures and config.yaml.
 
     Args:
-        best: the epoch that the weights are of; None for the last.
-        tested: metrics of the test set.
+        best_epoch: the epoch that the weights are of; None for the last.
+        scores: metrics of the test set.
+
+    Returns:
+        the metrics, and the summary of the layers.
     """
-    sparsity = one(own, Sparsity)
-    rows = one(own, History).rows
-    at_best = next((row for row in rows if best is not None and int(row["epoch"]) == best), rows[-1] if rows else {})
-    scores = {name: value for name, value in at_best.items() if name.startswith(("val", "train"))}
-    metrics = figures(cfg, folder, trainer, module, cut, own, {**scores, **tested})
-    metrics |= {"sparsity_requested": sparsity.pruner.target, "epoch_best": best}
-    summary = sparsity.summarize(module, cut)
+    folder, rows = parts.folder, parts.history.rows
+    best = [row for row in rows if best_epoch is not None and int(row["epoch"]) == best_epoch]
+    row = (best or rows[-1:] or [{}])[0]
+    logged = {name: value for name, value in row.items() if name.startswith(("val", "train"))}
+    save_weights(parts, folder)
+    summary = parts.sparsity.summarize(parts.module, parts.prefix)
+    metrics = figures(cfg, parts, trainer, folder, summary, {**logged, **scores})
+    metrics |= {"sparsity_requested": parts.sparsity.pruner.target, "epoch_best": best_epoch}
     title = f"{metrics['method']}, {metrics['structure']}, sparsity {metrics['sparsity']:.4f}"
     write_csv(folder / "layers.csv", layer_rows(summary))
     if rows:
@@ -185,8 +176,15 @@ _WRITTEN = {
 }
 
 
-def tell(folder: Path, summary: Summary, metrics: Mapping[str, Any], levels: list[dict[str, Any]]) -> None:
-    """Print layers, levels and scores, and what is where."""
+def print_report(folder: Path, summary: Summary, metrics: Mapping[str, Any], levels: list[dict[str, Any]]) -> None:
+    """Print layers, levels and scores, and what is where.
+
+    Args:
+        folder: the run's.
+        summary: of its layers.
+        metrics: those of metrics.json.
+        levels: rows of front.json; empty without a front.
+    """
     console = Console()
     console.print()
     console.print(summary_table(summary))
@@ -201,9 +199,9 @@ def tell(folder: Path, summary: Summary, metrics: Mapping[str, Any], levels: lis
     scores = [(name, metrics[name]) for name in ("val/acc", "test/acc", "test/loss") if name in metrics]
     line = ", ".join(f"{name} {value:.4f}" for name, value in scores)
     epoch = metrics["epoch_best"]
-    which = f"best at the target: epoch {epoch + 1}" if epoch is not None else "last epoch"
-    console.print(f"{line} ({which} of {metrics['epochs']}, {metrics['train_seconds']:.1f} s of training)".lstrip())
+    source = f"best at the target: epoch {epoch + 1}" if epoch is not None else "last epoch"
+    console.print(f"{line} ({source} of {metrics['epochs']}, {metrics['train_seconds']:.1f} s of training)".lstrip())
     console.print(f"\nwritten to {folder}:", highlight=False, soft_wrap=True)
-    for name, what in _WRITTEN.items():
+    for name, content in _WRITTEN.items():
         if (folder / name).exists():
-            console.print(f"  {name:<18} {what}", highlight=False)
+            console.print(f"  {name:<18} {content}", highlight=False)

@@ -22,8 +22,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("pl_sparse.results.inspection:show", "tell what a run left, and draw its masks"),
     "compare": ("pl_sparse.results.inspection:compare", "tell how two runs differ"),
     "doctor": ("pl_sparse.app.doctor:main", "tell versions, extras, devices, and which hardware targets work"),
-    "export": ("pl_sparse.app.deploy:export", "write the model of a finished run in other formats"),
-    "bench": ("pl_sparse.app.deploy:bench", "measure the model of a finished run, dense and exported side by side"),
+    "export": ("pl_sparse.app.export_command:export", "write the model of a finished run in other formats"),
+    "bench": (
+        "pl_sparse.app.export_command:bench",
+        "measure the model of a finished run, dense and exported side by side",
+    ),
 }
 """What each subcommand calls, imported when it is asked for, and a line of help."""
 _MORE = (

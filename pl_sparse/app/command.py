@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
 from pl_sparse.app.settings import CONF, ConfigError
 from pl_sparse.app.sweep.job import run
 from pl_sparse.app.sweep.launch import arguments
@@ -26,9 +28,6 @@ from pl_sparse.core.registry import suggestion
 __all__ = ["main", "sweep"]
 
 
-# The command
-
-
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def _entry(cfg: DictConfig) -> float | tuple[float, ...] | None:
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -36,6 +35,7 @@ def _entry(cfg: DictConfig) -> float | tuple[float, ...] | None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data in memory needs none
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning uses a name that torch renamed
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # a resumed run
+    cfg = current_targets(cfg)
     if cfg.output_dir is None:
         OmegaConf.set_struct(cfg, False)
         cfg.output_dir = HydraConfig.get().runtime.output_dir
@@ -47,15 +47,16 @@ def _entry(cfg: DictConfig) -> float | tuple[float, ...] | None:
 
 def main() -> float | None:
     """`python train.py ...` and `pl-sparse ...`: one run, or a sweep with -m; the objective is what it returns."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, to be told in a few lines
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are printed in a few lines
+    provide_hydra_callbacks()
     try:
-        sys.argv[1:] = arguments(_resumed(sys.argv[1:]))
+        sys.argv[1:] = arguments(current_options(_with_earlier(sys.argv[1:])))
         result: float | None = _entry()
         return result
     except ConfigError as error:
         message = str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        message = _explained(error, sys.argv[1:])
+        message = _explanation(error, sys.argv[1:])
     except (FileNotFoundError, ImportError) as error:
         if not str(error):
             raise
@@ -74,71 +75,75 @@ def sweep() -> float | None:
     return main()
 
 
-def _resumed(arguments: list[str]) -> list[str]:
-    """With `ckpt_path` of a run, that run's own settings and folder, before those given."""
-    given = {argument.partition("=")[0].lstrip("+~"): argument.partition("=")[2] for argument in arguments}
-    path = given.get("ckpt_path", "null").strip("'\"")
+def _with_earlier(arguments: list[str]) -> list[str]:
+    """The arguments of a command; with `ckpt_path` of a run, after the settings and folder that the run had."""
+    values = {_key(argument): argument.partition("=")[2] for argument in arguments}
+    path = values.get("ckpt_path", "null").strip("'\"")
     run = Path(path).parent.parent
     saved = run / ".hydra" / "overrides.yaml"
     if path == "null" or not saved.is_file():
         return arguments
     earlier = [
         override
-        for override in OmegaConf.load(saved)
-        if str(override).partition("=")[0].lstrip("+~") not in {*given, "ckpt_path", "output_dir"}
+        for override in map(str, OmegaConf.load(saved))
+        if _key(override) not in {*values, "ckpt_path", "output_dir"}
     ]
-    placed = [] if "hydra.run.dir" in given else [f"hydra.run.dir='{run}'"]
-    return [*map(str, earlier), *placed, *arguments]
+    folder = [] if "hydra.run.dir" in values else [f"hydra.run.dir='{run}'"]
+    return [*earlier, *folder, *arguments]
 
 
-def _explained(error: BaseException, arguments: list[str]) -> str:
-    """The message of a composition error with what was probably meant."""
+def _key(argument: str) -> str:
+    """
+    >>> _key("+model.width=4")
+    'model.width'
+    """
+    return argument.partition("=")[0].lstrip("+~")
+
+
+def _explanation(error: BaseException, arguments: list[str]) -> str:
+    """The message of a composition error, with what was probably meant."""
+    for link in _chain(error):
+        options = getattr(link, "options", None)
+        missing = getattr(link, "missing_cfg_file", None)
+        group, _, name = str(missing).rpartition("/")
+        if missing and not options and (CONF / str(missing)).parent.is_dir():  # one of a list: export=[onnx,csv]
+            options = [path.stem for path in (CONF / group).glob("*.yaml")]
+        if missing and options:
+            return f"{group}={name}: there is no such {group}. {suggestion(name, options)}"
+    settings = _settings(arguments)
+    for key in (_key(argument) for argument in arguments if "=" in argument):
+        if key not in settings and not key.startswith("hydra"):
+            hint = suggestion(key, settings)  # without a near miss it lists all settings
+            return f"{key} is no setting. {hint if hint.startswith('Did') else ''}".strip()
+    return str(error).strip().splitlines()[0]
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error, and those that it comes from."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
-    text = str(error).strip().splitlines()[0]
-    for found in chain:
-        options = getattr(found, "options", None)
-        missing = getattr(found, "missing_cfg_file", None)
-        if options and missing:
-            group, _, name = str(missing).rpartition("/")
-            return f"{group}={name}: there is no such {group}. {suggestion(name, options)}"
-        if missing and (CONF / str(missing)).parent.is_dir():  # one of a list: export=[onnx,csv]
-            group, _, name = str(missing).rpartition("/")
-            names = [path.stem for path in (CONF / group).glob("*.yaml")]
-            return f"{group}={name}: there is no such {group}. {suggestion(name, names)}"
-    keys = [argument.partition("=")[0].lstrip("+~") for argument in arguments if "=" in argument]
-    known = _keys(arguments)
-    wrong = [key for key in keys if key not in known and not key.startswith("hydra")]
-    if wrong:
-        return f"{wrong[0]} is no setting. {suggestion(wrong[0], known) if _near(wrong[0], known) else ''}".strip()
-    return text
+    return chain
 
 
-def _near(word: str, known: set[str]) -> bool:
-    return suggestion(word, known).startswith("Did")
-
-
-def _keys(arguments: list[str]) -> set[str]:
-    """Every setting that the chosen groups have."""
+def _settings(arguments: list[str]) -> set[str]:
+    """The keys of all settings that the groups have which the arguments choose."""
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    chosen = [argument for argument in arguments if argument.partition("=")[0] in groups and "," not in argument]
+    choices = [argument for argument in arguments if argument.partition("=")[0] in groups and "," not in argument]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            cfg = hydra.compose("train", chosen)
+            cfg = hydra.compose("train", choices)
         except Exception:
             cfg = hydra.compose("train")
-    keys = set(groups)
+    return groups | set(_keys(OmegaConf.to_container(cfg, resolve=False)))
 
-    def walk(node: Any, path: str) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                name = f"{path}.{key}" if path else str(key)
-                keys.add(name)
-                walk(value, name)
 
-    walk(OmegaConf.to_container(cfg, resolve=False), "")
-    return keys
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of nested settings."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from _keys(value, f"{prefix}{key}.")

@@ -21,27 +21,27 @@ _CORE = ("pl_sparse", "torch", "lightning", "hydra-core", "omegaconf", "torchmet
 
 
 def extras() -> dict[str, list[str]]:
-    """Each extra of this package and what is lacking of it, such as "ray" or "SQLAlchemy<2.1 (2.1.0 is installed)"."""
+    """Each extra of this package and what is missing of it, such as "ray" or "SQLAlchemy<2.1 (2.1.0 is installed)"."""
     from packaging.requirements import Requirement
 
     missing: dict[str, list[str]] = {
         name: [] for name in metadata.metadata("pl_sparse").get_all("Provides-Extra") or []
     }
     for line in metadata.requires("pl_sparse") or []:
-        wanted = Requirement(line)
+        requirement = Requirement(line)
         for extra in missing:
             if (
-                wanted.marker is None
-                or wanted.marker.evaluate({"extra": ""})
-                or not wanted.marker.evaluate({"extra": extra})
+                requirement.marker is None
+                or requirement.marker.evaluate({"extra": ""})
+                or not requirement.marker.evaluate({"extra": extra})
             ):
                 continue
-            version = _version(wanted.name)
+            version = _version(requirement.name)
             if version is None:
-                missing[extra].append(wanted.name)
-            elif not wanted.specifier.contains(version, prereleases=True):
-                missing[extra].append(f"{wanted.name}{wanted.specifier} ({version} is installed)")
-    return {name: list(dict.fromkeys(lacking)) for name, lacking in missing.items()}
+                missing[extra].append(requirement.name)
+            elif not requirement.specifier.contains(version, prereleases=True):
+                missing[extra].append(f"{requirement.name}{requirement.specifier} ({version} is installed)")
+    return {extra: list(dict.fromkeys(requirements)) for extra, requirements in missing.items()}
 
 
 def _version(name: str) -> str | None:
@@ -95,8 +95,8 @@ def _compile() -> str:
     return "torch.compile"
 
 
-def _same(found: Tensor, expected: Tensor) -> None:
-    if not torch.allclose(found, expected.expand_as(found)):
+def _same(product: Tensor, expected: Tensor) -> None:
+    if not torch.allclose(product, expected.expand_as(product)):
         raise RuntimeError("it computes something else")
 
 
@@ -110,7 +110,11 @@ _TARGETS: dict[str, Callable[[], str]] = {
 
 
 def targets() -> Iterator[tuple[str, bool, str]]:
-    """What a trained model may run on: its name, whether it works here, and how or why not."""
+    """Try what a trained model may run on.
+
+    Yields:
+        the name of a target, whether it works here, and how or why not.
+    """
     for name, attempt in _TARGETS.items():
         try:
             yield name, True, attempt()
@@ -122,8 +126,8 @@ def targets() -> Iterator[tuple[str, bool, str]]:
 def _devices() -> Iterator[tuple[str, str]]:
     yield "cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     for i in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(i)
-        yield f"cuda:{i}", f"{found.name}, {found.total_memory / 2**30:.0f} GiB, capability {found.major}.{found.minor}"
+        gpu = torch.cuda.get_device_properties(i)
+        yield f"cuda:{i}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}"
     if torch.backends.mps.is_available():
         yield "mps", platform.machine()
 
@@ -140,15 +144,15 @@ def main() -> None:
         table.add_row(name, _version(name) or "[red]not installed[/]")
     console.print(table, "")
     table = Table("extra", "", box=None, padding=(0, 2), title="extras", title_justify="left")
-    for name, lacking in extras().items() if _version("pl_sparse") else ():
-        install = f"[yellow]lacks {escape(', '.join(lacking))}:[/] pip install 'pl_sparse\\[{name}]'"
-        table.add_row(name, install if lacking else "[green]installed[/]")
+    for name, missing in extras().items() if _version("pl_sparse") else ():
+        install = f"[yellow]lacks {escape(', '.join(missing))}:[/] pip install 'pl_sparse\\[{name}]'"
+        table.add_row(name, install if missing else "[green]installed[/]")
     console.print(table, "")
     table = Table("device", "", box=None, padding=(0, 2), title="devices", title_justify="left")
-    for name, what in _devices():
-        table.add_row(name, escape(what))
+    for name, description in _devices():
+        table.add_row(name, escape(description))
     console.print(table, "")
     table = Table("target", "", "", box=None, padding=(0, 2), title="hardware targets", title_justify="left")
-    for name, works, what in targets():
-        table.add_row(name, "[green]works[/]" if works else "[yellow]no[/]", escape(what))
+    for name, works, reason in targets():
+        table.add_row(name, "[green]works[/]" if works else "[yellow]no[/]", escape(reason))
     console.print(table)

@@ -1,101 +1,213 @@
-"""A configuration's data and model, and those of a run that is finished."""
+"""What one run consists of, built from its configuration and checked before anything is trained."""
 
 from __future__ import annotations
 
-import os
-from inspect import isclass, signature
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file
-from torch import nn
 
-from pl_sparse.app.settings import ConfigError, target
-from pl_sparse.surgery.saved import load_shrunk
-from pl_sparse.tasks.classifier import Classifier
+from pl_sparse.allocation import Budget
+from pl_sparse.app.formats import make_formats, refuse
+from pl_sparse.app.instantiate import built, make_module, optional
+from pl_sparse.app.settings import ConfigError
+from pl_sparse.callbacks import AccuracyBudget, Front, History, Quantize, RandomState, Shrink, Sparsity, Status
+from pl_sparse.export.format import Export
+from pl_sparse.export.hardware import Hardware
+from pl_sparse.schedule import Iterative, Schedule, Staircase, Tickets
 
-__all__ = ["built", "load_run", "make_module", "network"]
+__all__ = ["Parts", "assemble"]
+
+_AXES = ("scorer", "schedule", "structure", "allocation", "updater", "masking")
 
 
-def built(cfg: DictConfig, key: str) -> Any:
-    """The object that a node of the configuration describes.
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one run.
 
-    Raises:
-        ConfigError: its class refuses the arguments, or needs a package that is missing.
+    Attributes:
+        folder: where the run's files go.
+        hardware: what the model is for.
+        module: what is trained.
+        prefix: of the names of the module's weights; files and reports leave it out.
+        data: None if the module brings its own.
+        formats: what the model is exported to, by name.
+        sparsity: the callback that prunes.
+        history: the table of the epochs.
+        status: the run's status.json.
+        random_state: keeps the random generators in checkpoints.
+        front: saves the model of each level.
+        regularize: adds a penalty.
+        rewind: puts weights back to earlier ones.
+        distill: the teacher.
+        shrink: takes masked channels out of the model.
+        quantize: trains for integers.
+        budget: finds the sparsity that costs little accuracy.
     """
-    try:
-        return instantiate(cfg[key])
-    except Exception as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, (ValueError, TypeError, ImportError, FileNotFoundError)):
-            raise ConfigError(f"{key}: {cause}") from error
-        raise
 
+    folder: Path
+    hardware: Hardware
+    module: LightningModule
+    prefix: str
+    data: LightningDataModule | None
+    formats: Mapping[str, Export]
+    sparsity: Sparsity
+    history: History
+    status: Status
+    random_state: RandomState
+    front: Front | None = None
+    regularize: Callback | None = None
+    rewind: Callback | None = None
+    distill: Callback | None = None
+    shrink: Shrink | None = None
+    quantize: Quantize | None = None
+    budget: AccuracyBudget | None = None
 
-def make_module(cfg: DictConfig, data: LightningDataModule | None) -> tuple[LightningModule, str]:
-    """The module to train, and the prefix of its weights' names that reports leave out.
+    @property
+    def callbacks(self) -> list[Callback]:
+        """The callbacks in the order that the Trainer needs.
 
-    A LightningModule is taken as it is; any other model is given `shape` and `classes`, if it asks for them, and is
-    wrapped into a `Classifier`.
-    """
-    called = target(cfg.model, "model")
-    facts = {key: getattr(data, key) for key in ("shape", "classes") if hasattr(data, key)}
-    if isclass(called) and issubclass(called, LightningModule):
-        module: LightningModule = _given(cfg, "model", called, facts)
-        return module, ""
-    net = _given(cfg, "model", called, facts)
-    if isinstance(net, LightningModule):
-        return net, ""
-    if "classes" not in facts:
-        raise ConfigError(
-            f"model={cfg.model._target_} is no LightningModule, and data has no `classes` to train it as a classifier"
+        A level is saved before anything changes the weights. A penalty acts on what the optimizer wrote, before masks
+        do. Rewinding, removal and the budget need the masks of the same step.
+        """
+        callbacks = (
+            self.front,
+            self.regularize,
+            self.sparsity,
+            self.rewind,
+            self.distill,
+            self.shrink,
+            self.quantize,
+            self.history,
+            self.budget,
+            self.status,
+            self.random_state,
         )
-    module = Classifier(net, facts["classes"], built(cfg, "optimizer"), built(cfg, "lr_schedule"), cfg.label_smoothing)
-    return module, "net."
+        return [callback for callback in callbacks if callback is not None]
 
 
-def _given(cfg: DictConfig, key: str, called: Any, facts: dict[str, Any]) -> Any:
-    wanted = signature(called).parameters
-    node = cfg[key].copy()
-    for name, value in facts.items():
-        if name in wanted and name not in node:
-            node[name] = list(value) if isinstance(value, tuple) else value
-    return built(OmegaConf.create({key: node}), key)
+def assemble(cfg: DictConfig, identity: str) -> Parts:
+    """Build the parts of a run, and check them against each other.
 
-
-def network(module: LightningModule) -> nn.Module:
-    """What of a module is deployed: the network of a `Classifier`, else the module itself, by its `forward`."""
-    return module.net if isinstance(module, Classifier) else module
-
-
-def load_run(folder: str | os.PathLike[str]) -> tuple[LightningModule, LightningDataModule | None, DictConfig]:
-    """The trained module of a finished run, its data and its configuration.
-
-    A module that was shrunk in training has the shapes that it ended with.
+    Random numbers are drawn here, by the weights of the module above all: the seed is set before.
 
     Args:
-        folder: what `output_dir` was, with config.yaml and model.safetensors.
+        cfg: checked; where the number of rounds gives the number of epochs, `trainer.max_epochs` becomes that.
+        identity: the hash of the run's settings, for its status.json.
 
     Raises:
-        ConfigError: it is no folder of a finished run, or its model is not the one whose weights are there.
+        ConfigError: parts cannot be built, or do not fit together.
     """
-    folder = Path(folder)
-    for name in ("config.yaml", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder} is no folder of a finished run: it has no {name}")
-    cfg = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(cfg, DictConfig)
-    data = built(cfg, "data") if cfg.get("data") else None
+    folder = Path(cfg.output_dir)
+    hardware: Hardware = built(cfg, "hardware")
+    sparsity = _sparsity(cfg, hardware)
+    pruner = sparsity.pruner
+    if isinstance(pruner.schedule, Tickets) and pruner.schedule.epochs is not None:
+        cfg.trainer.max_epochs = pruner.schedule.training_epochs
+    data: LightningDataModule | None = optional(cfg, "data")
     module, prefix = make_module(cfg, data)
+    quantize: Quantize | None = optional(cfg, "quantization")
+    budget: AccuracyBudget | None = optional(cfg, "target")
+    formats = make_formats(cfg)
+    _check_types(hardware, quantize, {format.dtype for format in formats.values()})
+    refuse(formats, module, data, pruner.structure, pruner.target or 0.0)
+    parts = Parts(
+        folder=folder,
+        hardware=hardware,
+        module=module,
+        prefix=prefix,
+        data=data,
+        formats=formats,
+        sparsity=sparsity,
+        history=History(folder / "history.csv"),
+        front=_front(cfg, folder, pruner.schedule),
+        status=Status(folder, cfg.objective, identity),
+        regularize=optional(cfg, "regularizer"),
+        rewind=optional(cfg, "rewind"),
+        distill=optional(cfg, "distill"),
+        shrink=_shrink(cfg.shrink_every, quantize, budget),
+        quantize=quantize,
+        budget=budget,
+        random_state=RandomState(),
+    )
+    _attach(sparsity, module)
+    return parts
+
+
+def _sparsity(cfg: DictConfig, hardware: Hardware) -> Sparsity:
+    """The callback, its axes checked against each other and the hardware."""
+    for key in ("sparsity", "label_smoothing"):
+        if cfg[key] is not None and not 0 <= cfg[key] <= 1:
+            raise ConfigError(f"{key}={cfg[key]} must be in [0, 1]")
+    axes = {axis: built(cfg, axis) for axis in _AXES}
+    objection = hardware.objection(axes["structure"], axes["schedule"].final)
+    if objection is not None and axes["schedule"].final > 0:
+        if hardware.strict:
+            raise ConfigError(objection)
+        rank_zero_warn(objection)
+    for key in ("budget_ms", "macs"):
+        if getattr(hardware, key) is not None and not isinstance(axes["allocation"], Budget):
+            raise ConfigError(f"hardware.{key} is met by allocation=budget structure=coupled")
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    options = {key: plain[key] for key in ("include", "exclude", "first", "last", "overrides", "misfit")}
+    options |= {key: plain[key] for key in ("ablation", "calibration_batches")}
     try:
-        if (folder / "shrunk.json").is_file():
-            load_shrunk(network(module), folder)
-        else:
-            tensors = load_file(folder / "model.safetensors")
-            module.load_state_dict({prefix + name: value for name, value in tensors.items()})
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"the weights in {folder} are of another model than its config.yaml: {error}") from error
-    return module.eval(), data, cfg
+        return Sparsity(**axes, **options, report=False)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_types(hardware: Hardware, quantize: Quantize | None, exported: set[str]) -> None:
+    """The type of the weights is one that the hardware computes with, and that the exports can have."""
+    trained = "float32" if quantize is None else quantize.quantization.dtype
+    if "int8" in exported and trained == "int4":
+        raise ConfigError("export=onnx_int8 has 8-bit weights, and quantization=int4_weight trains 4-bit ones")
+    refusal = hardware.refusal("int8" if "int8" in exported else trained)
+    if refusal is not None:
+        raise ConfigError(refusal + (", or export=onnx_int8" if "int8" in hardware.dtypes else ""))
+
+
+def _front(cfg: DictConfig, folder: Path, schedule: Schedule) -> Front | None:
+    if cfg.levels and not isinstance(schedule, Staircase):
+        raise ConfigError("levels=... are those of schedule=staircase (of schedule=tickets: schedule.sparsities=...)")
+    if not cfg.front:
+        return None
+    for key, reason in (
+        ("quantization", "the models before it begins would have other weights than integers"),
+        ("target", "the budget decides on the levels, and keeps one model"),
+    ):
+        if cfg.get(key):
+            raise ConfigError(f"front=true goes with {key}=none alone: {reason}")
+    if not isinstance(schedule, (Staircase, Iterative, Tickets)):
+        raise ConfigError(
+            f"front=true needs a schedule that rests on its levels, or the models there would not have been trained at "
+            f"their sparsity, and {type(schedule).__name__.lower()} does not: use schedule=staircase "
+            "levels=[0.5,0.8,0.9], schedule=iterative or schedule=tickets"
+        )
+    return Front(folder)
+
+
+def _shrink(every: int | None, quantize: Quantize | None, budget: AccuracyBudget | None) -> Shrink | None:
+    if every is None:
+        return None
+    if quantize is not None or budget is not None:
+        raise ConfigError("shrink_every goes with neither quantization nor target: shrink the trained model instead")
+    try:
+        return Shrink(every)
+    except ValueError as error:
+        raise ConfigError(f"shrink_{error}") from error
+
+
+def _attach(sparsity: Sparsity, module: LightningModule) -> None:
+    """Attach the pruner before training, so that what it refuses is refused at once."""
+    if sparsity.pruner.structure.needs_example:
+        return  # that is a batch, which training has first
+    try:
+        sparsity.pruner.attach(module)
+    except ValueError as error:
+        if "nothing to prune" not in str(error):  # a module may build its layers later
+            raise ConfigError(str(error)) from error

@@ -62,6 +62,10 @@ class ConfigError(ValueError):
 def target(node: Mapping[str, Any] | DictConfig, where: str) -> Any:
     """The class or function that a node's `_target_` names.
 
+    Args:
+        node: with `_target_`.
+        where: the key of the node, for the message.
+
     Raises:
         ConfigError: there is no such thing, or it cannot be imported.
     """
@@ -81,6 +85,9 @@ def target(node: Mapping[str, Any] | DictConfig, where: str) -> Any:
 
 def check(cfg: DictConfig) -> None:
     """Compare every value with the type it is declared with, and every key with the parameters of its target.
+
+    Args:
+        cfg: composed from train.yaml.
 
     Raises:
         ConfigError: a key its target does not take, a value of a wrong type, or one that is missing.
@@ -112,39 +119,39 @@ def _check_node(where: str, node: dict[str, Any]) -> None:
         signature = inspect.signature(called)
     except (TypeError, ValueError):
         return
-    known = {
+    parameters = {
         name: parameter
         for name, parameter in signature.parameters.items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     if open_ended:
-        known |= _inherited(called)
+        parameters |= _inherited(called)
     hints = _hints(called)
     for key, value in node.items():
         if key in _SPECIAL:
             continue
-        if key not in known:
-            if open_ended and not _own(called):
+        if key not in parameters:
+            if open_ended and not _is_of_package(called):
                 continue
-            names = [name for name in known if name not in ("self", "shape", "net")]
+            names = [name for name in parameters if name not in ("self", "shape", "net")]
             hint = suggestion(key, names) if names else "It has none."
             raise ConfigError(f"{where}.{key} is no parameter of {node['_target_']}. {hint}")
         if key in hints and value != "???":
             _check_value(f"{where}.{key}", value, hints[key])
 
 
-def _own(called: Any) -> bool:
+def _is_of_package(called: Any) -> bool:
     return getattr(called, "__module__", "").startswith("pl_sparse.")
 
 
 def _inherited(called: Any) -> dict[str, inspect.Parameter]:
     """The parameters of the constructors above that one with **kwargs hands on to."""
-    found: dict[str, inspect.Parameter] = {}
+    parameters: dict[str, inspect.Parameter] = {}
     for cls in inspect.getmro(called)[1:] if inspect.isclass(called) else ():
         if "__init__" in vars(cls):
-            found |= dict(inspect.signature(cls).parameters)
-    return found
+            parameters |= dict(inspect.signature(cls).parameters)
+    return parameters
 
 
 def _hints(called: Any) -> dict[str, Any]:

@@ -16,7 +16,10 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-__all__ = ["code", "data", "digest", "fingerprint", "settings"]
+from pl_sparse.app.aliases import former_targets
+from pl_sparse.callbacks.run.status import read_status
+
+__all__ = ["code", "data", "digest", "fingerprint", "run_fingerprint", "settings"]
 
 _PACKAGE = Path(__file__).parents[2]
 _BESIDE = ("output_dir", "ckpt_path", "resume", "prefix_cache", "threads")
@@ -40,6 +43,13 @@ def fingerprint(cfg: DictConfig) -> str:
     return digest(settings(cfg))
 
 
+def run_fingerprint(cfg: DictConfig, folder: str | os.PathLike[str]) -> str:
+    """The hash that a run has in its folder: `fingerprint`, but a run that 0.1.0 began there keeps the hash of then."""
+    status = read_status(folder)
+    former = digest(former_targets(settings(cfg)))
+    return former if status is not None and status.get("config") == former else fingerprint(cfg)
+
+
 def digest(value: Any) -> str:
     """A short hash of what JSON can hold.
 
@@ -50,31 +60,39 @@ def digest(value: Any) -> str:
 
 
 def code(plain: dict[str, Any]) -> dict[str, str]:
-    """Hashes of this package's source and of the modules of all other targets, and versions of what they stand on."""
-    files = sorted(_PACKAGE.rglob("*.py"))
-    found = {"pl_sparse": _hash(*files)}
+    """Hashes of this package's source and of the modules of all other targets, and versions of what they stand on.
+
+    Args:
+        plain: resolved settings.
+    """
+    hashes = {"pl_sparse": _hash(*sorted(_PACKAGE.rglob("*.py")))}
     for name in sorted(set(_targets(plain))):
         try:
             module = inspect.getmodule(get_object(name))
             source = inspect.getsourcefile(module) if module is not None else None
         except Exception:
-            continue  # the run will tell
+            continue  # the run itself fails with a message
         if source is not None and not name.startswith(("pl_sparse.", "torch.", "lightning.")):
-            found[name] = _hash(Path(source))
-    found |= {library: version(library) for library in ("torch", "lightning", "numpy")}
+            hashes[name] = _hash(Path(source))
+    versions = {library: version(library) for library in ("torch", "lightning", "numpy")}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return {**found, "python": platform.python_version(), "device": f"{device}, {torch.get_num_threads()} threads"}
+    machine = {"python": platform.python_version(), "device": f"{device}, {torch.get_num_threads()} threads"}
+    return {**hashes, **versions, **machine}
 
 
 def data(plain: Any) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the files that the settings of the data name."""
-    found = []
+    """Names, sizes and times of the files that the settings of the data name.
+
+    Args:
+        plain: the resolved settings of the data.
+    """
+    facts = []
     for value in _strings(plain):
         path = Path(value)
         if value and path.exists():
-            below = [path] if path.is_file() else [Path(top, name) for top, _, names in os.walk(path) for name in names]
-            found += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(below)]
-    return found
+            files = [path] if path.is_file() else [Path(top, name) for top, _, names in os.walk(path) for name in names]
+            facts += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    return facts
 
 
 def _hash(*files: Path) -> str:

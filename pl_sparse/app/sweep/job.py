@@ -1,4 +1,4 @@
-"""One run of a sweep: it does not repeat what is done, takes no other run down, and says how it ended."""
+"""One run, alone or in a sweep: it does not repeat what is done, takes no other run down, and says how it ended."""
 
 from __future__ import annotations
 
@@ -19,23 +19,34 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from pl_sparse.app.aliases import current_options
 from pl_sparse.app.settings import ConfigError
-from pl_sparse.app.sweep.identity import digest, fingerprint
+from pl_sparse.app.sweep.identity import digest, run_fingerprint
 from pl_sparse.callbacks.run.status import Status, read_status
 from pl_sparse.core.registry import suggestion
 
-__all__ = ["Train", "objective", "plain_overrides", "run", "subdir", "threads"]
+__all__ = ["Train", "metric", "objective", "plain_overrides", "run", "subdir", "threads"]
 
+_HOW = ("resume", "ckpt_path", "prefix_cache", "threads", "output_dir")
+"""Settings that say how and where a run is run."""
 Train = Callable[[DictConfig], dict[str, Any]]
+"""From a configuration to the metrics of the run."""
 
 
 def run(cfg: DictConfig, train: Train) -> float | tuple[float, ...] | None:
-    """Train as configured, or go on with `resume=true`; the objective is what a sweeper gets.
+    """Train as configured, or go on with `resume=true`.
 
     With `resume`, a run that has its metrics is not trained again, and one that was interrupted goes on from its last
     checkpoint. In a sweep an error ends this run alone: it is in status.json, and the sweeper gets None; what a run
     prints goes to run.log in its folder; a training of several processes has a process of its own as their parent,
     since Lightning starts the others by the arguments of the command, and kills the parent when one of them dies.
+
+    Args:
+        cfg: the configuration of the run, `output_dir` included.
+        train: trains one run.
+
+    Returns:
+        the objective, for a sweeper; None where the run failed or has none.
 
     Raises:
         ConfigError: as `train` does, outside of a sweep.
@@ -43,9 +54,9 @@ def run(cfg: DictConfig, train: Train) -> float | tuple[float, ...] | None:
     hydra = HydraConfig.get()
     folder = Path(cfg.output_dir)
     status = read_status(folder)
-    same = status is not None and status.get("config") == fingerprint(cfg)
+    same = status is not None and status.get("config") == run_fingerprint(cfg, folder)
     if cfg.resume and same:
-        metrics = _whole(folder / "metrics.json")
+        metrics = _read_json(folder / "metrics.json")
         if metrics is not None:
             return objective(cfg, metrics)
         last = folder / "checkpoints" / "last.ckpt"
@@ -63,14 +74,14 @@ def run(cfg: DictConfig, train: Train) -> float | tuple[float, ...] | None:
         cfg.trainer.enable_progress_bar = False
     try:
         with _printing_to(folder / "run.log"):
-            return objective(cfg, _apart(cfg) if _processes(cfg) else train(cfg))
+            return objective(cfg, _train_apart(cfg) if _has_processes(cfg) else train(cfg))
     except Exception as error:
-        told = isinstance(error, (ConfigError, ImportError, FileNotFoundError))
+        explained = isinstance(error, (ConfigError, ImportError, FileNotFoundError))
         with open(folder / "run.log", "a", encoding="utf-8") as file:
-            file.write(f"error: {error}\n" if told else traceback.format_exc())
-        after = read_status(folder)
-        if after is None or after["state"] != "failed":
-            _fail(cfg, error)
+            file.write(f"error: {error}\n" if explained else traceback.format_exc())
+        status = read_status(folder)
+        if status is None or status["state"] != "failed":
+            _write_failure(cfg, error)
         return None
 
 
@@ -80,6 +91,10 @@ def objective(cfg: DictConfig, metrics: Mapping[str, Any]) -> float | tuple[floa
     Besides the keys of metrics.json (a dot goes into it: size_bytes.dense) there are `density`, 1 - sparsity, and
     `size`, the compressed bytes.
 
+    Args:
+        cfg: with `objective` and `objectives`.
+        metrics: those of metrics.json; none in a process that writes no files.
+
     Raises:
         ConfigError: the run has no such metric.
     """
@@ -87,20 +102,25 @@ def objective(cfg: DictConfig, metrics: Mapping[str, Any]) -> float | tuple[floa
         return None
     sweeper: Any = HydraConfig.get().sweeper if HydraConfig.initialized() else {}
     if isinstance(sweeper.get("direction"), (list, ListConfig)):
-        return tuple(_value(metrics, name) for name in cfg.objectives)
+        return tuple(metric(metrics, name) for name in cfg.objectives)
     value = metrics.get(cfg.objective)
-    return _value(metrics, cfg.objective) if value is not None or cfg.objective in ("density", "size") else None
+    return metric(metrics, cfg.objective) if value is not None or cfg.objective in ("density", "size") else None
 
 
-def _value(metrics: Mapping[str, Any], name: str) -> float:
+def metric(metrics: Mapping[str, Any], name: str) -> float:
+    """One metric of a run, by the name that it has in `objectives`.
+
+    Raises:
+        ConfigError: the run has no such metric.
+    """
     if name == "density":
         return 1 - float(metrics["sparsity"])
     node: Any = metrics
     for part in {"size": "size_bytes.compressed"}.get(name, name).split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
     if isinstance(node, bool) or not isinstance(node, (int, float)):
-        known = [*(key for key, value in metrics.items() if isinstance(value, (int, float))), "density", "size"]
-        raise ConfigError(f"objectives: the run has no metric {name!r}. {suggestion(name, known)}")
+        names = [*(key for key, value in metrics.items() if isinstance(value, (int, float))), "density", "size"]
+        raise ConfigError(f"objectives: the run has no metric {name!r}. {suggestion(name, names)}")
     return float(node)
 
 
@@ -124,15 +144,16 @@ def threads(cfg: DictConfig) -> int | None:
 
 
 def plain_overrides(overrides: Sequence[Any]) -> list[str]:
-    """What a run was asked for, without how it is run."""
-    beside = {"resume", "ckpt_path", "prefix_cache", "threads", "output_dir"}
-    return sorted(str(one) for one in overrides if str(one).partition("=")[0].lstrip("+~") not in beside)
+    """What a run was asked for, without how it is run, in the names that options have today."""
+    names = current_options(map(str, overrides))
+    return sorted(override for override in names if override.partition("=")[0].lstrip("+~") not in _HOW)
 
 
-def _whole(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where the file is missing or is not whole."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
     except (OSError, ValueError):
         return None
 
@@ -151,9 +172,10 @@ def _printing_to(path: Path) -> Iterator[None]:
         yield
 
 
-def _fail(cfg: DictConfig, error: Exception) -> None:
+def _write_failure(cfg: DictConfig, error: Exception) -> None:
+    """Write the status of a run that failed before it had one."""
     try:
-        with Status(cfg.output_dir, cfg.objective, fingerprint(cfg)):
+        with Status(cfg.output_dir, cfg.objective, run_fingerprint(cfg, cfg.output_dir)):
             raise error
     except type(error):
         pass
@@ -162,11 +184,11 @@ def _fail(cfg: DictConfig, error: Exception) -> None:
 # Trainings of several processes
 
 
-def _processes(cfg: DictConfig) -> bool:
+def _has_processes(cfg: DictConfig) -> bool:
     """Whether Lightning would start further processes."""
     node = cfg.trainer
-    wanted = {key: node[key] for key in ("accelerator", "devices", "strategy", "num_nodes") if key in node}
-    plain: Any = OmegaConf.to_container(OmegaConf.create(wanted), resolve=True)
+    devices = {key: node[key] for key in ("accelerator", "devices", "strategy", "num_nodes") if key in node}
+    plain: Any = OmegaConf.to_container(OmegaConf.create(devices), resolve=True)
     if not all(isinstance(value, (str, int, list)) for value in plain.values()):
         return True  # a strategy of the user's
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -174,15 +196,16 @@ def _processes(cfg: DictConfig) -> bool:
     try:
         trainer = Trainer(**plain)
     except Exception:
-        return False  # the training itself will tell
+        return False  # the training itself fails with a message
     return trainer.strategy.launcher is not None
 
 
-def _apart(cfg: DictConfig) -> dict[str, Any]:
+def _train_apart(cfg: DictConfig) -> dict[str, Any]:
     """Train in a process of its own, as the single run that it is, and read what it wrote."""
     folder = Path(cfg.output_dir)
-    overrides = [one for one in HydraConfig.get().overrides.task if not str(one).startswith(("resume=", "ckpt_path="))]
-    command = [sys.executable, "-m", "pl_sparse", "train", *map(str, overrides), "prefix_cache='off'"]
+    task = map(str, HydraConfig.get().overrides.task)
+    overrides = [override for override in task if not override.startswith(("resume=", "ckpt_path="))]
+    command = [sys.executable, "-m", "pl_sparse", "train", *overrides, "prefix_cache='off'"]
     command += [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null", "trainer.enable_progress_bar=false"]
     command += [f"ckpt_path='{cfg.ckpt_path}'"] if cfg.ckpt_path is not None else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
@@ -193,11 +216,11 @@ def _apart(cfg: DictConfig) -> dict[str, Any]:
         except BaseException:
             process.kill()
             raise
-    metrics = _whole(folder / "metrics.json")
+    metrics = _read_json(folder / "metrics.json")
     if code or metrics is None:
         lines = (folder / "run.log").read_text(encoding="utf-8", errors="replace").splitlines()
-        told = [line.removeprefix("error: ") for line in lines[-20:] if line.startswith("error: ")]
-        raise ConfigError(told[-1]) if told else RuntimeError(f"its process ended with code {code}: see run.log")
+        errors = [line.removeprefix("error: ") for line in lines[-20:] if line.startswith("error: ")]
+        raise ConfigError(errors[-1]) if errors else RuntimeError(f"its process ended with code {code}: see run.log")
     return metrics
 
 
@@ -205,17 +228,22 @@ def subdir(number: Any, *, _root_: DictConfig) -> str:
     """The folder of a run below that of its sweep: its number, unless another run has that folder.
 
     With `resume` it is the folder of the run that was asked for the same, whatever number that had.
+
+    Args:
+        number: the job's in the sweep.
+        _root_: the whole configuration, which the resolver is given.
     """
     sweep = Path(str(_root_.hydra.sweep.dir))
-    wanted = plain_overrides(_root_.hydra.overrides.task)
-    there = _asked(sweep / str(number))
-    numbered = str(number) if there is None or there == wanted else f"{number}-{digest(wanted)[:6]}"
-    if there == wanted or not _root_.get("resume"):
+    overrides = plain_overrides(_root_.hydra.overrides.task)
+    earlier = _overrides_of(sweep / str(number))
+    numbered = str(number) if earlier is None or earlier == overrides else f"{number}-{digest(overrides)[:6]}"
+    if earlier == overrides or not _root_.get("resume"):
         return numbered
-    return next((path.name for path in sorted(sweep.glob("*")) if _asked(path) == wanted), numbered)
+    return next((path.name for path in sorted(sweep.glob("*")) if _overrides_of(path) == overrides), numbered)
 
 
-def _asked(run: Path) -> list[str] | None:
+def _overrides_of(run: Path) -> list[str] | None:
+    """What a run was asked for; None where there is no run."""
     path = run / ".hydra" / "overrides.yaml"
     return plain_overrides(list(OmegaConf.load(path))) if path.is_file() and path.stat().st_size else None
 

@@ -47,23 +47,26 @@ _PLUGINS = {  # what chooses a plugin: its module, the extra that has it, settin
 }
 
 
-def arguments(given: Sequence[str]) -> list[str]:
+def arguments(command: Sequence[str]) -> list[str]:
     """The arguments of a command, and settings for the plugins that they choose, where they do not set these.
 
     >>> arguments(["-m", "sparsity=0.5,0.9"])
     ['-m', 'sparsity=0.5,0.9']
 
+    Args:
+        command: the arguments as they were typed.
+
     Raises:
         ImportError: a plugin is not installed.
     """
-    keys = {argument.partition("=")[0].lstrip("+~") for argument in given}
+    keys = {argument.partition("=")[0].lstrip("+~") for argument in command}
     added: list[str] = []
     for choice, (module, extra, settings) in _PLUGINS.items():
-        if choice not in given:
+        if choice not in command:
             continue
         if find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{module}") is None:
             raise ImportError(f"{choice} is not installed: pip install 'pl_sparse[{extra}]'")
         added += [setting for setting in settings if setting.partition("=")[0].lstrip("+") not in keys]
         if extra == "ray":
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    return [*given, *added]
+    return [*command, *added]

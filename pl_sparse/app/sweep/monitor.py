@@ -1,4 +1,4 @@
-"""A sweep as a whole: where it is, how far its runs are, how it ended. A Hydra callback."""
+"""The Hydra callback of a sweep as a whole: where it is, how far its runs are, how it ended."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Sweep", "statuses"]
 
 
 class Sweep(Callback):
-    """Tells how far a sweep is: a live table on a terminal, else a line when a run starts and ends. It reads the runs'
+    """Shows how far a sweep is: a live table on a terminal, else a line when a run starts and ends. It reads the runs'
     status.json files, so that it is the same for every launcher.
 
     With `resume=true` the sweep goes on in its folder: `hydra.sweep.dir` if given, else the newest one beside it that
@@ -43,17 +43,18 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         hydra = config.hydra
-        asked = plain_overrides([*hydra.overrides.task, *(one for one in hydra.overrides.hydra if _what(str(one)))])
+        searched = [override for override in map(str, hydra.overrides.hydra) if _is_searched(override)]
+        overrides = plain_overrides([*hydra.overrides.task, *searched])
         folder = Path(str(hydra.sweep.dir))
         if config.get("resume"):
-            if not any(str(one).startswith("hydra.sweep.dir=") for one in hydra.overrides.hydra):
-                folder = _latest(folder, asked) or folder
+            if not any(str(override).startswith("hydra.sweep.dir=") for override in hydra.overrides.hydra):
+                folder = _latest(folder, overrides) or folder
                 _set(config, "sweep.dir", str(folder))
             print(f"going on with the sweep in {folder}" if folder.is_dir() else f"no such sweep yet: {folder} is new")
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "sweep.json", {"overrides": asked, "started": time.time()})
+        write_json(folder / "sweep.json", {"overrides": overrides, "started": time.time()})
         if "direction" in hydra.sweeper:
-            _study(config, folder)
+            _prepare_study(config)
         self._watch = _Watch(folder)
         self._watch.start()
 
@@ -62,28 +63,32 @@ class Sweep(Callback):
             return
         self._watch.stop()
         folder = Path(str(config.hydra.sweep.dir))
-        found = statuses(folder)
-        _tell(folder, found)
-        if any(status["state"] != "finished" for status in found.values()):
+        by_run = statuses(folder)
+        _print_end(folder, by_run)
+        if any(status["state"] != "finished" for status in by_run.values()):
             sys.exit(1)
 
 
 def statuses(folder: Path) -> dict[str, dict[str, Any]]:
-    """The status of each run of a sweep, by its folder's name."""
-    found = {path.parent.name: read_status(path.parent) for path in folder.glob("*/status.json")}
-    order = sorted((name for name in found), key=lambda name: (len(name.partition("-")[0]), name))
-    return {name: status for name in order if (status := found[name]) is not None}
+    """The status of each run of a sweep, by its folder's name, in the order of their numbers.
+
+    Args:
+        folder: the sweep's.
+    """
+    by_run = {path.parent.name: read_status(path.parent) for path in folder.glob("*/status.json")}
+    order = sorted(by_run, key=lambda name: (len(name.partition("-")[0]), name))
+    return {name: status for name in order if (status := by_run[name]) is not None}
 
 
-def _what(override: str) -> bool:
+def _is_searched(override: str) -> bool:
     """Whether an override of Hydra's own settings says what is swept, not where and how."""
     return override.lstrip("+~").startswith(("hydra/sweeper", "hydra.sweeper"))
 
 
-def _latest(folder: Path, asked: list[str]) -> Path | None:
+def _latest(folder: Path, overrides: list[str]) -> Path | None:
     """The newest sweep that was asked for the same: outputs/<date>/<time>, as `folder` is."""
     for path in sorted(folder.parent.parent.glob("*/*/sweep.json"), reverse=True):
-        if json.loads(path.read_text(encoding="utf-8"))["overrides"] == asked:
+        if plain_overrides(json.loads(path.read_text(encoding="utf-8"))["overrides"]) == overrides:
             return path.parent
     return None
 
@@ -96,7 +101,7 @@ def _set(config: DictConfig, key: str, value: Any) -> None:
         config.hydra.overrides.hydra.append(f"hydra.{key}={quoted}")
 
 
-def _study(config: DictConfig, folder: Path) -> None:
+def _prepare_study(config: DictConfig) -> None:
     """Check the directions; make a study go on where it was interrupted."""
     sweeper = config.hydra.sweeper
     directions = sweeper.direction
@@ -137,8 +142,8 @@ class _Watch:
         self.since = time.time()
         self._out = sys.stdout  # runs of this process send their own elsewhere
         self._over = threading.Event()
-        self._told: dict[str, str] = {}
-        self._asked: dict[str, str] = {}
+        self._shown: dict[str, str] = {}  # the state that was printed last, by run
+        self._names: dict[str, str] = {}
         console = Console(stderr=True)
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._thread = threading.Thread(target=self._watch, name="sweep-watch", daemon=True)
@@ -169,18 +174,18 @@ class _Watch:
 
     def _name(self, run: str) -> str:
         """What distinguishes a run: its overrides."""
-        if run not in self._asked:
+        if run not in self._names:
             path = self.folder / run / ".hydra" / "overrides.yaml"
-            self._asked[run] = " ".join(plain_overrides(list(OmegaConf.load(path)))) if path.is_file() else ""
-        return self._asked[run]
+            self._names[run] = " ".join(plain_overrides(list(OmegaConf.load(path)))) if path.is_file() else ""
+        return self._names[run]
 
     def _lines(self) -> None:
         for run, status in statuses(self.folder).items():
             state = self._state(status)
-            if self._told.get(run) == state or state == "interrupted":
+            if self._shown.get(run) == state or state == "interrupted":
                 continue
-            first = run not in self._told
-            self._told[run] = state
+            first = run not in self._shown
+            self._shown[run] = state
             if first and state == "finished" and status["updated"] < self.since:
                 print(f"run {run} finished before: {self._name(run)}", file=self._out, flush=True)
                 continue
@@ -188,8 +193,10 @@ class _Watch:
                 print(f"run {run} started: {self._name(run)}", file=self._out, flush=True)
             if state != "running":
                 seconds = status["updated"] - status["started"]
-                what = status["error"] or f"sparsity {status['sparsity']:.4f}, accuracy {_number(status['accuracy'])}"
-                print(f"run {run} {state} after {seconds:.0f} s: {what}", file=self._out, flush=True)
+                scores = f"sparsity {status['sparsity']:.4f}, accuracy {_number(status['accuracy'])}"
+                print(
+                    f"run {run} {state} after {seconds:.0f} s: {status['error'] or scores}", file=self._out, flush=True
+                )
 
     def _state(self, status: dict[str, Any]) -> str:
         """A run that said it was running before this sweep was started does so no longer."""
@@ -199,14 +206,14 @@ class _Watch:
 
     def _table(self) -> Table:
         table = Table("run", "settings", "state", "step", "sparsity", "accuracy", "ETA", title=str(self.folder))
-        found = statuses(self.folder)
-        names = {run: self._name(run).split(" ") for run in found}
+        by_run = statuses(self.folder)
+        names = {run: self._name(run).split(" ") for run in by_run}
         common = set.intersection(*map(set, names.values())) if len(names) > 1 else set()
-        for run, status in found.items():
+        for run, status in by_run.items():
             state = self._state(status)
             table.add_row(
                 run,
-                " ".join(one for one in names[run] if one not in common),
+                " ".join(override for override in names[run] if override not in common),
                 {"failed": "[red]failed[/]", "finished": "[green]finished[/]"}.get(state, state),
                 f"{status['step']}/{status['total'] or '?'}",
                 f"{status['sparsity']:.4f}",
@@ -230,20 +237,20 @@ def _left(status: dict[str, Any]) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-def _tell(folder: Path, found: dict[str, dict[str, Any]]) -> None:
-    """How the sweep ended: what failed, and what sharing saved."""
+def _print_end(folder: Path, by_run: dict[str, dict[str, Any]]) -> None:
+    """Print how the sweep ended: what failed, and what sharing saved."""
     failed: Sequence[tuple[str, dict[str, Any]]] = [
-        (run, status) for run, status in found.items() if status["state"] != "finished"
+        (run, status) for run, status in by_run.items() if status["state"] != "finished"
     ]
-    print(f"{len(found) - len(failed)} of {len(found)} runs finished in {folder}")
+    print(f"{len(by_run) - len(failed)} of {len(by_run)} runs finished in {folder}")
     for run, status in failed:
         print(f"  {folder / run} {status['state']}: {status['error'] or 'its process was killed'}")
     if failed:
         print("  resume=true tries them again, and goes on with what was begun")
-    shared = sum(status["steps_shared"] for status in found.values())
+    shared = sum(status["steps_shared"] for status in by_run.values())
     if shared:
-        trained = sum(status["steps_trained"] for status in found.values())
-        every = sum(status["step"] for status in found.values())
+        trained = sum(status["steps_trained"] for status in by_run.values())
+        every = sum(status["step"] for status in by_run.values())
         print(
             f"{trained:,} optimizer steps were trained, {shared:,} shared with other runs: {trained / every:.0%} of "
             f"the {every:,} that the runs have alone"

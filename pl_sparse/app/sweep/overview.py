@@ -1,4 +1,4 @@
-"""What Hydra calls at the end of a sweep."""
+"""The Hydra callback that compares the runs of a sweep at its end."""
 
 from __future__ import annotations
 

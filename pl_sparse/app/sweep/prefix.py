@@ -14,7 +14,7 @@ from pl_sparse.callbacks import Sparsity
 from pl_sparse.callbacks.run.prefix import Prefix
 from pl_sparse.schedule import Schedule, Tickets
 
-__all__ = ["prefix"]
+__all__ = ["shared_prefix"]
 
 _LATER = (
     "sparsity", "levels", "schedule", "scorer", "structure", "allocation", "updater", "masking", "method",
@@ -24,18 +24,26 @@ _LATER = (
 """Settings that act once pruning has begun, as long as nothing is scored before."""
 
 
-def prefix(cfg: DictConfig, sparsity: Sparsity, epochs: int | None) -> Prefix | None:
-    """The stages that a training of `epochs` epochs shares with others; None where it shares none.
+def shared_prefix(cfg: DictConfig, sparsity: Sparsity, epochs: int | None) -> Prefix | None:
+    """The stages that a training shares with others.
 
     A dense start is shared by all runs that differ only in what acts from `schedule.begin` on. The rounds of lottery
     tickets are shared by all that prune as much in each of them. Stages end with an epoch: where pruning begins in the
     middle of one, those before it are shared.
 
     Stages are kept in `prefix_cache`; "auto" is the folder `prefixes` of the sweep, and nothing for a single run.
+
+    Args:
+        cfg: the run's settings.
+        sparsity: its callback, attached if it can be before training.
+        epochs: what the run trains.
+
+    Returns:
+        the callback that takes stages over or keeps them; None where the run shares none.
     """
-    where = _cache(cfg)
+    cache = _cache(cfg)
     pruner = sparsity.pruner
-    if where is None or not pruner.attached or not epochs or cfg.trainer.max_steps not in (-1, None):
+    if cache is None or not pruner.attached or not epochs or cfg.trainer.max_steps not in (-1, None):
         return None
     if cfg.get("target"):
         return None  # its warm-up is no part of the schedule, and what follows it is decided as it goes
@@ -60,7 +68,7 @@ def prefix(cfg: DictConfig, sparsity: Sparsity, epochs: int | None) -> Prefix | 
             stages[end] = digest([common, end, [axes, kind, reached] if reached else None])
         if reached or observed:
             pruned.add(end)
-    return Prefix(where, stages, frozenset(pruned), cfg.output_dir) if stages else None
+    return Prefix(cache, stages, frozenset(pruned), cfg.output_dir) if stages else None
 
 
 def _cache(cfg: DictConfig) -> Path | None:

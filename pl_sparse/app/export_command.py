@@ -1,0 +1,104 @@
+"""`pl-sparse export RUN` and `pl-sparse bench RUN`: the model of a finished run in other formats, and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from pl_sparse.app.deploy import RANGES, deploy, integers_in_ranges, merged, training_inputs
+from pl_sparse.app.finished import load_run
+from pl_sparse.app.formats import refuse
+from pl_sparse.app.instantiate import built, network
+from pl_sparse.app.settings import CONF, ConfigError
+from pl_sparse.core.files import write_json
+from pl_sparse.core.registry import suggestion
+from pl_sparse.export.hardware import Hardware
+from pl_sparse.structure import Structure
+from pl_sparse.surgery.plan import Plan
+
+__all__ = ["bench", "export"]
+
+
+def export(arguments: Sequence[str] | None = None) -> None:
+    """`pl-sparse export RUN --to onnx csr`: write the model of a finished run in other formats."""
+    _command("export", arguments)
+
+
+def bench(arguments: Sequence[str] | None = None) -> None:
+    """`pl-sparse bench RUN`: measure the model of a finished run, dense and exported side by side."""
+    _command("bench", arguments)
+
+
+def _command(name: str, arguments: Sequence[str] | None) -> None:
+    formats = sorted(path.stem for path in (CONF / "export").glob("*.yaml"))
+    measure = name == "bench"
+    parser = argparse.ArgumentParser(prog=f"pl-sparse {name}", description=(bench if measure else export).__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a finished run (its output_dir)")
+    parser.add_argument(
+        "--to",
+        nargs="+",
+        metavar="FORMAT",
+        help=f"{', '.join(formats)}; if none is given, those of the run, else of its hardware",
+    )
+    parser.add_argument("--threads", type=int, help="of torch and ONNX Runtime")
+    if measure:
+        parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, a format and batch size (2)")
+    options = parser.parse_args(arguments)
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    try:
+        if options.threads is not None:
+            if options.threads < 1:
+                raise ConfigError(f"--threads {options.threads} must be 1 or more")
+            torch.set_num_threads(options.threads)
+        for format in options.to or ():
+            if format not in formats:
+                raise ConfigError(f"--to {format}: there is no such format. {suggestion(format, formats)}")
+        _export_run(options.run, options.to, measure, options.seconds if measure else 0.0)
+    except (ConfigError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _export_run(folder: Path, names: Sequence[str] | None, measure: bool, seconds: float) -> None:
+    """Export a finished run, and bring its metrics.json up to date."""
+    module, data, cfg = load_run(folder)
+    hardware: Hardware = built(cfg, "hardware")
+    structure: Structure = built(cfg, "structure")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    if names is None:
+        names = [str(name) for name in cfg.get("export") or ()] or list(hardware.exports)
+    nodes: Any = OmegaConf.merge(
+        *(OmegaConf.load(CONF / "export" / f"{name}.yaml") for name in names), cfg.get("export") or {}
+    )
+    formats = {name: built(nodes, name) for name in names}
+    refuse(formats, module, data, structure, metrics["sparsity"])
+    wanted = any(format.dtype == "int8" for format in formats.values())
+    integers = _trained_integers(folder, cfg, module, data) if wanted else None
+    plan = folder / "shrunk.json"
+    removed = Plan.from_state_dict(json.loads(plan.read_text())) if plan.is_file() else None
+    costs = deploy(module, data, formats, folder, hardware, integers, removed, measure, seconds)
+    write_json(folder / "metrics.json", merged(metrics, costs))
+
+
+def _trained_integers(
+    folder: Path, cfg: DictConfig, module: LightningModule, data: LightningDataModule | None
+) -> nn.Module | None:
+    """The network of a run with the 8-bit integers that it was trained for; None if it was not."""
+    if not (folder / RANGES).is_file():
+        return None
+    example = next(iter(training_inputs(module, data, 1)))
+    return integers_in_ranges(built(cfg, "quantization").quantization, network(module), example, folder / RANGES)

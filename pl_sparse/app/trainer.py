@@ -1,0 +1,76 @@
+"""Lightning's Trainer as a configuration asks for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from pl_sparse.app.instantiate import each
+from pl_sparse.app.settings import ConfigError
+from pl_sparse.callbacks.run.atomic_checkpoints import WholeCheckpoints
+from pl_sparse.callbacks.run.mask_log import Track
+from pl_sparse.callbacks.run.progress import Lines
+
+__all__ = ["make_trainer"]
+
+
+def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
+    """The trainer with its loggers and the callbacks of the configuration.
+
+    Without a progress bar a line is printed per epoch. On a CPU training is deterministic. Checkpoints
+    are written whole or not at all, unless the strategy or a plugin has a way of its own.
+
+    Args:
+        cfg: with `trainer`, `callbacks`, `logger` and `output_dir`.
+        callbacks: those of the run, which come first.
+
+    Raises:
+        ConfigError: the trainer refuses its arguments, or a logger cannot reach its server.
+    """
+    node = cfg.trainer.copy()
+    if node.get("deterministic") is None:
+        node.deterministic = node.get("accelerator") == "cpu" or (
+            node.get("accelerator") == "auto" and not torch.accelerator.is_available()
+        )
+    if node.get("enable_progress_bar") is None:
+        node.enable_progress_bar = sys.stderr.isatty()
+    lines = [] if node.enable_progress_bar else [Lines()]
+    configured = list(each(cfg, "callbacks").values())
+    loggers = _loggers(cfg)
+    all_callbacks = [*callbacks, *lines, *configured, *([Track()] if loggers else [])]
+    sharded = str(node.get("strategy")).startswith(("fsdp", "deepspeed", "model_"))  # these write their own way
+    plugins = {} if sharded or node.get("plugins") else {"plugins": [WholeCheckpoints()]}
+    try:
+        trainer: Trainer = instantiate(
+            node,
+            **plugins,
+            callbacks=all_callbacks,
+            logger=loggers or False,
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in all_callbacks),
+            default_root_dir=cfg.output_dir,
+            _convert_="object",
+        )
+    except Exception as error:
+        raise ConfigError(f"trainer: {error.__cause__ or error}") from error
+    return trainer
+
+
+def _loggers(cfg: DictConfig) -> list[Any]:
+    """All loggers, each with the settings logged: one that cannot reach its server fails here, before training."""
+    Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+    loggers = list(each(cfg, "logger").values())
+    for logger in loggers:
+        try:
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        except Exception as error:
+            hint = ". Without an account: logger.wandb.mode=offline" if "wandb" in type(error).__module__ else ""
+            raise ConfigError(f"logger: {str(error).rstrip('.')}{hint}") from error
+    return loggers
