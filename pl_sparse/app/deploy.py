@@ -30,7 +30,7 @@ from pl_sparse.export.hardware import Hardware
 from pl_sparse.export.measure import Comparison, compare, cost_table, device_name, plot_costs, verdict
 from pl_sparse.quantize import Int8, Quantization, post_training
 from pl_sparse.structure import Structure
-from pl_sparse.surgery.plan import Plan
+from pl_sparse.surgery.plan import RemovalPlan
 from pl_sparse.surgery.saved import save_shrunk
 from pl_sparse.surgery.shrink import shrink
 
@@ -82,7 +82,7 @@ def deploy(
     folder: Path,
     hardware: Hardware,
     converted: nn.Module | None = None,
-    removed: Plan | None = None,
+    removed: RemovalPlan | None = None,
     measure: bool = False,
     seconds: float = 2.0,
 ) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def _samples(batches: Sequence[Tensor], count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _filled(net: nn.Module, removed: Plan | None = None) -> nn.Module:
+def _filled(net: nn.Module, removed: RemovalPlan | None = None) -> nn.Module:
     """A dense model of the size that it once had: small random values where there are zeros."""
     net = copy.deepcopy(net)
     if removed is not None:
@@ -355,7 +355,7 @@ def _again(folder: Path, names: Sequence[str] | None, measure: bool, seconds: fl
     integers = any(format.dtype == "int8" for format in formats.values())
     converted = _converted(folder, cfg, module, data) if integers else None
     plan = folder / "shrunk.json"
-    removed = Plan.from_state_dict(json.loads(plan.read_text())) if plan.is_file() else None
+    removed = RemovalPlan.from_state_dict(json.loads(plan.read_text())) if plan.is_file() else None
     found = deploy(module, data, formats, folder, hardware, converted, removed, measure, seconds)
     write_json(folder / "metrics.json", merged(metrics, found))
 

@@ -16,7 +16,7 @@ from pl_sparse.callbacks.regularize import Regularize
 from pl_sparse.callbacks.rewind import Rewind
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.structure import Channel, Head
-from pl_sparse.surgery.plan import Plan
+from pl_sparse.surgery.plan import RemovalPlan
 from pl_sparse.surgery.shrink import shrink
 
 __all__ = ["Shrink"]
@@ -46,7 +46,7 @@ class Shrink(Callback):
         if every < 1:
             raise ValueError(f"every={every!r} must be 1 or more epochs")
         self.every = every
-        self.plan = Plan()
+        self.plan = RemovalPlan()
         self.left: dict[str, str] = {}
         self._wrapped: LightningModule | None = None
 
@@ -123,7 +123,7 @@ class Shrink(Callback):
     def load(self, trainer: Trainer, module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Give the module the shapes that it has in a checkpoint, before its weights are loaded."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
-        plan = Plan.from_state_dict(state["plan"]) if state else Plan()
+        plan = RemovalPlan.from_state_dict(state["plan"]) if state else RemovalPlan()
         sparsity = Sparsity.of(trainer)
         if self.plan:
             for model, prefix in self._models(trainer, module):
