@@ -25,7 +25,7 @@ from pl_sparse.app.parts import built, load_run, network
 from pl_sparse.app.settings import CONF, ConfigError
 from pl_sparse.core.files import write_csv, write_json
 from pl_sparse.core.registry import suggestion
-from pl_sparse.export.format import Export, Run, forwarding
+from pl_sparse.export.format import Executable, Export, forwarding
 from pl_sparse.export.hardware import Hardware
 from pl_sparse.export.measure import Comparison, compare, cost_table, device_name, plot_costs, verdict
 from pl_sparse.quantize import Int8, Quantization, post_training
@@ -207,10 +207,10 @@ def _measured(
     """The dense model beside the one in the file."""
     with tempfile.TemporaryDirectory() as temporary:
 
-        def make_dense() -> Run:
+        def make_dense() -> Executable:
             return format.dense(copy.deepcopy(dense), example, Path(temporary))
 
-        def make() -> Run:
+        def make() -> Executable:
             return format.open(path, sparse)
 
         score = {f"{key}_exported": value for key, value in tested(module, data, make()).items()}
@@ -219,7 +219,7 @@ def _measured(
         return compare(name, format.runtime, both, example, _BATCHES, size, score, seconds)
 
 
-def tested(module: LightningModule, data: LightningDataModule | None, run: Run) -> dict[str, float]:
+def tested(module: LightningModule, data: LightningDataModule | None, run: Executable) -> dict[str, float]:
     """The metrics of the module's own `test_step`, with `run` in the place of its network.
 
     Nothing, if the module has no test, or its `test_step` does not call its network.
