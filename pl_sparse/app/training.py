@@ -25,10 +25,10 @@ from pl_sparse.app.settings import ConfigError, check
 from pl_sparse.app.sweep.identity import fingerprint
 from pl_sparse.app.sweep.prefix import prefix
 from pl_sparse.callbacks import AccuracyBudget, Front, History, Quantize, RandomState, Shrink, Sparsity, Status
-from pl_sparse.callbacks.run.atomic_checkpoints import WholeCheckpoints
+from pl_sparse.callbacks.run.atomic_checkpoints import AtomicCheckpoints
 from pl_sparse.callbacks.run.mask_log import Track
 from pl_sparse.callbacks.run.prefix import Prefix
-from pl_sparse.callbacks.run.progress import Lines
+from pl_sparse.callbacks.run.progress import ProgressLines
 from pl_sparse.callbacks.run.publish import closing, publish
 from pl_sparse.core.files import write_json
 from pl_sparse.export.format import Export
@@ -262,10 +262,10 @@ def _trainer(cfg: DictConfig, callbacks: list[Any]) -> Trainer:
     if node.get("enable_progress_bar") is None:
         node.enable_progress_bar = sys.stderr.isatty()
     if not node.enable_progress_bar:
-        callbacks.append(Lines())
+        callbacks.append(ProgressLines())
     callbacks += [built for built in _each(cfg, "callbacks") if built is not None]
     sharded = str(node.get("strategy")).startswith(("fsdp", "deepspeed", "model_"))  # these write their own way
-    whole = {} if sharded or node.get("plugins") else {"plugins": [WholeCheckpoints()]}
+    whole = {} if sharded or node.get("plugins") else {"plugins": [AtomicCheckpoints()]}
     loggers = _loggers(cfg)
     callbacks += [Track()] * bool(loggers)
     checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
