@@ -1,4 +1,4 @@
-"""A small file: for each sparse tensor one bit a weight and the values that are not zero, compressed."""
+"""A small file: for each sparse tensor one bit per weight and the values that are not zero, compressed."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Export(ABC):
     Attributes:
         file: the name of the file in the folder of a run.
         runtime: what runs it.
-        dtype: the type of its weights; "int8" is given the quantized model to write.
+        dtype: the type of its weights; of "int8" the quantized model is written.
         advice: what makes it faster than a dense model.
         whole: whether the file holds the graph too, so that it runs without the model's class; channels and heads that
             are all zero are taken out before it is written.
