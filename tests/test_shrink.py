@@ -24,7 +24,7 @@ from pl_sparse.export import (
 from pl_sparse.schedule import Linear
 from pl_sparse.structure import Channel, Head
 from pl_sparse.surgery.heads import FewerHeads
-from pl_sparse.surgery.plan import Plan
+from pl_sparse.surgery.plan import RemovalPlan
 from pl_sparse.surgery.trial import couplings
 from pl_sparse.tasks.models import conv4, lenet5, lenet300, resnet20, vit_tiny
 
@@ -165,7 +165,7 @@ def test_fewer_heads_take_masks_as_the_plain_layer_does(batch_first: bool) -> No
     with torch.no_grad():
         plain.out_proj.weight[:, 2:4] = 0
     shrunk = copy.deepcopy(plain)
-    Plan.of(nn.ModuleDict({"a": shrunk}), [], {"a": [1]}).apply(nn.ModuleDict({"a": shrunk}))
+    RemovalPlan.of(nn.ModuleDict({"a": shrunk}), [], {"a": [1]}).apply(nn.ModuleDict({"a": shrunk}))
     x = torch.randn(3, 5, 8) if batch_first else torch.randn(5, 3, 8)
     padding = torch.tensor([[False] * 4 + [True]] * 3)
     causal = torch.ones(5, 5).triu(1).bool()
@@ -195,6 +195,19 @@ def test_constants_are_folded_where_that_is_exact_and_left_where_padding_forbids
     before = padded(x).detach()
     result = shrink(padded, x)
     assert "padding" in result.left["0"] and torch.equal(padded(x), before)
+
+
+def test_a_norm_without_parameters_and_statistics() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.InstanceNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    with torch.no_grad():
+        net[0].weight[0] = 0
+    x = torch.randn(2, 1, 8, 8)
+    masked = net(x).detach()
+    result = shrink(net, x)
+    assert not result.left and net[0].out_channels == net[1].num_features == net[3].in_channels == 3
+    assert torch.allclose(net(x), masked, rtol=0, atol=1e-5)
+    result.plan.undo(net)
+    assert net[1].num_features == 4 and torch.allclose(net(x), masked, rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_followed_stays() -> None:
@@ -419,6 +432,6 @@ def test_cuts_compose() -> None:
     both = first.then(second)
     assert torch.equal(both.take(x), second.take(first.take(x)))
     assert torch.equal(both.take(both.fill(both.take(x))), both.take(x))
-    assert Plan.from_state_dict(Plan({"w": both}, {"l": {"in_features": (6, 3)}}).state_dict()) == Plan(
-        {"w": both}, {"l": {"in_features": (6, 3)}}
-    )
+    assert RemovalPlan.from_state_dict(
+        RemovalPlan({"w": both}, {"l": {"in_features": (6, 3)}}).state_dict()
+    ) == RemovalPlan({"w": both}, {"l": {"in_features": (6, 3)}})

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from pl_sparse.app.instantiate import network
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.core.files import write_csv, write_json
-from pl_sparse.export.format import Export, Run, forwarding
+from pl_sparse.export.format import Executable, Export, forwarding
 from pl_sparse.export.hardware import Hardware
 from pl_sparse.export.measure import Comparison, compare, cost_table, device_name, plot_costs, verdict
 from pl_sparse.quantize import Int8, Quantization, post_training
-from pl_sparse.surgery.plan import Plan
+from pl_sparse.surgery.plan import RemovalPlan
 from pl_sparse.surgery.saved import save_shrunk
 from pl_sparse.surgery.shrink import shrink
 
@@ -71,7 +71,7 @@ def deploy(
     folder: Path,
     hardware: Hardware,
     integers: nn.Module | None = None,
-    removed: Plan | None = None,
+    removed: RemovalPlan | None = None,
     measure: bool = False,
     seconds: float = 2.0,
 ) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _networks(
     folder: Path,
     hardware: Hardware,
     integers: nn.Module | None,
-    removed: Plan | None,
+    removed: RemovalPlan | None,
 ) -> _Networks:
     inputs = list(training_inputs(module, data, _CALIBRATION))
     example = _samples(inputs, max(_BATCHES))
@@ -177,7 +177,7 @@ def _samples(batches: Sequence[Tensor], count: int) -> Tensor:
 
 
 @torch.no_grad()
-def filled(net: nn.Module, removed: Plan | None = None) -> nn.Module:
+def filled(net: nn.Module, removed: RemovalPlan | None = None) -> nn.Module:
     """A dense model of the size that a network once had: small random values where it has zeros.
 
     Args:
@@ -277,10 +277,10 @@ def _compare(
     """The dense model beside the one in the file, a comparison per batch size."""
     with tempfile.TemporaryDirectory() as temporary:
 
-        def make_dense() -> Run:
+        def make_dense() -> Executable:
             return format.dense(copy.deepcopy(networks.baseline), networks.example, Path(temporary))
 
-        def make_exported() -> Run:
+        def make_exported() -> Executable:
             return format.open(path, networks.sparse)
 
         metrics = {f"{key}_exported": value for key, value in metrics_with(make_exported(), module, data).items()}
@@ -289,7 +289,7 @@ def _compare(
         return compare(name, format.runtime, makers, networks.example, _BATCHES, sizes, metrics, seconds)
 
 
-def metrics_with(run: Run, module: LightningModule, data: LightningDataModule | None) -> dict[str, float]:
+def metrics_with(run: Executable, module: LightningModule, data: LightningDataModule | None) -> dict[str, float]:
     """The metrics of the module's own `test_step`, with another model in the place of its network.
 
     Args:

@@ -25,7 +25,7 @@ from pl_sparse.core.files import write_json
 from pl_sparse.core.registry import suggestion
 from pl_sparse.export.hardware import Hardware
 from pl_sparse.structure import Structure
-from pl_sparse.surgery.plan import Plan
+from pl_sparse.surgery.plan import RemovalPlan
 
 __all__ = ["bench", "export"]
 
@@ -89,7 +89,7 @@ def _export_run(folder: Path, names: Sequence[str] | None, measure: bool, second
     wanted = any(format.dtype == "int8" for format in formats.values())
     integers = _trained_integers(folder, cfg, module, data) if wanted else None
     plan = folder / "shrunk.json"
-    removed = Plan.from_state_dict(json.loads(plan.read_text())) if plan.is_file() else None
+    removed = RemovalPlan.from_state_dict(json.loads(plan.read_text())) if plan.is_file() else None
     costs = deploy(module, data, formats, folder, hardware, integers, removed, measure, seconds)
     write_json(folder / "metrics.json", merged(metrics, costs))
 

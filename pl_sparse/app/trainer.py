@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.instantiate import each
 from pl_sparse.app.settings import ConfigError
-from pl_sparse.callbacks.run.atomic_checkpoints import WholeCheckpoints
+from pl_sparse.callbacks.run.atomic_checkpoints import AtomicCheckpoints
 from pl_sparse.callbacks.run.mask_log import Track
-from pl_sparse.callbacks.run.progress import Lines
+from pl_sparse.callbacks.run.progress import ProgressLines
 
 __all__ = ["make_trainer"]
 
@@ -42,12 +42,12 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
         )
     if node.get("enable_progress_bar") is None:
         node.enable_progress_bar = sys.stderr.isatty()
-    lines = [] if node.enable_progress_bar else [Lines()]
+    lines = [] if node.enable_progress_bar else [ProgressLines()]
     configured = list(each(cfg, "callbacks").values())
     loggers = _loggers(cfg)
     all_callbacks = [*callbacks, *lines, *configured, *([Track()] if loggers else [])]
     sharded = str(node.get("strategy")).startswith(("fsdp", "deepspeed", "model_"))  # these write their own way
-    plugins = {} if sharded or node.get("plugins") else {"plugins": [WholeCheckpoints()]}
+    plugins = {} if sharded or node.get("plugins") else {"plugins": [AtomicCheckpoints()]}
     try:
         trainer: Trainer = instantiate(
             node,

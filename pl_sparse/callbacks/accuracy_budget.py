@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from pl_sparse.callbacks.clock import steps_per_epoch, total_steps
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.schedule import Decisions, Paced, Time, step_of
 
@@ -71,13 +72,13 @@ class AccuracyBudget(Callback):
         self.least = least
         self.epoch: int | None = None
         self._plan = Decisions()
-        self._dense: float | None = None  # the reference, once the warm-up is over
+        self._baseline: float | None = None  # the reference, once the warm-up is over
         self._rate = rate
         self._tried = 0  # epochs at this level
         self._level = 0.0  # the one that is tried
-        self._held: dict[str, Any] | None = None
-        self._best = float("-inf")  # the metric of what is held, more is better
-        self._until = 0
+        self._held: dict[str, Any] | None = None  # the sparsest model within the budget, to go back to
+        self._best = float("-inf")  # its metric, more is better
+        self._until = 0  # the step at which the warm-up is over
 
     # Before training
 
@@ -97,10 +98,7 @@ class AccuracyBudget(Callback):
         pruner.schedule = Paced(final=schedule.final, decisions=self._plan)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = trainer.num_training_batches
-        accumulate = max(trainer.accumulate_grad_batches, 1)
-        per_epoch = None if batches == float("inf") else max(-(-int(batches) // accumulate), 1)
-        self._until = step_of(self.warmup, "warmup", trainer.estimated_stepping_batches, per_epoch)
+        self._until = step_of(self.warmup, "warmup", total_steps(trainer), steps_per_epoch(trainer))
         if self._plan.done:  # resumed from the end, which may have come before the last epoch
             trainer.should_stop = True
 
@@ -108,19 +106,19 @@ class AccuracyBudget(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.metric not in trainer.callback_metrics:
-            known = ", ".join(sorted(trainer.callback_metrics))
-            raise ValueError(f"metric={self.metric} is not logged at the end of an epoch; there is {known}")
+            logged = ", ".join(sorted(trainer.callback_metrics))
+            raise ValueError(f"metric={self.metric} is not logged at the end of an epoch; there is {logged}")
         sign = 1 if self.mode == "max" else -1
         value = sign * float(trainer.callback_metrics[self.metric])
         pruner = Sparsity.of(trainer).pruner
         self._tried += 1
-        if self._dense is None:
+        if self._baseline is None:
             if self._held is None or value > self._best:
                 self._hold(trainer, pl_module, value)
             if pruner.step >= self._until:
-                self._dense = sign * self._best if self.reference is None else self.reference
+                self._baseline = sign * self._best if self.reference is None else self.reference
                 self._try(trainer)
-        elif value >= sign * self._dense - self.drop:
+        elif value >= sign * self._baseline - self.drop:
             self._hold(trainer, pl_module, value)
             self._try(trainer)
         elif self._tried >= self.patience:
@@ -138,12 +136,12 @@ class AccuracyBudget(Callback):
         """Prune further at the next step, if there is further."""
         pruner = Sparsity.of(trainer).pruner
         assert self._held is not None
-        held: float = self._held["pruner"]["level"]
-        if self._rate < self.least or held >= pruner.schedule.final:
+        level: float = self._held["pruner"]["level"]
+        if self._rate < self.least or level >= pruner.schedule.final:
             trainer.should_stop = True
             return
         self._tried = 0
-        self._level = min(1 - (1 - held) * (1 - self._rate), pruner.schedule.final)
+        self._level = min(1 - (1 - level) * (1 - self._rate), pruner.schedule.final)
         self._plan.levels[pruner.step] = self._level
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
@@ -153,7 +151,7 @@ class AccuracyBudget(Callback):
         self._plan.done = True
         if self._held["pruner"]["level"] == 0:
             rank_zero_warn(
-                f"no sparse model was within drop={self.drop:g} of {self.metric} {self._dense}: the model is dense. "
+                f"no sparse model was within drop={self.drop:g} of {self.metric} {self._baseline}: the model is dense. "
                 "Train longer, allow a larger drop, or begin with a smaller rate"
             )
 
@@ -188,7 +186,7 @@ class AccuracyBudget(Callback):
         return {
             "levels": self._plan.levels,
             "done": self._plan.done,
-            "dense": self._dense,
+            "dense": self._baseline,
             "rate": self._rate,
             "tried": self._tried,
             "level": self._level,
@@ -200,6 +198,6 @@ class AccuracyBudget(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._plan.levels.update(state_dict["levels"])
         self._plan.done = state_dict["done"]
-        self._dense, self._rate = state_dict["dense"], state_dict["rate"]
+        self._baseline, self._rate = state_dict["dense"], state_dict["rate"]
         self._tried, self._level = state_dict["tried"], state_dict["level"]
         self._best, self.epoch, self._held = state_dict["best"], state_dict["epoch"], state_dict["held"]

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from pl_sparse.core.upstream import last_checkpoint_is_due, saving_best, skipping_checks
 
-class Judging:
+__all__ = ["BestAtTarget"]
+
+
+class BestAtTarget:
     """Holds `EarlyStopping` and the monitoring `ModelCheckpoint`s of a trainer back while `ready()` is False.
 
     A ModelCheckpoint goes on saving its last checkpoint, and all checkpoints with `save_top_k=-1`, but remembers none
     of them as its best.
+
+    Args:
+        trainer: its callbacks are held back until `release`.
+        ready: whether the model is one that may be the best.
     """
 
     def __init__(self, trainer: Trainer, ready: Callable[[], bool]) -> None:
         self.ready = ready
-        self._undo: list[tuple[Any, str]] = []
+        self._undo: list[Callable[[], None]] = []
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping):
-                self._wrap(callback, "_should_skip_check", self._skipping)
+                self._undo.append(skipping_checks(callback, lambda: not self.ready()))
             elif isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-                self._wrap(callback, "_save_topk_checkpoint", self._saving)
+                self._undo.append(saving_best(callback, self._saving(callback)))
 
     @property
     def judges(self) -> bool:
@@ -33,31 +39,22 @@ class Judging:
 
     def release(self) -> None:
         """Leave the callbacks as they were."""
-        for callback, method in self._undo:
-            vars(callback).pop(method, None)
+        for undo in self._undo:
+            undo()
         self._undo = []
 
-    def _wrap(
-        self, callback: Any, method: str, wrapper: Callable[[Any, Callable[..., Any]], Callable[..., Any]]
-    ) -> None:
-        setattr(callback, method, wrapper(callback, getattr(callback, method)))
-        self._undo.append((callback, method))
+    def _saving(self, callback: ModelCheckpoint) -> Callable[[Callable[[], None], Trainer], None]:
+        """What a ModelCheckpoint does in place of saving its best."""
 
-    def _skipping(self, callback: EarlyStopping, check: Callable[..., bool]) -> Callable[..., bool]:
-        return lambda trainer: not self.ready() or check(trainer)
-
-    def _saving(self, callback: ModelCheckpoint, save: Callable[..., None]) -> Callable[..., None]:
-        def wrapped(trainer: Trainer, candidates: dict[str, torch.Tensor]) -> None:
+        def save(saves: Callable[[], None], trainer: Trainer) -> None:
             if self.ready():
-                save(trainer, candidates)
+                saves()
             elif callback.save_top_k == -1:
-                save(trainer, candidates)
+                saves()
                 callback.best_k_models = {}
                 callback.best_model_path = callback.kth_best_model_path = ""
                 callback.best_model_score = None
             elif callback.save_last:
-                # Lightning saves the last checkpoint only after another one at the same step: let it think so.
-                callback._last_global_step_saved = trainer.global_step
-                callback._last_checkpoint_saved = ""
+                last_checkpoint_is_due(callback, trainer)
 
-        return wrapped
+        return save

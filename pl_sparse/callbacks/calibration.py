@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -13,13 +12,20 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from torchmetrics import Metric
 
+from pl_sparse.core.upstream import forgets_metrics, overridden, training_loader
 from pl_sparse.network.probe import Probe
+
+__all__ = ["Calibration", "example_of", "first_batches"]
 
 
 def first_batches(trainer: Trainer, count: int) -> list[Any]:
-    """So many training batches, on the device of training."""
+    """The first training batches, on the device of training.
+
+    Args:
+        trainer: of a training that has started.
+        count: how many, if there are so many.
+    """
     loader: Any = trainer.train_dataloader
     if isinstance(loader, Mapping | list | tuple):
         source = (batch for batch, *_ in CombinedLoader(loader))
@@ -32,6 +38,11 @@ class Calibration:
     """Losses by the module's own `training_step`, on the first batches of its training data.
 
     What `training_step` logs is dropped, and the metrics that it updates are set back.
+
+    Args:
+        trainer: of a training that has started.
+        module: the one that is trained.
+        batches: how many.
 
     Raises:
         ValueError: the module optimizes manually, so that its `training_step` would train it.
@@ -62,39 +73,34 @@ class Calibration:
         arguments = inspect.signature(self.module.training_step).parameters
         if "dataloader_iter" in arguments:
             raise ValueError("a training_step(dataloader_iter) cannot be called for calibration: take a batch instead")
-        with self._silent(), self.trainer.precision_plugin.train_step_context():
+        silent = overridden(self.module, "log", lambda *args, **kwargs: None)
+        with forgets_metrics(self.module), silent, self.trainer.precision_plugin.train_step_context():
             out = self.module.training_step(batch, 0) if len(arguments) > 1 else self.module.training_step(batch)
         loss = out.get("loss") if isinstance(out, Mapping) else out
         if not isinstance(loss, Tensor):
             raise ValueError(f"training_step returned {type(out).__name__} and no loss for a calibration batch")
         return loss
 
-    @contextmanager
-    def _silent(self) -> Iterator[None]:
-        metrics = [m for m in self.module.modules() if isinstance(m, Metric)]
-        saved = [(m, copy.deepcopy(m.metric_state), m._update_count) for m in metrics]
-        vars(self.module)["log"] = lambda *args, **kwargs: None
-        try:
-            yield
-        finally:
-            del vars(self.module)["log"]
-            for metric, state, count in saved:
-                for name, value in state.items():
-                    setattr(metric, name, value)
-                metric._update_count = count
-
 
 def example_of(trainer: Trainer, module: LightningModule) -> Any:
     """Inputs that the module can be called with: its `example_input_array`, else the inputs of a training batch.
 
-    Of a batch (inputs, targets) these are the first part, of a dict the entries that `forward` names. Two samples are
-    enough. Nothing random is drawn from.
+    Of a batch (inputs, targets) these are the first part, of a dict the entries that `forward` names. Nothing random is
+    drawn from.
+
+    Args:
+        trainer: of a training that may not have started yet.
+        module: the one that is trained.
+
+    Returns:
+        The inputs of two samples, on the module's device: a tensor, a tuple of arguments or a dict of keywords.
+
+    Raises:
+        ValueError: there are none.
     """
     example = module.example_input_array
     if example is None:
-        loader: Any = trainer.train_dataloader
-        if loader is None:  # setting it up would draw the order of the first epoch, which a checkpoint may yet give
-            loader = trainer.fit_loop._data_source.dataloader()
+        loader = training_loader(trainer)
         generator = getattr(loader, "generator", None)
         state = generator.get_state() if isinstance(generator, torch.Generator) else None
         with torch.random.fork_rng(devices=[]):
@@ -105,8 +111,8 @@ def example_of(trainer: Trainer, module: LightningModule) -> Any:
         if isinstance(generator, torch.Generator) and state is not None:
             generator.set_state(state)
         if isinstance(batch, Mapping):
-            known = inspect.signature(module.forward).parameters
-            example = {key: value for key, value in batch.items() if key in known}
+            arguments = inspect.signature(module.forward).parameters
+            example = {key: value for key, value in batch.items() if key in arguments}
         else:
             example = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if example is None or (isinstance(example, Mapping) and not example):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from pl_sparse.core.upstream import override, plain_name, restore
+
 __all__ = ["Distill", "distillation"]
 
 
@@ -27,12 +29,13 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     Args:
         student: logits, (batch, ..., classes).
         teacher: logits of the same shape; no gradient flows into them.
+        temperature: T, above 0.
 
     >>> teacher = torch.tensor([[0.75, 0.25]]).log()  # against 1/2, 1/2: log 2 less the teacher's entropy
     >>> round(distillation(torch.zeros(1, 2), teacher, temperature=1.0).item(), 4)
     0.1308
     """
-    p = F.log_softmax(teacher.detach().float().flatten(0, -2) / temperature, dim=-1)
+    p = F.log_softmax(teacher.detach().float().flatten(0, -2) / temperature, dim=-1)  # (samples, classes)
     q = F.log_softmax(student.float().flatten(0, -2) / temperature, dim=-1)
     return temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
 
@@ -106,22 +109,22 @@ class Distill(Callback):
             self._divergences = []
             try:
                 out = step(*args, **kwargs)
-                found = self._divergences
+                divergences = self._divergences
             finally:
                 self._divergences = None
             loss = out["loss"] if isinstance(out, Mapping) else out
             if loss is None:
                 return out
-            if not found:
+            if not divergences:
                 raise ValueError(
                     f"training_step did not call {self.student!r}, whose logits distillation compares: give student=..."
                 )
-            divergence = torch.stack(found).mean()
+            divergence = torch.stack(divergences).mean()
             pl_module.log("train/distillation", divergence.detach(), on_step=False, on_epoch=True)
             loss = (1 - self.hardness) * loss + self.hardness * divergence
             return {**out, "loss": loss} if isinstance(out, Mapping) else loss
 
-        pl_module.training_step = distilled  # type: ignore[method-assign]
+        override(pl_module, "training_step", distilled)
 
     def _compare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the student's forward: the teacher's on the same inputs, and how far the two are apart."""
@@ -129,14 +132,14 @@ class Distill(Callback):
             return
         assert self._net is not None
         with torch.no_grad():
-            wanted = _logits(self._net(*args, **kwargs))
+            target = _logits(self._net(*args, **kwargs))
         logits = _logits(output)
-        if wanted.shape != logits.shape:
+        if target.shape != logits.shape:
             raise ValueError(
-                f"the teacher's logits have shape {tuple(wanted.shape)}, the student's {tuple(logits.shape)}: it must "
+                f"the teacher's logits have shape {tuple(target.shape)}, the student's {tuple(logits.shape)}: it must "
                 "be trained on the same classes"
             )
-        self._divergences.append(distillation(logits, wanted, self.temperature))
+        self._divergences.append(distillation(logits, target, self.temperature))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release(pl_module)
@@ -148,10 +151,11 @@ class Distill(Callback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-            del pl_module.training_step  # the class's own is behind it
+            restore(pl_module, "training_step")
 
 
 def _logits(output: Any) -> Tensor:
+    """The logits in what a network returns."""
     return output if isinstance(output, Tensor) else output.logits
 
 
@@ -173,13 +177,13 @@ def _load(net: nn.Module, path: Path, name: str) -> None:
 
         tensors: dict[str, Tensor] = load_file(path)
     else:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = saved.get("state_dict", saved)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = checkpoint.get("state_dict", checkpoint)
     prefix = f"{name}." if name else ""
     if prefix and any(key.startswith(prefix) for key in tensors):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     try:
-        net.load_state_dict({key.replace("_orig_mod.", ""): value for key, value in tensors.items()})
+        net.load_state_dict({plain_name(key): value for key, value in tensors.items()})
     except RuntimeError as error:
         reason = str(error).splitlines()[1:4]
         raise ValueError(

@@ -21,8 +21,12 @@ class Front(Callback):
 
     It comes before `Sparsity` and `Rewind`, which change the weights as a batch begins.
 
+    Args:
+        folder: where `levels` is.
+
     Attributes:
         paths: the checkpoints so far.
+        count: how many there are.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

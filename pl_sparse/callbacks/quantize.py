@@ -10,8 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pl_sparse.callbacks.best_at_target import Judging
+from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import first_batches
+from pl_sparse.callbacks.clock import current_step, steps_per_epoch, total_steps
 from pl_sparse.quantize import Quantization
 from pl_sparse.schedule import Time, step_of
 
@@ -46,35 +47,32 @@ class Quantize(Callback):
         self.network = network
         self.active = False
         self._frozen = False
-        self._first = True
-        self._calls = 0
+        self._first = True  # whether the first batch is still to come
+        self._calls = 0  # of the network, in the first batch
         self._hook: RemovableHandle | None = None
-        self._at = (0, 0)
+        self._at = (0, 0)  # the steps of begin and freeze
         self._restored: Mapping[str, Any] | None = None
         self._example: Tensor | None = None
-        self._judging: Judging | None = None
+        self._judging: BestAtTarget | None = None
 
     def _net(self, module: LightningModule) -> nn.Module:
+        """The network that is quantized."""
         if self.network is not None:
             return module.get_submodule(self.network)
-        found = getattr(module, "net", None)
-        return found if isinstance(found, nn.Module) else module
+        net = getattr(module, "net", None)
+        return net if isinstance(net, nn.Module) else module
 
     # Before training
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             raise ValueError("ranges of activations are not shared between processes: quantization trains in one alone")
-        self._judging = Judging(trainer, lambda: self.active)
+        self._judging = BestAtTarget(trainer, lambda: self.active)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = trainer.num_training_batches
-        accumulate = max(trainer.accumulate_grad_batches, 1)
-        per_epoch = None if batches == float("inf") else max(-(-int(batches) // accumulate), 1)
-        total = trainer.estimated_stepping_batches
-        begin, freeze = (
-            step_of(time, what, total, per_epoch) for time, what in ((self.begin, "begin"), (self.freeze, "freeze"))
-        )
+        total, per_epoch = total_steps(trainer), steps_per_epoch(trainer)
+        begin = step_of(self.begin, "begin", total, per_epoch)
+        freeze = step_of(self.freeze, "freeze", total, per_epoch)
         if begin >= total or freeze < begin:
             raise ValueError(
                 f"begin={self.begin!r} is step {begin} and freeze={self.freeze!r} is step {freeze}, of {total}: "
@@ -90,7 +88,7 @@ class Quantize(Callback):
             self.quantization.release()
             self.active = False
         self._frozen = False
-        # Even where it begins later: what cannot be quantized is told before training.
+        # Even where it begins later: what cannot be quantized is refused before training.
         self.quantization.prepare(net, x)
         if restored is not None and restored["active"]:
             self.active = True
@@ -108,7 +106,7 @@ class Quantize(Callback):
     # Steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step // max(len(trainer.optimizers), 1)
+        step = current_step(trainer)
         assert self._example is not None
         if step >= self._at[0] and not self.active:
             self.quantization.prepare(self._net(pl_module), self._example)

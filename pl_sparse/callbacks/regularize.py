@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.callbacks.calibration import Calibration, example_of
+from pl_sparse.callbacks.clock import current_step, steps_per_epoch, total_steps
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.core.group import Group
 from pl_sparse.core.targets import Patterns, find
@@ -49,13 +50,15 @@ class Regularize(Callback):
     def __init__(
         self,
         regularizer: Regularizer,
-        begin: float | str = 0.0,
-        until: float | str = 1.0,
+        begin: Time = 0.0,
+        until: Time = 1.0,
         include: Patterns | None = None,
         exclude: Patterns = (),
         first: bool = True,
         last: bool | None = None,
     ) -> None:
+        for what, time in (("begin", begin), ("until", until)):
+            _at(what, time)
         self.regularizer = regularizer
         self.begin = begin
         self.until = until
@@ -67,7 +70,7 @@ class Regularize(Callback):
         self._marked: Mapping[str, torch.Tensor] | None = None
         self._decided: Mapping[str, Any] = {}
         self._handles: list[RemovableHandle] = []
-        self._span = (_at("begin", begin), _at("until", until))
+        self._span = (0, 0)
         self._started = False
         self._step = 0
 
@@ -76,7 +79,7 @@ class Regularize(Callback):
         if any(isinstance(callback, Sparsity) for callback in callbacks[: callbacks.index(self)]):
             raise ValueError("the Regularize callback must come before Sparsity: callbacks=[Regularize, Sparsity]")
         self._span = self._spans(trainer)
-        self._step = trainer.global_step // max(len(trainer.optimizers), 1)
+        self._step = current_step(trainer)
         example = example_of(trainer, pl_module) if self.regularizer.needs_example else None
         self.groups = self.regularizer.groups(
             find(pl_module, self.include, self.exclude, self.first, self.last), pl_module, example
@@ -100,18 +103,16 @@ class Regularize(Callback):
         me = weakref.ref(self)
 
         def stepped(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            found = me()
-            if found is not None and found._active:
+            callback = me()
+            if callback is not None and callback._active:
                 with torch.no_grad():
-                    found.regularizer.prox(found._of(optimizer), optimizer)
+                    callback.regularizer.prox(callback._of(optimizer), optimizer)
 
         self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in trainer.optimizers]
 
     def _spans(self, trainer: Trainer) -> tuple[int, int]:
         """The first step with the penalty, and the first without it again."""
-        batches = trainer.num_training_batches
-        per_epoch = None if batches == float("inf") else -(-int(batches) // max(trainer.accumulate_grad_batches, 1))
-        total = trainer.estimated_stepping_batches
+        total, per_epoch = total_steps(trainer), steps_per_epoch(trainer)
         for what, time in (("begin", self.begin), ("until", self.until)):
             if total == float("inf") and not isinstance(time, str) and 0 < time < 1:
                 raise ValueError(
@@ -132,11 +133,12 @@ class Regularize(Callback):
         return self._span[0] <= self._step < self._span[1]
 
     def _of(self, optimizer: Optimizer) -> list[Group]:
-        own = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-        return [group for group in self.groups if all(id(param.weight) in own for param, _ in group.members)]
+        """The groups whose weights an optimizer trains."""
+        trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        return [group for group in self.groups if all(id(param.weight) in trained for param, _ in group.members)]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._step = trainer.global_step // max(len(trainer.optimizers), 1)
+        self._step = current_step(trainer)
         if not self._active:
             return
         with torch.no_grad():

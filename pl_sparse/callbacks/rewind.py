@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pl_sparse.callbacks.clock import total_steps
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.core.files import replacing, write_csv, write_json
 from pl_sparse.results.figures import plot_tickets
@@ -103,7 +104,7 @@ class Rewind(Callback):
 
     @staticmethod
     def _total(trainer: Trainer) -> int:
-        return int(trainer.estimated_stepping_batches)
+        return int(total_steps(trainer))
 
     def _snapshot(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         return {
@@ -179,7 +180,7 @@ def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def training_length(trainer: Trainer) -> float:
     """Optimizer steps that a learning-rate schedule is made for: those of a round, where there is `Rewind`."""
-    total = trainer.estimated_stepping_batches
+    total = total_steps(trainer)
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if total != float("inf") and any(isinstance(callback, Rewind) for callback in callbacks):
         schedule = Sparsity.of(trainer).pruner.schedule

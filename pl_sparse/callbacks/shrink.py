@@ -15,8 +15,9 @@ from pl_sparse.callbacks.calibration import example_of
 from pl_sparse.callbacks.regularize import Regularize
 from pl_sparse.callbacks.rewind import Rewind
 from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.core.upstream import averaged_models, override, restore
 from pl_sparse.structure import Channel, Head
-from pl_sparse.surgery.plan import Plan
+from pl_sparse.surgery.plan import RemovalPlan
 from pl_sparse.surgery.shrink import shrink
 
 __all__ = ["Shrink"]
@@ -46,27 +47,27 @@ class Shrink(Callback):
         if every < 1:
             raise ValueError(f"every={every!r} must be 1 or more epochs")
         self.every = every
-        self.plan = Plan()
+        self.plan = RemovalPlan()
         self.left: dict[str, str] = {}
         self._wrapped: LightningModule | None = None
 
     @staticmethod
     def of(trainer: Trainer) -> Shrink | None:
         """The trainer's Shrink callback, if it has one."""
-        found = (callback for callback in trainer.callbacks if isinstance(callback, Shrink))  # type: ignore[attr-defined]
-        return next(found, None)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, Shrink)), None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Weights are loaded before the state of callbacks, but right after the module's own hook: shapes change there.
-        own, me = pl_module.on_load_checkpoint, weakref.ref(self)
+        load, me = pl_module.on_load_checkpoint, weakref.ref(self)
 
         def loading(checkpoint: dict[str, Any]) -> None:
-            found = me()
-            if found is not None:
-                found.load(trainer, pl_module, checkpoint)
-            own(checkpoint)
+            callback = me()
+            if callback is not None:
+                callback.load(trainer, pl_module, checkpoint)
+            load(checkpoint)
 
-        vars(pl_module)["on_load_checkpoint"] = loading
+        override(pl_module, "on_load_checkpoint", loading)
         self._wrapped = pl_module
         if stage == "fit":
             self._check(trainer)
@@ -92,7 +93,7 @@ class Shrink(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._wrapped is not None:
-            vars(self._wrapped).pop("on_load_checkpoint", None)
+            restore(self._wrapped, "on_load_checkpoint")
             self._wrapped = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,6 +104,8 @@ class Shrink(Callback):
         """Take out what is masked by now.
 
         Args:
+            trainer: with a Sparsity callback.
+            module: the one that is trained.
             optimizers: those that go on training the module.
         """
         pruner = Sparsity.of(trainer).pruner
@@ -115,15 +118,21 @@ class Shrink(Callback):
                 rank_zero_info(f"{name} has masked channels that stay: {reason}")
         self.left = result.left
         if result.plan:
-            for average in _averages(trainer):
+            for average in averaged_models(trainer):
                 result.plan.apply(average, "module.")
             pruner.shrink(result.plan.tensors)
             self.plan = self.plan.then(result.plan)
 
     def load(self, trainer: Trainer, module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-        """Give the module the shapes that it has in a checkpoint, before its weights are loaded."""
+        """Give the module the shapes that it has in a checkpoint, before its weights are loaded.
+
+        Args:
+            trainer: with a Sparsity callback.
+            module: the one that is trained.
+            checkpoint: as Lightning loads it.
+        """
         state = checkpoint.get("callbacks", {}).get(self.state_key)
-        plan = Plan.from_state_dict(state["plan"]) if state else Plan()
+        plan = RemovalPlan.from_state_dict(state["plan"]) if state else RemovalPlan()
         sparsity = Sparsity.of(trainer)
         if self.plan:
             for model, prefix in self._models(trainer, module):
@@ -139,16 +148,8 @@ class Shrink(Callback):
     @staticmethod
     def _models(trainer: Trainer, module: LightningModule) -> Iterator[tuple[nn.Module, str]]:
         yield module, ""
-        for average in _averages(trainer):
+        for average in averaged_models(trainer):
             yield average, "module."
 
     def state_dict(self) -> dict[str, Any]:
         return {"plan": self.plan.state_dict()} if self.plan else {}
-
-
-def _averages(trainer: Trainer) -> Iterator[nn.Module]:
-    """Copies of the model with averaged weights (EMA, SWA)."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average = getattr(callback, "_average_model", None)
-        if isinstance(average, nn.Module):
-            yield average

@@ -11,14 +11,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pl_sparse.callbacks.best_at_target import Judging
+from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_of
+from pl_sparse.callbacks.clock import steps_per_epoch, total_steps
 from pl_sparse.core.registry import Axis, names
 from pl_sparse.core.targets import Patterns
+from pl_sparse.core.upstream import averaged_models, compiled, found_infinite_gradients
 from pl_sparse.network.macs import MacCounter, macs
 from pl_sparse.pruner import Pruner, PrunerOptions
 from pl_sparse.results.summary import Summary, summarize, summary_table
@@ -76,7 +78,7 @@ class Sparsity(Callback):
         self.summary: Summary | None = None
         self._timekeeper: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
-        self._judging: Judging | None = None
+        self._judging: BestAtTarget | None = None
         self._counter: MacCounter | None = None
         self._counted: tuple[dict[str, float], float] | None = None
         self._dead: set[str] = set()
@@ -116,7 +118,7 @@ class Sparsity(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in `setup`: a module may build its layers in its own `setup` or `configure_model`, which come later.
         self.attach(trainer, pl_module)
-        self._judging = Judging(trainer, lambda: self.pruner.at_target)
+        self._judging = BestAtTarget(trainer, lambda: self.pruner.at_target)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bind to the module's weights; a structure that looks at how layers are joined sees a training batch."""
@@ -144,11 +146,8 @@ class Sparsity(Callback):
                 sparsity.pruner.after_step(optimizer)
 
         self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in owners]
-        batches = trainer.num_training_batches
-        accumulate = max(trainer.accumulate_grad_batches, 1)
-        per_epoch = None if batches == float("inf") else max(-(-int(batches) // accumulate), 1)
         probe = Calibration(trainer, pl_module, self.calibration_batches).probe() if pruner.calibrates else None
-        pruner.prepare(trainer.estimated_stepping_batches, per_epoch, probe)
+        pruner.prepare(total_steps(trainer), steps_per_epoch(trainer), probe)
         self._seen = -1
         self._look(trainer)
         if pruner.structure.fixed is not None and pruner.schedule.final not in (0.0, pruner.structure.fixed):
@@ -185,8 +184,7 @@ class Sparsity(Callback):
     def _count(self, pl_module: LightningModule) -> None:
         """Count the multiplications of the first batch."""
         if self._counted is None and self._counter is None:
-            compiled = any(hasattr(module, "_orig_mod") for module in pl_module.modules())
-            if compiled or getattr(pl_module, "_compiler_ctx", None) is not None:
+            if compiled(pl_module):
                 self._counted = {}, 0.0
                 return
             self._counter = MacCounter(pl_module)
@@ -197,7 +195,7 @@ class Sparsity(Callback):
         self.pruner.before_step(
             self.pruner.step if keeper else None,
             optimizer=optimizer,
-            observe=not _skipped(trainer, optimizer),
+            observe=not found_infinite_gradients(trainer, optimizer),
         )
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
@@ -302,13 +300,11 @@ class Sparsity(Callback):
     def _mask_averages(self, trainer: Trainer) -> None:
         """Averages over weights of several masks are denser than any of them: mask them with the newest."""
         masks = {param.name: param for param in self.pruner.masked if param.pruned}
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            average = getattr(callback, "_average_model", None)
-            if isinstance(average, nn.Module):
-                for name, weight in average.named_parameters():
-                    param = masks.get(name) or masks.get(name.removeprefix("module."))
-                    if param is not None:
-                        weight.mul_(param.mask.to(weight.device))
+        for average in averaged_models(trainer):
+            for name, weight in average.named_parameters():
+                param = masks.get(name) or masks.get(name.removeprefix("module."))
+                if param is not None:
+                    weight.mul_(param.mask.to(weight.device))
 
     # State
 
@@ -317,15 +313,6 @@ class Sparsity(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pruner.load_state_dict(state_dict)
-
-
-def _skipped(trainer: Trainer, optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler found infinite gradients, which must not enter scores."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None:
-        return False
-    found: dict[Any, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-    return any(bool(value) for value in found.values())
 
 
 def _meant(value: object) -> str:

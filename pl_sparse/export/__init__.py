@@ -7,7 +7,10 @@ from pl_sparse.export.onnx import ONNX, ONNXInt8
 from pl_sparse.export.pt2 import TorchExport
 from pl_sparse.export.semi_structured import SemiStructured, to_semi_structured
 from pl_sparse.surgery.saved import load_shrunk, save_shrunk
-from pl_sparse.surgery.shrink import Shrunk, shrink
+from pl_sparse.surgery.shrink import Removal, shrink
+
+Shrunk = Removal
+"""The name of `Removal` until version 0.1, for one more release."""
 
 __all__ = [
     "CSR",
@@ -15,6 +18,7 @@ __all__ = [
     "Compressed",
     "Export",
     "ONNXInt8",
+    "Removal",
     "SemiStructured",
     "Shrunk",
     "TorchExport",

@@ -1,4 +1,4 @@
-"""A small file: for each sparse tensor one bit a weight and the values that are not zero, compressed."""
+"""A small file: for each sparse tensor one bit per weight and the values that are not zero, compressed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Export, Run, missing
+from pl_sparse.export.format import Executable, Export, missing
 from pl_sparse.structure import Structure
 
 __all__ = ["Compressed", "load_compressed", "save_compressed"]
@@ -26,9 +26,11 @@ def save_compressed(tensors: Mapping[str, Tensor], path: str | os.PathLike[str],
     """Write tensors to `path`: safetensors, compressed by zstd.
 
     A tensor `name` of which more than 1 in 32 elements (for 32-bit ones) are zero is stored as `name.bitmask`, one bit
-    an element in their order, lowest bit first, `name.values`, those that are not zero, and `name.shape`.
+    per element in their order, lowest bit first, `name.values`, those that are not zero, and `name.shape`.
 
     Args:
+        tensors: by name.
+        path: the file; what was there is replaced.
         level: of zstd, 1 (fast) to 22 (small).
 
     Raises:
@@ -51,7 +53,7 @@ def save_compressed(tensors: Mapping[str, Tensor], path: str | os.PathLike[str],
 
 
 def load_compressed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors in a file of `save_compressed`, each element equal to what was saved (-0 has become 0).
+    """The tensors in a file of `save_compressed`, by name, each element equal to what was saved (-0 has become 0).
 
     Raises:
         ValueError: it is no such file, or not whole.
@@ -105,7 +107,7 @@ class Compressed(Export):
         save_compressed(net.state_dict(), path, self.level)
         return []
 
-    def open(self, path: Path, net: nn.Module) -> Run:
+    def open(self, path: Path, net: nn.Module) -> Executable:
         copied = copy.deepcopy(net).eval()
         copied.load_state_dict(load_compressed(path))
         return copied

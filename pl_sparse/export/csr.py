@@ -6,7 +6,7 @@ import copy
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Export, Run
+from pl_sparse.core.upstream import without_fused_layer
+from pl_sparse.export.format import Executable, Export
+from pl_sparse.network.hooks import hooked, unfused
 from pl_sparse.structure import Structure
 
 __all__ = ["CSR", "CSRConv2d", "CSRLinear", "to_csr"]
@@ -61,7 +63,7 @@ class CSRLinear(nn.Module):
         return self._matrix
 
     def times(self, x: Tensor) -> Tensor:
-        """W x + b for x (in, samples)."""
+        """W x + b for x (in, samples), as (out, samples)."""
         matrix = self.matrix
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         if bias is None:
@@ -69,7 +71,8 @@ class CSRLinear(nn.Module):
         return torch.addmm(bias[:, None].expand(-1, x.shape[1]), matrix, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.times(x.reshape(-1, self.inputs).t()).t().reshape(*x.shape[:-1], -1)
+        columns = x.reshape(-1, self.inputs).t()  # (in, samples)
+        return self.times(columns).t().reshape(*x.shape[:-1], -1)  # (*samples, out)
 
 
 class CSRConv2d(nn.Module):
@@ -84,7 +87,7 @@ class CSRConv2d(nn.Module):
     @classmethod
     def of(cls, layer: nn.Conv2d) -> CSRConv2d:
         """The same layer, its zeros left out."""
-        flat = layer.weight.flatten(1)
+        flat = layer.weight.flatten(1)  # (out, in * kernel)
         bias = None if layer.bias is None else layer.bias.detach()
         return cls(layer, CSRLinear(*_rows(flat), flat.shape[1], bias))
 
@@ -94,14 +97,14 @@ class CSRConv2d(nn.Module):
             for size, (kernel, stride, dilation, pad) in zip(x.shape[-2:], self.shape, strict=True)
         ]
         kernel, stride, dilation, pad = zip(*self.shape, strict=True)
-        unfolded = F.unfold(x, kernel, dilation, pad, stride)
+        unfolded = F.unfold(x, kernel, dilation, pad, stride)  # (samples, in * kernel, positions)
         columns = unfolded.transpose(0, 1).flatten(1)  # (in * kernel, samples * positions)
-        return self.matrix.times(columns).unflatten(1, (len(x), *out)).transpose(0, 1)
+        return self.matrix.times(columns).unflatten(1, (len(x), *out)).transpose(0, 1)  # (samples, out, *out size)
 
 
 def _rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Row starts, columns and values of the non-zeros of a matrix."""
-    kept = (weight != 0).detach()
+    kept = (weight != 0).detach()  # (out, in)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
     return starts.int(), kept.nonzero()[:, 1].int(), weight.detach()[kept]
 
@@ -117,20 +120,22 @@ def _convertible(module: nn.Module) -> str | None:
 
 
 def _layers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers and convolutions of a model that are called themselves, by name."""
     for name, module in net.named_modules():
         if type(module) in (nn.Linear, nn.Conv2d):  # a subclass may be one whose weight is read by another module
             yield name, module
 
 
 def _sparse(layer: nn.Module) -> nn.Module:
+    """A layer's sparse form."""
     return CSRConv2d.of(layer) if isinstance(layer, nn.Conv2d) else CSRLinear.of(layer)  # type: ignore[arg-type]
 
 
 def _replace(net: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put another layer in the place of the one of this name."""
     parent = net.get_submodule(name.rpartition(".")[0])
     setattr(parent, name.rpartition(".")[2], layer)
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0  # its fused path reads the weights of its layers instead of calling them
+    without_fused_layer(parent)
 
 
 @torch.no_grad()
@@ -148,35 +153,26 @@ def to_csr(
         The copy in eval mode, the names of the layers that were replaced, and why each other one was not.
     """
     net = copy.deepcopy(net).eval()
-    seen: dict[str, Tensor] = {}
+    names = {layer: name for name, layer in _layers(net)}
+    inputs: dict[str, Tensor] = {}
 
-    def looking(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, args[0])
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.setdefault(names[layer], args[0] if args else next(iter(kwargs.values())))
 
-        return look
-
-    handles = [layer.register_forward_pre_hook(looking(name)) for name, layer in _layers(net)]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it calls no submodule
-    try:
+    with hooked(names, pre=note), unfused():
         net(example)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for handle in handles:
-            handle.remove()
     replaced, notes = [], []
     for name, layer in list(_layers(net)):
         weight: Tensor = layer.weight  # type: ignore[assignment]
         zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
         reason = _convertible(layer)
-        if reason is None and name not in seen:
+        if reason is None and name not in inputs:
             reason = "the model does not call it"
         if reason is None and not zeros:
             reason = "it has no zeros"
         if reason is None:
             sparse = _sparse(layer)
-            if where == "faster" and (slower := _times(sparse, layer, seen[name])) > 0.95:
+            if where == "faster" and (slower := _times(sparse, layer, inputs[name])) > 0.95:
                 reason = f"at {zeros:.0%} sparsity its sparse form takes {slower:.2f} of the dense time"
             else:
                 _replace(net, name, sparse)
@@ -235,7 +231,7 @@ class CSR(Export):
             notes.insert(0, "no layer is faster with sparse kernels: this is the dense model")
         return notes
 
-    def open(self, path: Path, net: nn.Module) -> Run:
+    def open(self, path: Path, net: nn.Module) -> Executable:
         net = copy.deepcopy(net).eval()
         with safe_open(path, framework="pt") as file:
             replaced = json.loads((file.metadata() or {}).get("csr", "null"))

@@ -1,4 +1,4 @@
-"""What every export is: a file format, how a model is written in it, and how the file runs."""
+"""What an export is: a file format, how a model is written in it, and how the file runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from pl_sparse.core.upstream import overridden
 from pl_sparse.structure import Structure
 
-__all__ = ["Export", "Run", "forwarding", "missing"]
+__all__ = ["Executable", "Export", "forwarding", "missing"]
 
-Run = Callable[[Tensor], Tensor]
-"""A model that is ready to run: from inputs (batch, *shape) to outputs."""
+Executable = Callable[[Tensor], Tensor]
+"""A loaded model that can be called: from inputs (batch, *shape) to outputs."""
 
 
 class Export(ABC):
@@ -25,7 +26,7 @@ class Export(ABC):
     Attributes:
         file: the name of the file in the folder of a run.
         runtime: what runs it.
-        dtype: the type of its weights; "int8" is given the quantized model to write.
+        dtype: the type of its weights; of "int8" the quantized model is written.
         advice: what makes it faster than a dense model.
         whole: whether the file holds the graph too, so that it runs without the model's class; channels and heads that
             are all zero are taken out before it is written.
@@ -48,6 +49,9 @@ class Export(ABC):
             example: inputs of two samples, where their shape is known.
             structure: what is pruned together.
             sparsity: of the prunable weights, when trained.
+
+        Returns:
+            A reason that names what helps.
         """
         return None
 
@@ -58,36 +62,50 @@ class Export(ABC):
         Args:
             net: the model in eval mode; it is left as it is.
             example: inputs of some samples.
+            path: the file; what was there is replaced.
 
         Returns:
-            What is worth telling: layers that it left as they were, and why.
+            Notes: layers that it left as they were, and why.
+
+        Raises:
+            ValueError: the model has no such form.
+            ImportError: a package is missing.
         """
 
     @abstractmethod
-    def open(self, path: Path, net: nn.Module) -> Run:
-        """The written model, ready to run; `net` is one of the same class, and is left as it is."""
+    def open(self, path: Path, net: nn.Module) -> Executable:
+        """The written model, loaded.
 
-    def dense(self, net: nn.Module, example: Tensor, folder: Path) -> Run:
-        """A dense model in the same runtime, to measure against; `folder` is for files that it needs."""
+        Args:
+            path: what `write` wrote.
+            net: a model of the same class, which is left as it is.
+        """
+
+    def dense(self, net: nn.Module, example: Tensor, folder: Path) -> Executable:
+        """A dense model in the same runtime, to measure against.
+
+        Args:
+            net: the dense model.
+            example: inputs of some samples.
+            folder: for files that it needs.
+        """
         return net
 
 
 def missing(extra: str, *packages: str) -> str | None:
-    """What to install, if one of the packages is not there; None if all are."""
+    """What to install, if one of the packages is not there; None if all are.
+
+    Args:
+        extra: the extra of pl_sparse that brings them.
+        packages: names as they are imported.
+    """
     if any(find_spec(package) is None for package in packages):
         return f"it needs {' and '.join(packages)}: pip install 'pl_sparse[{extra}]'"
     return None
 
 
 @contextmanager
-def forwarding(net: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """Within the block, calls of `net` are calls of `run`; its parameters and names are what they were."""
-    earlier = vars(net).get("forward")
-    vars(net)["forward"] = run
-    try:
+def forwarding(net: nn.Module, executable: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, calls of `net` are calls of `executable`; its parameters and names are what they were."""
+    with overridden(net, "forward", executable):
         yield
-    finally:
-        if earlier is None:
-            del vars(net)["forward"]
-        else:
-            vars(net)["forward"] = earlier

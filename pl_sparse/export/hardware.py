@@ -61,7 +61,12 @@ structure=nm24, channel
                 raise ValueError(f"{key}={value!r} must be above 0")
 
     def objection(self, pruned: Structure, sparsity: float) -> str | None:
-        """Why zeros of this structure, at this sparsity, make nothing faster here, and what would; None if they do."""
+        """Why zeros make nothing faster here, and what would; None if they do.
+
+        Args:
+            pruned: what is pruned together.
+            sparsity: that training aims at; a structure with a sparsity of its own has that one.
+        """
         if self.accelerates is not None and pruned.label not in {structure(name).label for name in self.accelerates}:
             return (
                 f"hardware={self.name} cannot use zeros of structure={pruned.label}: they make nothing faster. "
@@ -81,5 +86,5 @@ structure=nm24, channel
         if dtype in self.dtypes:
             return None
         ways = {"int8": "quantization=int8", "int4": "quantization=int4_weight"}
-        known = ", ".join(ways.get(name, "quantization=none") for name in self.dtypes)
-        return f"hardware={self.name} does not compute with {dtype} weights: use {known}"
+        possible = ", ".join(ways.get(name, "quantization=none") for name in self.dtypes)
+        return f"hardware={self.name} does not compute with {dtype} weights: use {possible}"

@@ -50,6 +50,8 @@ def latencies(
     """Milliseconds of single calls on `batch`, by name; the i-th of each are of the same round.
 
     Args:
+        runs: models that can be called, by name.
+        batch: inputs, (samples, *shape).
         seconds: how long to go on, once each has run 10 times.
         most: rounds at most.
     """
@@ -83,7 +85,14 @@ def percentile(values: Sequence[float], q: float) -> float:
 def peak_memory(make: Callable[[], Callable[[Tensor], Any]], batch: Tensor) -> int | None:
     """Bytes that loading a model and running it once on `batch` add to what the process holds, at their peak.
 
-    On a GPU what torch allocates there counts. None where the system does not tell (other than Linux).
+    On a GPU what torch allocates there counts.
+
+    Args:
+        make: loads the model.
+        batch: inputs, (samples, *shape).
+
+    Returns:
+        None where the system does not say (other than Linux).
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -104,6 +113,7 @@ def peak_memory(make: Callable[[], Callable[[Tensor], Any]], batch: Tensor) -> i
 
 
 def _resident(field: str) -> int:
+    """Bytes that the system notes of this process under a field of /proc/self/status."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return 1024 * int(line.split()[1])
 
@@ -181,15 +191,21 @@ def compare(
     """Measure a dense model and an exported one side by side.
 
     Args:
+        name: the format of the exported one.
+        runtime: what runs both.
         make: "dense" and "exported": what loads each of them.
         example: inputs, as many as the largest batch.
         batches: sizes of batches.
-        bytes: of the files.
+        bytes: of the files, by the same keys.
+        metrics: of the test set, after the export.
         seconds: of measuring, for each batch size.
+
+    Returns:
+        A comparison per batch size.
     """
     memory = {key: peak_memory(load, example) for key, load in make.items()}
     runs = {key: load() for key, load in make.items()}
-    found = []
+    comparisons = []
     for batch in batches:
         times = latencies(runs, example[:batch], seconds)
         costs = {}
@@ -197,8 +213,8 @@ def compare(
             middle = percentile(taken, 0.5)
             costs[key] = Cost(middle, percentile(taken, 0.95), 1e3 * batch / middle, bytes[key], memory[key])
         faster = ratio(times["dense"], times["exported"])
-        found.append(Comparison(name, runtime, batch, costs["dense"], costs["exported"], faster, metrics))
-    return found
+        comparisons.append(Comparison(name, runtime, batch, costs["dense"], costs["exported"], faster, metrics))
+    return comparisons
 
 
 def ratio(dense: Sequence[float], other: Sequence[float]) -> tuple[float, bool]:
@@ -222,19 +238,20 @@ def verdict(rows: Sequence[Comparison], device: str, advice: str) -> str:
 
     Args:
         rows: one format, at some batch sizes.
+        device: what the times were taken on.
         advice: what would make it faster.
     """
-    said = []
+    parts = []
     for row in rows:
         times, claimed = row.faster
         if not claimed:
-            said.append(f"no speed-up at batch {row.batch} ({times:.2f}x)")
+            parts.append(f"no speed-up at batch {row.batch} ({times:.2f}x)")
         else:
             how = f"{times:.2f}x faster" if times > 1 else f"{1 / times:.2f}x SLOWER"
-            said.append(f"{how} at batch {row.batch}")
+            parts.append(f"{how} at batch {row.batch}")
     smaller = rows[0].dense.bytes / rows[0].exported.bytes
     size = f"{smaller:.1f}x smaller" if smaller >= _LEAST else f"no smaller ({smaller:.2f}x)"
-    line = f"{rows[0].name}: {', '.join(said)}, file {size}, against dense in the same runtime"
+    line = f"{rows[0].name}: {', '.join(parts)}, file {size}, against dense in the same runtime"
     line += f" ({rows[0].runtime}; {device})."
     if any(claimed and times > 1 for times, claimed in (row.faster for row in rows)):
         return line
@@ -242,7 +259,7 @@ def verdict(rows: Sequence[Comparison], device: str, advice: str) -> str:
 
 
 def cost_table(rows: Sequence[Comparison], device: str) -> Table:
-    """A row a format and batch size: dense and exported side by side."""
+    """A row per format and batch size: dense and exported side by side."""
     scores = sorted({key for row in rows for key in row.metrics if "loss" not in key})
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=device, caption_justify="left")
     table.add_column("format", overflow="fold", min_width=12)
@@ -276,7 +293,7 @@ def cost_table(rows: Sequence[Comparison], device: str) -> Table:
 
 
 def plot_costs(rows: Sequence[Comparison], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw the median time of a call as bars, dense and exported, a panel a batch size."""
+    """Draw the median time of a call as bars, dense and exported, a panel per batch size."""
     from matplotlib.figure import Figure
 
     batches = sorted({row.batch for row in rows})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Export, Run, missing
+from pl_sparse.export.format import Executable, Export, missing
 from pl_sparse.network.graph import traceable, traced
 from pl_sparse.structure import Structure
 
@@ -25,29 +25,35 @@ __all__ = ["ONNX", "ONNXInt8", "open_onnx", "save_onnx"]
 def save_onnx(net: nn.Module, example: Tensor, path: Path) -> None:
     """Write a model to an ONNX file that takes batches of any size; its input is called "input", its output "output".
 
+    Args:
+        net: the model in eval mode.
+        example: inputs of some samples.
+        path: the file; what was there is replaced.
+
     Raises:
         ValueError: torch.export cannot trace the model.
         ImportError: onnx or onnxscript is missing.
     """
-    lacking = missing("export", "onnx", "onnxscript")
-    if lacking is not None:
-        raise ImportError(f"export=onnx: {lacking}")
+    advice = missing("export", "onnx", "onnxscript")
+    if advice is not None:
+        raise ImportError(f"export=onnx: {advice}")
     program = traced(net, example)
     with _quiet():
-        made = torch.onnx.export(program, dynamo=True, input_names=["input"], output_names=["output"], verbose=False)
-    assert made is not None
-    for node in made.model.graph:  # where each node came from: a third of a small file
+        onnx = torch.onnx.export(program, dynamo=True, input_names=["input"], output_names=["output"], verbose=False)
+    assert onnx is not None
+    for node in onnx.model.graph:  # where each node came from: a third of a small file
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
     with replacing(path) as temporary:
-        made.save(temporary)
+        onnx.save(temporary)
 
 
-def open_onnx(path: Path, threads: int | None = None) -> Run:
+def open_onnx(path: Path, threads: int | None = None) -> Executable:
     """An ONNX file in ONNX Runtime, on the CPU.
 
     Args:
+        path: the file.
         threads: as many as torch uses, if None. Idle ones do not spin, which would slow down what else is measured.
 
     Raises:
@@ -108,17 +114,17 @@ class ONNX(Export):
         self.tolerance = tolerance
 
     def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
-        lacking = missing("export", "onnx", "onnxscript", "onnxruntime")
-        if lacking is not None or example is None:
-            return lacking
+        advice = missing("export", "onnx", "onnxscript", "onnxruntime")
+        if advice is not None or example is None:
+            return advice
         return traceable(copy.deepcopy(net).eval(), example)
 
     def write(self, net: nn.Module, example: Tensor, path: Path) -> list[str]:
         save_onnx(net, example, path)
         with torch.no_grad():
-            wanted = net(example)
-        found = open_onnx(path)(example)
-        error = float((wanted - found).abs().max() / wanted.abs().max().clamp(min=1e-12))
+            expected = net(example)
+        outputs = open_onnx(path)(example)
+        error = float((expected - outputs).abs().max() / expected.abs().max().clamp(min=1e-12))
         if error > self.tolerance:
             raise ValueError(
                 f"the outputs of {path} in ONNX Runtime differ from torch's by {error:.1e} of the largest, more than "
@@ -126,10 +132,10 @@ class ONNX(Export):
             )
         return [f"outputs in ONNX Runtime differ from torch's by at most {error:.1e} of the largest"]
 
-    def open(self, path: Path, net: nn.Module) -> Run:
+    def open(self, path: Path, net: nn.Module) -> Executable:
         return open_onnx(path)
 
-    def dense(self, net: nn.Module, example: Tensor, folder: Path) -> Run:
+    def dense(self, net: nn.Module, example: Tensor, folder: Path) -> Executable:
         save_onnx(net, example, folder / "dense.onnx")
         return open_onnx(folder / "dense.onnx")
 
@@ -138,8 +144,8 @@ class ONNXInt8(ONNX):
     """The model with 8-bit weights and activations in ONNX (QuantizeLinear and DequantizeLinear around each layer).
 
     With quantization=int8 it is the one that was trained so; otherwise it is quantized after training, on training
-    batches. Rounding falls differently in two runtimes now and then, hence the wider tolerance; the accuracy is told
-    beside it.
+    batches. Rounding falls differently in two runtimes now and then, hence the wider tolerance; the accuracy is
+    reported beside it.
 
     Args:
         tolerance: the largest difference of outputs, as a part of their largest absolute value.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Export, Run
+from pl_sparse.export.format import Executable, Export
 from pl_sparse.network.graph import traceable, traced
 from pl_sparse.structure import Structure
 
@@ -32,6 +32,6 @@ class TorchExport(Export):
             torch.export.save(program, temporary)
         return []
 
-    def open(self, path: Path, net: nn.Module) -> Run:
+    def open(self, path: Path, net: nn.Module) -> Executable:
         module: Any = torch.export.load(path).module()
         return module

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.export.compressed import load_compressed, save_compressed
-from pl_sparse.export.format import Export, Run, missing
+from pl_sparse.export.format import Executable, Export, missing
 from pl_sparse.structure import Structure
 
-__all__ = ["SemiStructured", "to_semi_structured"]
+__all__ = ["SemiStructured", "to_semi_structured", "unfit"]
 
 _OUT, _IN = 32, 64
 """Half-precision weights come in multiples of this many outputs and inputs."""
@@ -23,7 +23,8 @@ def unfit(name: str, layer: nn.Linear) -> str | None:
     out, inputs = layer.weight.shape
     if out % _OUT or inputs % _IN:
         return f"{name} stays dense: {out}x{inputs} is no multiple of {_OUT}x{_IN}"
-    if int((layer.weight.unflatten(1, (-1, 4)) != 0).sum(-1).max()) > 2:
+    kept = layer.weight.unflatten(1, (-1, 4)) != 0  # (out, in / 4, 4)
+    if int(kept.sum(-1).max()) > 2:
         return f"{name} stays dense: some four neighbours have more than two non-zeros"
     return None
 
@@ -31,19 +32,22 @@ def unfit(name: str, layer: nn.Linear) -> str | None:
 def to_semi_structured(net: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
     """A copy of a model, in half precision on the GPU, whose 2:4 linear layers run on sparse tensor cores.
 
+    Args:
+        net: any model; it is left as it is.
+
     Returns:
         The copy in eval mode, the names of these layers, and why each other linear layer is dense.
 
     Raises:
         ValueError: there is no GPU with sparse tensor cores, or no layer fits.
     """
-    lacking = _no_gpu()
-    if lacking is not None:
-        raise ValueError(lacking)
+    refusal = _no_gpu()
+    if refusal is not None:
+        raise ValueError(refusal)
     from torch.sparse import to_sparse_semi_structured
 
     net = copy.deepcopy(net).eval().half().cuda()
-    done, notes = [], []
+    converted, notes = [], []
     for name, layer in net.named_modules():
         if type(layer) is not nn.Linear:  # a subclass may be one whose weight is read by another module
             continue
@@ -52,18 +56,19 @@ def to_semi_structured(net: nn.Module) -> tuple[nn.Module, list[str], list[str]]
             notes.append(reason)
             continue
         layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
-        done.append(name)
-    if not done:
+        converted.append(name)
+    if not converted:
         raise ValueError("no linear layer has a 2:4 weight that sparse tensor cores take: " + "; ".join(notes[:5]))
-    return net, done, notes
+    return net, converted, notes
 
 
 def _no_gpu() -> str | None:
+    """Why there are no sparse tensor cores here; None if there are."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
         return None
-    found = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     return (
-        f"export=semi_structured needs an NVIDIA GPU of compute capability 8.0 or more, and here is {found}. Train "
+        f"export=semi_structured needs an NVIDIA GPU of compute capability 8.0 or more, and here is {device}. Train "
         "without it, and call `pl-sparse export RUN --to semi_structured` where there is one"
     )
 
@@ -94,17 +99,19 @@ class SemiStructured(Export):
         save_compressed({name: t.half() if t.is_floating_point() else t for name, t in net.state_dict().items()}, path)
         return notes
 
-    def open(self, path: Path, net: nn.Module) -> Run:
+    def open(self, path: Path, net: nn.Module) -> Executable:
         net = copy.deepcopy(net)
         net.load_state_dict(load_compressed(path))
         sparse, _, _ = to_semi_structured(net)
         return _on_gpu(sparse)
 
-    def dense(self, net: nn.Module, example: Tensor, folder: Path) -> Run:
+    def dense(self, net: nn.Module, example: Tensor, folder: Path) -> Executable:
         return _on_gpu(copy.deepcopy(net).eval().half().cuda())
 
 
-def _on_gpu(net: nn.Module) -> Run:
+def _on_gpu(net: nn.Module) -> Executable:
+    """A half-precision model on the GPU, from inputs to outputs on the CPU."""
+
     def run(x: Tensor) -> Tensor:
         out = net(x.half().cuda()).float().cpu()  # to the CPU: the time includes the work
         return out

@@ -14,6 +14,8 @@ from torch import nn
 
 from pl_sparse.core.layouts import Heads
 
+__all__ = ["LOOKED_FOR", "Attention", "FeedForward", "Unknown", "attentions", "feed_forwards", "keeps_inputs_first"]
+
 _SEPARATE = (
     ("query", "key", "value"),
     ("q_proj", "k_proj", "v_proj"),
@@ -67,14 +69,21 @@ class Attention:
     path: str = ""
 
     def numbers(self, module: nn.Module, left: int) -> dict[str, tuple[int, int]]:
-        """The attributes of the layer's module that say how many heads there are, or how wide they are together: what
-        they are, and what they are with so many heads left."""
+        """The attributes of the layer's module that say how many heads there are, or how wide they are together.
+
+        Args:
+            module: the attention layer's, or the one that holds its layers.
+            left: how many heads are left.
+
+        Returns:
+            For each attribute what it is, and what it is with the heads that are left.
+        """
         width = _sizes(self.weights[-1][0])[1]
-        found = {}
+        changes = {}
         for key, value in vars(module).items():
             if isinstance(value, int) and not isinstance(value, bool) and (key in _COUNTS + _SHARED or value == width):
-                found[key] = (value, value * left // self.heads)
-        return found
+                changes[key] = (value, value * left // self.heads)
+        return changes
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ def attentions(model: nn.Module) -> Iterator[Attention | Unknown]:
     modules = dict(model.named_modules())
     for path, module in modules.items():
         if isinstance(module, nn.MultiheadAttention):
-            yield _torch(path, module)
+            yield _of_torch(path, module)
             continue
         children = {name: child for name, child in module.named_children() if _linear(child)}
         names: tuple[str, ...] | None = next((names for names in _SEPARATE if children.keys() >= set(names)), None)
@@ -123,21 +132,22 @@ def feed_forwards(model: nn.Module) -> Iterator[FeedForward]:
     for path in modules:
         prefix = f"{path}." if path else ""
         for firsts, last in _FEED_FORWARD:
-            layers = [modules.get(prefix + name) for name in (*firsts, last)]
-            found = [layer for layer in layers if layer is not None and _linear(layer)]
-            if len(found) < len(layers):
+            candidates = [modules.get(prefix + name) for name in (*firsts, last)]
+            layers = [layer for layer in candidates if layer is not None and _linear(layer)]
+            if len(layers) < len(candidates):
                 continue
-            sizes = {_sizes(layer)[0] for layer in found[:-1]} | {_sizes(found[-1])[1]}
+            sizes = {_sizes(layer)[0] for layer in layers[:-1]} | {_sizes(layers[-1])[1]}
             if len(sizes) == 1:
                 neurons = sizes.pop()
-                columns = [_keeps_inputs_first(layer) != (layer is found[-1]) for layer in found]
+                columns = [keeps_inputs_first(layer) != (layer is layers[-1]) for layer in layers]
                 layouts = [Heads(neurons, columns=each) for each in columns]
-                names = ["weight"] * len(found)
-                yield FeedForward(path or "feed_forward", tuple(zip(found, names, layouts, strict=True)))
+                names = ["weight"] * len(layers)
+                yield FeedForward(path or "feed_forward", tuple(zip(layers, names, layouts, strict=True)))
                 break
 
 
-def _torch(path: str, module: nn.MultiheadAttention) -> Attention:
+def _of_torch(path: str, module: nn.MultiheadAttention) -> Attention:
+    """Torch's attention layer."""
     heads = module.num_heads
     if module.in_proj_weight is not None:
         inputs = [("in_proj_weight", Heads(heads, parts=(1, 1, 1)))]
@@ -150,23 +160,25 @@ def _torch(path: str, module: nn.MultiheadAttention) -> Attention:
 
 
 def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _keeps_inputs_first(module)
+    """Whether it is a linear layer, GPT-2's included."""
+    return isinstance(module, nn.Linear) or keeps_inputs_first(module)
 
 
-def _keeps_inputs_first(module: nn.Module) -> bool:
-    """Whether it is GPT-2's linear layer, whose weight is (in, out)."""
+def keeps_inputs_first(module: nn.Module) -> bool:
+    """Whether a layer is GPT-2's linear layer (transformers' Conv1D), whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a linear layer."""
     outputs, inputs = layer.get_parameter("weight").shape
-    return (inputs, outputs) if _keeps_inputs_first(layer) else (outputs, inputs)
+    return (inputs, outputs) if keeps_inputs_first(layer) else (outputs, inputs)
 
 
 def _read(
     path: str, module: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, nn.Module]
 ) -> Attention | Unknown:
+    """The attention layer of a module with linear layers for query, key and value, one each or one for all."""
     name = path or "attention"
     parent = modules.get(path.rpartition(".")[0]) if path else None
 
@@ -174,10 +186,10 @@ def _read(
         return Unknown(name, tuple((layer, "weight") for layer in inputs.values()), reason)
 
     owners = [module, getattr(module, "config", None), parent, getattr(parent, "config", None)]
-    given = next((found for owner in owners if (found := _given(owner)) is not None), None)
-    if given is None:
+    numbers = next((pair for owner in owners if (pair := _count_and_size(owner)) is not None), None)
+    if numbers is None:
         return unknown(f"neither it nor its config has a number of heads ({', '.join(_COUNTS + _SIZES)})")
-    count, size = given
+    count, size = numbers
     rows = [_sizes(layer)[0] for layer in inputs.values()]
     outputs = _outputs(module, list(inputs.values())) or _outputs(parent, list(module.modules()))
     if len(rows) == 3:
@@ -200,10 +212,12 @@ def _read(
         )
     outputs = [layer for layer in outputs if _sizes(layer)[1] == width]
     if len(outputs) != 1:
-        what = "more than one layer" if outputs else "no layer"
-        return unknown(f"it has {what} with {width} inputs that is named like an output ({', '.join(sorted(_OUTPUT))})")
-    layers = [(layer, parts, _keeps_inputs_first(layer)) for layer in inputs.values()]
-    layers.append((outputs[0], (1,), not _keeps_inputs_first(outputs[0])))
+        number = "more than one layer" if outputs else "no layer"
+        return unknown(
+            f"it has {number} with {width} inputs that is named like an output ({', '.join(sorted(_OUTPUT))})"
+        )
+    layers = [(layer, parts, keeps_inputs_first(layer)) for layer in inputs.values()]
+    layers.append((outputs[0], (1,), not keeps_inputs_first(outputs[0])))
     return Attention(
         name,
         shared,
@@ -212,13 +226,14 @@ def _read(
     )
 
 
-def _given(owner: object) -> tuple[int, int] | None:
-    """Number of heads and dimension of a head, 0 for the one that an owner does not tell."""
-    found = []
+def _count_and_size(owner: object) -> tuple[int, int] | None:
+    """The number of heads and the dimension of a head by an owner's attributes, 0 for the one that it lacks; None if
+    it lacks both."""
+    numbers = []
     for names in (_COUNTS, _SIZES):
         values = (getattr(owner, name, None) for name in names)
-        found.append(next((value for value in values if isinstance(value, int) and value > 0), 0))
-    return (found[0], found[1]) if any(found) else None
+        numbers.append(next((value for value in values if isinstance(value, int) and value > 0), 0))
+    return (numbers[0], numbers[1]) if any(numbers) else None
 
 
 def _outputs(owner: nn.Module | None, others: list[nn.Module]) -> list[nn.Module]:

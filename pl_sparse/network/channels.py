@@ -1,9 +1,9 @@
-"""Which channels belong together.
+"""Which channels belong together, read off the graph of a model.
 
 A residual join adds channel i of one layer to channel i of another, a concatenation shifts it, a flattening spreads it
 over several inputs of the next layer. What can be removed is a unit: all places, in all layers, that are one channel.
-Torch-Pruning's dependency graph tells which places these are. Its tracing rests on rules, so nothing is believed that a
-trial (`surgery.trial`) does not show.
+Torch-Pruning's dependency graph tells which places these are. Its tracing rests on rules: what is removed
+passes a trial first (`surgery.trial`).
 
 Source: Fang et al., DepGraph: towards any structural pruning, 2023, arXiv:2301.12900.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.core.upstream import CHANNEL_NORMS, is_model_output
 from pl_sparse.network.attention import Attention, attentions
-from pl_sparse.network.probe import undisturbed
+from pl_sparse.network.hooks import called, hooked, undisturbed
 
-__all__ = ["Coupling", "Port", "Slot", "called"]
+__all__ = ["CONVS", "TRANSPOSED", "WEIGHTED", "Coupling", "Port", "Slot", "is_depthwise", "traced_couplings"]
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-_WEIGHTED = (nn.Linear, *_CONVS, *_TRANSPOSED)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED = (nn.Linear, *CONVS, *TRANSPOSED)
+"""Layers whose outputs are channels of their own: each is a row of the weight."""
+
+Slot = tuple[str, str, int]
+"""A channel of a layer: path, side, index."""
 
 
 @dataclass(frozen=True)
@@ -66,60 +70,48 @@ class Coupling:
     def sources(self, model: nn.Module) -> list[Port]:
         """The layers with weights that the units come out of."""
         modules = dict(model.named_modules())
-        return [port for port in self.ports if port.side == "out" and isinstance(modules.get(port.path), _WEIGHTED)]
+        return [port for port in self.ports if port.side == "out" and isinstance(modules.get(port.path), WEIGHTED)]
 
     def targets(self) -> list[Port]:
         """The layers that take the units in."""
         return [port for port in self.ports if port.side == "in"]
 
 
-# Tracing
+def traced_couplings(model: nn.Module, example: Any) -> list[Coupling]:
+    """The couplings that the graph of a model shows, each with why its units cannot be removed, if the graph says so.
+
+    Args:
+        example: inputs, as the model is called with.
+
+    Raises:
+        ImportError: Torch-Pruning is not installed.
+        ValueError: the model cannot be called with the example.
+    """
+    graph, ends = _dependency_graph(model, example)
+    paths = {module: path for path, module in model.named_modules()}
+    units = _Units()
+    _join_channels(units, graph, model, paths)
+    _block_ports(units, model, {module: path for module, path in paths.items() if path}, ends)
+    return units.couplings()
 
 
-def called(model: nn.Module, example: Any) -> list[Tensor]:
-    """The outputs of a model for an example of its inputs: a tensor, a tuple of arguments or a dict of keywords."""
-    if isinstance(example, Mapping):
-        out = model(**example)
-    elif isinstance(example, (tuple, list)):
-        out = model(*example)
-    else:
-        out = model(example)
-    return list(_tensors(out))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)
-
-
-def _traced(model: nn.Module, example: Any) -> list[Coupling]:
+def _dependency_graph(model: nn.Module, example: Any) -> tuple[Any, set[nn.Module]]:
+    """Torch-Pruning's graph of a model, and the layers whose output is one of the model's."""
     try:
         import torch_pruning
     except ImportError as error:
         raise ImportError("removing channels needs Torch-Pruning: pip install 'pl_sparse[shrink]'") from error
-    paths = {module: path for path, module in model.named_modules()}
-    units = _Units()
-    ends: list[Any] = []
     made: list[tuple[Tensor, nn.Module]] = []
+    ends: set[nn.Module] = set()
+
+    def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if isinstance(out, Tensor):
+            made.append((out, module))
 
     def forward(model: nn.Module, example: Any) -> list[Tensor]:
-        def note(module: nn.Module, args: Any, out: Any) -> None:
-            if isinstance(out, Tensor):
-                made.append((out, module))
-
-        handles = [module.register_forward_hook(note) for module in paths if not list(module.children())]
-        try:
+        with hooked([module for module in model.modules() if not list(module.children())], post=note):
             outputs = called(model, example)
-        finally:
-            for handle in handles:
-                handle.remove()
-        ends.extend(module for tensor, module in made if any(tensor is out for out in outputs))
+        ends.update(module for tensor, module in made if any(tensor is out for out in outputs))
         return [out for out in outputs if out.grad_fn is not None]
 
     graph = torch_pruning.DependencyGraph()
@@ -132,73 +124,99 @@ def _traced(model: nn.Module, example: Any) -> list[Coupling]:
                 f"{type(model).__name__} cannot be traced with the example of its inputs: {error}. Give the inputs it "
                 "is called with as example_input_array"
             ) from error
+    return graph, ends
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """All parameters have gradients within the block: the graph is read off autograd's."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _join_channels(units: _Units, graph: Any, model: nn.Module, paths: Mapping[nn.Module, str]) -> None:
+    """Join each output channel of a layer with all the places that it goes to, as the graph says."""
     heads = {layer for each in attentions(model) if isinstance(each, Attention) for layer, _, _ in each.weights[:-1]}
-    seen: set[tuple[str, str]] = set()
     for module in list(graph.module2node):
-        if not isinstance(module, _WEIGHTED) or (paths[module], "out") in seen or module in heads:
+        if not isinstance(module, WEIGHTED) or module in heads:
             continue
-        count = module.weight.shape[1 if isinstance(module, _TRANSPOSED) else 0]
+        count = module.weight.shape[1 if isinstance(module, TRANSPOSED) else 0]
         pruner = graph.get_pruner_of_module(module)
         for item in graph.get_pruning_group(module, pruner.prune_out_channels, list(range(count))):
-            target = item.dep.target.module
-            side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-            if target in paths and _sides(target) == ("out",):
-                side = "out"
-            if target in paths:
-                key = (paths[target], side)
-            elif isinstance(target, nn.Parameter):
-                key = (f"the parameter of shape {tuple(target.shape)}", side)
-            elif isinstance(target, torch_pruning.ops._OutputOp):
-                key = ("", side)
-            else:
+            port = _port(graph, item, paths)
+            if port is None:
                 continue
             roots = item.root_idxs if item.root_idxs is not None else [None] * len(item.idxs)
             for root, index in zip(roots, item.idxs, strict=True):
                 if root is None:
-                    units.block((*key, index), "its channels are repeated")
+                    units.block((*port, index), "its channels are repeated")
                 else:
-                    units.join((paths[module], "out", root), (*key, index))
-            if side == "out" and len(item.idxs) == count and target is module:
-                seen.add(key)
-    names = {id(parameter): 0 for parameter in model.parameters()}
+                    units.join((paths[module], "out", root), (*port, index))
+
+
+def _port(graph: Any, item: Any, paths: Mapping[nn.Module, str]) -> tuple[str, str] | None:
+    """The layer and side that an item of a pruning group of Torch-Pruning is about; None if it has no channels.
+
+    The outputs of the model are a layer called "", a parameter is one that is named by its shape.
+    """
+    target = item.dep.target.module
+    side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+    if target in paths:
+        return paths[target], "out" if _sides(target) == ("out",) else side
+    if isinstance(target, nn.Parameter):
+        return f"the parameter of shape {tuple(target.shape)}", side
+    return ("", side) if is_model_output(target) else None
+
+
+def _block_ports(units: _Units, model: nn.Module, paths: Mapping[nn.Module, str], ends: Collection[nn.Module]) -> None:
+    """Block the units whose channels some layer does not let go.
+
+    Args:
+        paths: of the layers.
+        ends: the layers whose output is one of the model's.
+    """
+    uses = {id(parameter): 0 for parameter in model.parameters()}
     for _, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)] += 1
-    layers = {path: module for module, path in paths.items() if path}
+        uses[id(parameter)] += 1
+    layers = {path: module for module, path in paths.items()}
     for path, side in list(units.ports):
         layer = layers.get(path)
-        _joined_groups(units, path, side, layer)
-        if path == "" or (layer is not None and any(layer is end for end in ends) and side == "out"):
+        _join_groups(units, path, side, layer)
+        if path == "" or (layer in ends and side == "out"):
             units.block_port((path, side), "its channels are outputs of the model")
         elif layer is None or not _sides(layer):
-            what = path if layer is None else f"{path} ({type(layer).__name__})"
-            units.block_port((path, side), f"its channels go through {what}, which needs all of them")
-        elif any(names[id(parameter)] > 1 for parameter in layer.parameters(recurse=False)):
+            place = path if layer is None else f"{path} ({type(layer).__name__})"
+            units.block_port((path, side), f"its channels go through {place}, which needs all of them")
+        elif any(uses[id(parameter)] > 1 for parameter in layer.parameters(recurse=False)):
             units.block_port((path, side), f"the weights of {path} are used twice")
-    return units.couplings()
 
 
 def _sides(module: nn.Module) -> tuple[str, ...]:
     """The sides of a layer that channels can be taken from: its outputs and inputs may be the same ones."""
-    if isinstance(module, (*_NORMS, nn.PReLU)) or _depthwise(module):
+    if isinstance(module, (*CHANNEL_NORMS, nn.PReLU)) or is_depthwise(module):
         return ("out",)
-    if isinstance(module, _TRANSPOSED):
+    if isinstance(module, TRANSPOSED):
         return ("out", "in") if module.groups == 1 else ()
-    return ("out", "in") if isinstance(module, _WEIGHTED) else ()
+    return ("out", "in") if isinstance(module, WEIGHTED) else ()
 
 
-def _depthwise(module: nn.Module) -> bool:
-    return isinstance(module, _CONVS) and 1 < module.groups == module.in_channels == module.out_channels
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether each output of a convolution has one input of its own."""
+    return isinstance(module, CONVS) and 1 < module.groups == module.in_channels == module.out_channels
 
 
-def _joined_groups(units: _Units, path: str, side: str, module: nn.Module | None) -> None:
+def _join_groups(units: _Units, path: str, side: str, module: nn.Module | None) -> None:
     """The groups of a grouped convolution stay equally wide: channel j of each group is one unit."""
-    if isinstance(module, (*_CONVS, *_TRANSPOSED)) and module.groups > 1 and not _depthwise(module):
+    if isinstance(module, (*CONVS, *TRANSPOSED)) and module.groups > 1 and not is_depthwise(module):
         width = (module.out_channels if side == "out" else module.in_channels) // module.groups
         for index in list(units.ports[path, side]):
             units.join((path, side, index % width), (path, side, index))
-
-
-Slot = tuple[str, str, int]
 
 
 class _Units:
@@ -210,6 +228,7 @@ class _Units:
         self.ports: dict[tuple[str, str], dict[int, None]] = {}
 
     def find(self, slot: Slot) -> Slot:
+        """The slot that stands for the unit of this one, which is added if it is new."""
         if slot not in self.above:
             self.above[slot] = slot
             self.ports.setdefault(slot[:2], {})[slot[2]] = None
@@ -219,15 +238,18 @@ class _Units:
         return slot
 
     def join(self, a: Slot, b: Slot) -> None:
+        """Make the units of two slots one."""
         a, b = self.find(a), self.find(b)
         self.above[b] = a
         if b in self.reasons:
             self.reasons.setdefault(a, self.reasons[b])
 
     def block(self, slot: Slot, reason: str) -> None:
+        """Note why the unit of a slot cannot be removed."""
         self.reasons.setdefault(self.find(slot), reason)
 
     def block_port(self, port: tuple[str, str], reason: str) -> None:
+        """Note why no unit of a port can be removed."""
         for index in self.ports[port]:
             self.block((*port, index), reason)
 
@@ -240,7 +262,7 @@ class _Units:
         alike: dict[tuple[Any, ...], list[Slot]] = defaultdict(list)
         for root, ports in members.items():
             alike[tuple((*port, len(places)) for port, places in ports.items())].append(root)
-        found = []
+        couplings = []
         for roots in alike.values():
             shared = tuple(
                 Port(path, side, tuple(tuple(members[root][path, side]) for root in roots))
@@ -251,17 +273,5 @@ class _Units:
                 reason = "nothing is known to take its channels in"
             if reason is None and len(roots) == 1:
                 reason = "all its channels depend on each other"
-            found.append(Coupling(shared, reason))
-        return found
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+            couplings.append(Coupling(shared, reason))
+        return couplings

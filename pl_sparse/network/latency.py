@@ -22,12 +22,11 @@ from torch import Tensor, nn
 
 from pl_sparse.core.files import write_json
 from pl_sparse.core.group import Group
-from pl_sparse.network.channels import called
-from pl_sparse.network.probe import undisturbed
+from pl_sparse.network.channels import CONVS, is_depthwise
+from pl_sparse.network.hooks import called, evaluated, hooked
 
 __all__ = ["LatencyTable", "Layer", "Network", "fingerprint"]
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -55,7 +54,7 @@ class Layer:
 
     Attributes:
         name: of its weight.
-        module: the layer as it was when the network was looked at, without values: what shrinking makes of the
+        module: the layer as it was when the network was looked at, without values: what a removal makes of the
             model's own changes nothing here.
         positions: how often each weight is used for one sample.
         shape: of its input, one batch.
@@ -73,7 +72,7 @@ class Layer:
     @property
     def depthwise(self) -> bool:
         """Whether each of its outputs has one input of its own."""
-        return _depthwise(self.module)
+        return is_depthwise(self.module)
 
     def widths(self, kept: Sequence[Any]) -> tuple[Any, Any]:
         """Inputs and outputs with these units kept; numbers or differentiable scalars."""
@@ -86,7 +85,7 @@ class Layer:
         """What its latency depends on besides its width."""
         module = self.module
         parts: list[object] = [type(module).__name__, *self.shape[:1], *self.shape[2:]]
-        if isinstance(module, _CONVS):
+        if isinstance(module, CONVS):
             grouped = "depthwise" if self.depthwise else module.groups
             parts += [module.kernel_size, module.stride, module.padding, module.dilation, grouped]
         elif len(self.shape) > 2:
@@ -109,7 +108,7 @@ class Network:
     def __init__(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
         self.groups = list(groups)
         self.units = [_units(group) for group in groups]
-        seen = _calls(model, example)
+        calls = _calls(model, example)
         outs: dict[int, dict[int, int]] = {}
         ins: dict[int, dict[int, int]] = {}
         for g, group in enumerate(groups):
@@ -121,33 +120,40 @@ class Network:
                 ins.setdefault(id(param.module), {})[g] = int((units == 0).sum()) * groups_of
         self.layers = []
         for name, module in model.named_modules():
-            if id(module) not in seen or not isinstance(module, (nn.Linear, *_CONVS)):
+            if module not in calls:
                 continue
-            shape, positions = seen[id(module)]
-            out, own = outs.get(id(module), {}), ins.get(id(module), {})
+            shape, positions = calls[module]
+            out, into = outs.get(id(module), {}), ins.get(id(module), {})
             linear = isinstance(module, nn.Linear)
             full_out = int(getattr(module, "out_features" if linear else "out_channels"))
             full_in = int(getattr(module, "in_features" if linear else "in_channels"))
             rest_out = full_out - sum(count * self.units[g] for g, count in out.items())
-            rest_in = full_in - sum(count * self.units[g] for g, count in own.items())
+            rest_in = full_in - sum(count * self.units[g] for g, count in into.items())
             twin = _sized(module, full_in, full_out, device="meta")
-            self.layers.append(Layer(f"{name}.weight", twin, positions, shape, (out, rest_out), (own, rest_in)))
+            self.layers.append(Layer(f"{name}.weight", twin, positions, shape, (out, rest_out), (into, rest_in)))
 
-    def cost(self, kept: Sequence[Any], what: str, table: LatencyTable | None = None) -> Any:
-        """What the network costs with `kept[g]` units left in group g: "macs" (a sample), "kb" (of 1000 bytes, weights
-        and biases in 4 bytes each), or "ms" (a batch; by the table).
+    def cost(self, kept: Sequence[Any], unit: str, table: LatencyTable | None = None) -> Any:
+        """What the network costs with `kept[g]` units left in group g.
+
+        Args:
+            kept: numbers, or scalars that the cost is differentiated by.
+            unit: "macs" (of a sample), "kb" (of 1000 bytes, weights and biases in 4 bytes each), or "ms" (of a batch).
+            table: of latencies, for "ms".
+
+        Returns:
+            A number, or a scalar tensor where `kept` has some.
         """
         total: Any = 0.0
         for layer in self.layers:
             inputs, outputs = layer.widths(kept)
-            if what == "ms":
+            if unit == "ms":
                 assert table is not None
                 total = total + table.predict(layer, inputs, outputs)
                 continue
             kernel = layer.module.weight[0, 0].numel()
             groups = 1 if isinstance(layer.module, nn.Linear) else layer.module.groups
             weights = outputs * kernel if layer.depthwise else inputs * outputs * kernel / groups
-            if what == "macs":
+            if unit == "macs":
                 total = total + weights * layer.positions
             else:
                 total = total + 0.004 * (weights + (outputs if layer.module.bias is not None else 0))
@@ -155,28 +161,25 @@ class Network:
 
 
 def _units(group: Group) -> int:
+    """How many units a group has."""
     param, layout = group.members[0]
     return layout.shape_of(param.former)[0]
 
 
-def _calls(model: nn.Module, example: Any) -> dict[int, tuple[tuple[int, ...], float]]:
-    """The input shape of each layer, and the positions of a sample that it is used at."""
-    seen: dict[int, tuple[tuple[int, ...], float]] = {}
+def _calls(model: nn.Module, example: Any) -> dict[nn.Module, tuple[tuple[int, ...], float]]:
+    """The input shape of each layer that is called, and the positions of a sample that it is used at."""
+    calls: dict[nn.Module, tuple[tuple[int, ...], float]] = {}
 
-    def note(module: Any, args: Any, out: Tensor) -> None:
+    def note(module: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         width = module.out_features if isinstance(module, nn.Linear) else module.out_channels
         positions = out.numel() / width / len(out)
-        seen[id(module)] = tuple(args[0].shape), positions + seen.get(id(module), ((), 0.0))[1]
+        x = args[0] if args else next(iter(kwargs.values()))
+        calls[module] = tuple(x.shape), positions + calls.get(module, ((), 0.0))[1]
 
-    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, (nn.Linear, *_CONVS))]
-    try:
-        with undisturbed(model), torch.no_grad():
-            model.eval()
-            called(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, *CONVS))]
+    with hooked(layers, post=note), evaluated(model), torch.no_grad():
+        called(model, example)
+    return calls
 
 
 @dataclass
@@ -208,7 +211,7 @@ class LatencyTable:
         return cache / "pl_sparse" / f"latency-{digest}.json"
 
     def measure(self, layers: Sequence[Layer]) -> None:
-        """Measure what is not known yet, and keep it."""
+        """Measure the layers that were not measured yet, and keep that."""
         self._load()
         new = [layer for layer in layers if self._name(layer) not in self._rows]
         for layer in new:
@@ -218,7 +221,16 @@ class LatencyTable:
             write_json(self.file, {"fingerprint": fingerprint(), "layers": self._rows})
 
     def predict(self, layer: Layer, inputs: Any, outputs: Any) -> Any:
-        """Milliseconds of a layer with so many inputs and outputs; differentiable where these are tensors."""
+        """Milliseconds of a layer at a width.
+
+        Args:
+            layer: measured first, if it was not.
+            inputs: how many, a number or a scalar tensor.
+            outputs: likewise.
+
+        Returns:
+            A number, or a scalar tensor that is differentiable by the widths.
+        """
         if self._name(layer) not in self._rows:
             self.measure([layer])
         row = self._rows[self._name(layer)]
@@ -227,9 +239,11 @@ class LatencyTable:
         return _between(row["outs"], [_between(row["ins"], line, inputs) for line in row["ms"]], outputs)
 
     def _name(self, layer: Layer) -> str:
+        """What the layer is called in the file."""
         return f"{layer.key} {tuple(layer.module.weight.shape[:2])}"
 
     def _load(self) -> None:
+        """Read the file once, if there is one of this machine."""
         if self._loaded or not self.file.is_file():
             return
         state = json.loads(self.file.read_text(encoding="utf-8"))
@@ -238,6 +252,7 @@ class LatencyTable:
         self._loaded = True
 
     def _measured(self, layer: Layer) -> dict[str, Any]:
+        """The widths that a layer was measured at, and "ms", the medians as rows of outputs, (outs, ins)."""
         module = layer.module
         groups = 1 if isinstance(module, nn.Linear) or layer.depthwise else module.groups
         full_out = module.out_features if isinstance(module, nn.Linear) else module.out_channels
@@ -248,17 +263,17 @@ class LatencyTable:
 
         outs = grid(full_out)
         ins = [0] if layer.depthwise else grid(full_in)
-        made = [[_variant(layer, inputs or outputs, outputs) for inputs in ins] for outputs in outs]
-        times: list[list[list[float]]] = [[[] for _ in ins] for _ in outs]
+        variants = [[_variant(layer, inputs or outputs, outputs) for inputs in ins] for outputs in outs]  # (outs, ins)
+        times: list[list[list[float]]] = [[[] for _ in ins] for _ in outs]  # (outs, ins, repeats)
         with torch.inference_mode():
             for turn in range(self.repeats + 2):  # in turns, so that a disturbance hits all widths alike
-                for i, line in enumerate(made):
+                for i, line in enumerate(variants):
                     for j, (net, x) in enumerate(line):
                         start = time.perf_counter()
                         net(x)
                         if turn >= 2:
                             times[i][j].append(1e3 * (time.perf_counter() - start))
-        ms = [[statistics.median(cell) for cell in line] for line in times]
+        ms = [[statistics.median(cell) for cell in line] for line in times]  # (outs, ins)
         for i in range(len(outs)):
             for j in range(len(ins)):
                 ms[i][j] = max(ms[i][j], ms[i - 1][j] if i else 0.0, ms[i][j - 1] if j else 0.0)
@@ -275,28 +290,29 @@ def _variant(layer: Layer, inputs: int, outputs: int) -> tuple[nn.Module, Tensor
     return nn.Sequential(sized, *norm, nn.ReLU(inplace=True)).eval(), torch.randn(shape)
 
 
-def _depthwise(module: Any) -> bool:
-    groups = getattr(module, "groups", 1)
-    return bool(1 < groups == module.in_channels == module.out_channels)
-
-
 def _sized(module: Any, inputs: int, outputs: int, device: str | None = None) -> nn.Module:
     """A layer of the same kind with other widths."""
     bias = module.bias is not None
     if isinstance(module, nn.Linear):
         return nn.Linear(inputs, outputs, bias, device=device)
-    kind: Any = next(kind for kind in _CONVS if isinstance(module, kind))
-    groups = outputs if _depthwise(module) else module.groups
+    kind: Any = next(kind for kind in CONVS if isinstance(module, kind))  # a subclass may take other arguments
+    groups = outputs if is_depthwise(module) else module.groups
     options = module.kernel_size, module.stride, module.padding, module.dilation, groups, bias, module.padding_mode
-    made: nn.Module = kind(inputs, outputs, *options, device=device)
-    return made
+    conv: nn.Module = kind(inputs, outputs, *options, device=device)
+    return conv
 
 
 def _between(grid: Sequence[int], values: Sequence[Any], x: Any) -> Any:
-    """Linear interpolation, and beyond the ends the lines of the last pieces."""
+    """Linear interpolation at x of values at the points of a grid, and beyond its ends the lines of the last pieces.
+
+    Args:
+        grid: ascending points; one alone stands for a constant.
+        values: one per point, numbers or tensors.
+        x: a number or a scalar tensor.
+    """
     if len(grid) == 1:
         return values[0]
-    at = float(x.detach()) if isinstance(x, Tensor) else float(x)
-    i = next((i for i in range(1, len(grid) - 1) if at < grid[i]), len(grid) - 1)
+    number = float(x.detach()) if isinstance(x, Tensor) else float(x)
+    i = next((i for i in range(1, len(grid) - 1) if number < grid[i]), len(grid) - 1)
     low, high = grid[i - 1], grid[i]
     return values[i - 1] + (values[i] - values[i - 1]) * ((x - low) / (high - low))

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
+from pl_sparse.network.attention import keeps_inputs_first
+
 __all__ = ["MacCounter", "Macs", "macs"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -85,7 +87,7 @@ class MacCounter:
             self._add(module, "weight", output.numel() / module.out_channels)
         elif isinstance(module, (nn.Linear, nn.Bilinear)):
             self._add(module, "weight", output.numel() / module.out_features)
-        elif type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int):
+        elif keeps_inputs_first(module):
             self._add(module, "weight", output.numel() / output.shape[-1])
 
     def _count_attention(
@@ -143,9 +145,12 @@ def macs(
     """MACs per sample, from the uses `counter` saw in a pass over `batch_size` samples.
 
     Args:
+        model: the model that `counter` watched.
+        counter: after the pass.
         masks: non-zero where a weight is kept, in the weight's shape, by parameter name (any name of a tied one);
             a parameter without a mask is dense.
-        sizes: how many elements parameters had that were shrunk since, by name.
+        batch_size: samples of the pass.
+        sizes: how many elements parameters had that channels were removed from since, by name.
 
     Raises:
         ValueError: a mask names no parameter or differs from it in shape, or `batch_size` is below 1.

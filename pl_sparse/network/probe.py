@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.targets import find
+from pl_sparse.core.upstream import padding_of
+from pl_sparse.network.attention import keeps_inputs_first
+from pl_sparse.network.hooks import evaluated, hooked, undisturbed
+
+__all__ = ["NORMS", "Probe"]
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -66,12 +72,28 @@ class Probe:
             self._fetched = None
 
     def gradients(self, weights: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
-        """dL/dw of the sum of the batches' losses, L computed with logits / temperature; `.grad` is not touched."""
+        """dL/dw of the sum of the batches' losses, L computed with logits / temperature; `.grad` is not touched.
+
+        Args:
+            weights: parameters of the model.
+            temperature: what logits are divided by.
+
+        Returns:
+            A tensor of the weight's shape per weight, zero where the loss does not depend on it.
+        """
         with self._calibrating(temperature):
             return self.reduced(self._sum(weights, lambda batch: self.loss(batch)))
 
     def hessian_gradients(self, weights: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
-        """H g with g = dL/dw and H = d2L/dw2, by double backpropagation, for the same L as `gradients`."""
+        """H g with g = dL/dw and H = d2L/dw2, by double backpropagation, for the same L as `gradients`.
+
+        Args:
+            weights: parameters of the model.
+            temperature: what logits are divided by.
+
+        Returns:
+            A tensor of the weight's shape per weight.
+        """
         with self._calibrating(temperature), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             fixed = self.reduced(self._sum(weights, lambda batch: self.loss(batch)))
 
@@ -85,7 +107,16 @@ class Probe:
     def synaptic_flow(self, names: Sequence[str]) -> list[Tensor]:
         """dR/d|w| for R = sum of model(1) with |w| for all parameters w and without biases, in float64.
 
-        Norms use their running statistics. Only an input of floats can be all ones.
+        Norms use their running statistics.
+
+        Args:
+            names: of the weights w that the derivative is taken by.
+
+        Returns:
+            A tensor of the weight's shape per name, in float64.
+
+        Raises:
+            ValueError: the model's input is no tensor of floats, which alone can be all ones.
         """
         x = _inputs(self.batches[0])
         if not x.is_floating_point():
@@ -103,11 +134,10 @@ class Probe:
         }
         weights = [parameters[name].requires_grad_() for name in names]
         ones = torch.ones_like(x[:1], dtype=torch.float64)
-        with undisturbed(self.model), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            self.model.eval()
+        with evaluated(self.model), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             out = functional_call(self.model, {**parameters, **buffers}, (ones,))
-            found = torch.autograd.grad(out.sum(), weights, allow_unused=True)
-        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+            flow = torch.autograd.grad(out.sum(), weights, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, flow, strict=True)]
 
     @torch.no_grad()
     def activations(self, params: Sequence[MaskedParameter], see: Callable[[MaskedParameter, Tensor], None]) -> None:
@@ -117,53 +147,43 @@ class Probe:
         *kernel): a convolution's inputs are unfolded. Nothing comes from layers that are not called, and from those
         whose weight does not multiply their input: transposed convolutions, recurrent layers, the output projection
         of `nn.MultiheadAttention`.
+
+        Args:
+            params: the weights.
+            see: gets a weight and, in float32 or more, what it is multiplied with.
         """
+        by_module: dict[nn.Module, list[MaskedParameter]] = defaultdict(list)
+        for param in params:
+            by_module[param.module].append(param)
 
-        def watch(param: MaskedParameter) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                found = _columns(param, args[0] if args else next(iter(kwargs.values())))
-                if found is not None:
-                    see(param, found.detach().to(torch.promote_types(found.dtype, torch.float32)))
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for param in by_module[module]:
+                columns = _columns(param, args[0] if args else next(iter(kwargs.values())))
+                if columns is not None:
+                    see(param, columns.detach().to(torch.promote_types(columns.dtype, torch.float32)))
 
-            return hook
-
-        handles = [param.module.register_forward_pre_hook(watch(param), with_kwargs=True) for param in params]
-        try:
-            with undisturbed(self.model):
-                self.model.eval()
-                for batch in self.batches:
-                    self.loss(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(by_module, pre=watch), evaluated(self.model):
+            for batch in self.batches:
+                self.loss(batch)
 
     @torch.no_grad()
     def following_norms(self, modules: Sequence[nn.Module]) -> dict[nn.Module, nn.Module]:
         """The batch norm with scales that takes the output of each of the modules, where one does."""
         outputs: list[tuple[Tensor, nn.Module]] = []  # the tensors are held, so that none takes another's place
-        found: dict[nn.Module, nn.Module] = {}
+        following: dict[nn.Module, nn.Module] = {}
 
-        def made(module: nn.Module, args: Any, out: Any) -> None:
+        def made(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             if isinstance(out, Tensor):
                 outputs.append((out, module))
 
-        def taken(module: nn.Module, args: Any) -> None:
-            for out, source in outputs:
-                if out is args[0] and isinstance(module.weight, Tensor):
-                    found[source] = module
+        def taken(module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            following.update({source: module for out, source in outputs if out is x})
 
-        handles = [module.register_forward_hook(made) for module in modules]
-        handles += [
-            module.register_forward_pre_hook(taken) for module in self.model.modules() if isinstance(module, NORMS)
-        ]
-        try:
-            with undisturbed(self.model):
-                self.model.eval()
-                self.loss(self.batches[0])
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+        norms = [m for m in self.model.modules() if isinstance(m, NORMS) and isinstance(m.weight, Tensor)]
+        with hooked(modules, post=made), hooked(norms, pre=taken), evaluated(self.model):
+            self.loss(self.batches[0])
+        return following
 
     def _sum(self, weights: Sequence[Tensor], scalar: Callable[[Any], Tensor]) -> list[Tensor]:
         total = [torch.zeros_like(weight) for weight in weights]
@@ -180,17 +200,14 @@ class Probe:
     @contextmanager
     def _calibrating(self, temperature: float) -> Iterator[None]:
         """Training mode; the outputs of the last layer, the logits, divided by `temperature`."""
-        handle = None
-        if temperature != 1:
-            last = find(self.model)[-1].module
-            handle = last.register_forward_hook(lambda _, args, out: out / temperature)
-        try:
-            with undisturbed(self.model), torch.enable_grad():
-                self.model.train()
-                yield
-        finally:
-            if handle is not None:
-                handle.remove()
+        last = [find(self.model)[-1].module] if temperature != 1 else []
+        with (
+            hooked(last, post=lambda module, args, kwargs, out: out / temperature),
+            undisturbed(self.model),
+            torch.enable_grad(),
+        ):
+            self.model.train()
+            yield
 
 
 def _inputs(batch: Any) -> Tensor:
@@ -210,29 +227,12 @@ def _columns(param: MaskedParameter, x: Tensor) -> Tensor | None:
         dims = len(module.kernel_size)
         x = x if x.dim() == dims + 2 else x.unsqueeze(0)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode)
+        x = F.pad(x, padding_of(module), mode)  # (batch, in, *size)
         for i, (size, step, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
-            x = x.unfold(2 + i, gap * (size - 1) + 1, step)[..., ::gap]
+            x = x.unfold(2 + i, gap * (size - 1) + 1, step)[..., ::gap]  # (batch, in, *out, *kernel), dim by dim
         x = x.unflatten(1, (module.groups, -1)).movedim(1, 0)  # (groups, batch, in / groups, *out, *kernel)
-        return x.movedim(2, 2 + dims).flatten(1, 1 + dims)
+        return x.movedim(2, 2 + dims).flatten(1, 1 + dims)  # (groups, batch * positions, in / groups, *kernel)
     projects = isinstance(module, nn.MultiheadAttention) and param.name.endswith("in_proj_weight")
-    if projects or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        return x.reshape(1, -1, x.shape[-1])
+    if projects or isinstance(module, nn.Linear) or keeps_inputs_first(module):
+        return x.reshape(1, -1, x.shape[-1])  # (1, positions, in)
     return None
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Afterwards buffers (running statistics), training flags and random numbers are as before."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            for module, mode in modes:
-                module.training = mode

@@ -1,8 +1,4 @@
-"""Integers in place of floating point, learned with (quantization-aware training) or found after training.
-
-The mask comes before the quantizer, whose grid has zero in it: what is pruned is the integer 0. The network keeps its
-parameters and their names; while it simulates integers, its `forward` is that of a graph of the same parameters.
-"""
+"""What a quantization is: how integers are simulated in training, and made afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-__all__ = ["Quantization"]
+__all__ = ["Quantization", "quiet_torchao"]
 
 
 class Quantization(ABC):
@@ -34,7 +30,8 @@ class Quantization(ABC):
         Gradients pass the rounding as if it were not there. The parameters of `net` are the same objects as before.
 
         Args:
-            example: inputs of some samples, for tracing.
+            net: the network that is trained.
+            example: inputs of some samples, for tracing, (samples, *shape).
 
         Raises:
             ValueError: the network cannot be quantized so.
@@ -47,24 +44,36 @@ class Quantization(ABC):
 
     @abstractmethod
     def convert(self) -> nn.Module:
-        """A copy of the network whose weights are integers."""
+        """A copy of the network whose weights are integers.
 
-    # What follows has a meaning where ranges are learned.
+        Raises:
+            ValueError: nothing was prepared.
+        """
+
+    # What follows has a meaning where ranges of activations are learned.
 
     def freeze(self) -> None:  # noqa: B027
         """Ranges and BatchNorm's statistics stay what they are from here on."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was learned of the ranges."""
+        """The ranges that were learned, as tensors by name."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Take up what `state_dict` gave, after `prepare`."""
+        """Take up what `state_dict` gave, after `prepare`.
+
+        Raises:
+            ValueError: it is of another model.
+        """
 
 
 @contextlib.contextmanager
-def _torchao() -> Iterator[None]:
-    """What torchao and torch say of themselves is left out; a missing torchao names its extra."""
+def quiet_torchao() -> Iterator[None]:
+    """Without what torchao and torch say of themselves.
+
+    Raises:
+        ImportError: torchao is missing; the message names the extra.
+    """
     names = ("torchao", "torch.utils._pytree")
     levels = [logging.getLogger(name).level for name in names]
     for name in names:

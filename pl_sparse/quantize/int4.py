@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.quantize.base import Quantization, _torchao
+from pl_sparse.core.upstream import is_read_by_attention, without_fused_layer
+from pl_sparse.quantize.base import Quantization, quiet_torchao
 
 __all__ = ["Int4Weight"]
 
@@ -33,10 +33,13 @@ class Int4Weight(Quantization):
         self._net: nn.Module | None = None
 
     def _fits(self, module: nn.Module, name: str = "") -> bool:
-        return isinstance(module, nn.Linear) and module.in_features % self.group == 0 and _called(module)
+        """Whether a layer gets 4-bit weights: a linear one of whole groups that is called itself."""
+        if not isinstance(module, nn.Linear) or is_read_by_attention(module):
+            return False
+        return module.in_features % self.group == 0
 
     def prepare(self, net: nn.Module, example: Tensor) -> None:
-        with _torchao():
+        with quiet_torchao():
             from torchao.quantization import quantize_
             from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
@@ -49,41 +52,31 @@ class Int4Weight(Quantization):
             weights = IntxFakeQuantizeConfig(_INT4, group_size=self.group, is_symmetric=True)
             quantize_(net, QATConfig(weight_config=weights, step="prepare"), self._fits)
         for module in net.modules():
-            if isinstance(module, nn.TransformerEncoderLayer):
-                module.activation_relu_or_gelu = 0  # its fused path reads the weights of its layers
+            without_fused_layer(module)
         self._net = net
 
     def release(self) -> None:
         if self._net is not None:
-            _plain(self._net)
+            _stop_simulating(self._net)
         self._net = None
 
     def convert(self) -> nn.Module:
         if self._net is None:
             raise ValueError("nothing was prepared: call prepare(net, example) first")
         net = copy.deepcopy(self._net).eval().cpu()
-        with _torchao():
-            _plain(net)
-            return _int4(net, self.group, self._fits)
+        _stop_simulating(net)
+        with quiet_torchao():
+            from torchao.quantization import IntxWeightOnlyConfig, quantize_
+            from torchao.quantization.granularity import PerGroup
+
+            quantize_(net, IntxWeightOnlyConfig(_INT4, PerGroup(self.group)), self._fits)
+        return net
 
 
-def _called(module: nn.Module) -> bool:
-    """Whether a linear layer is called, and not read by an attention layer around it."""
-    return type(module).__name__ != "NonDynamicallyQuantizableLinear"
-
-
-def _plain(net: nn.Module) -> None:
+def _stop_simulating(net: nn.Module) -> None:
     """Linear layers in place of those that simulate integers."""
-    from torchao.quantization import quantize_
-    from torchao.quantization.qat import QATConfig
+    with quiet_torchao():
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import QATConfig
 
-    with _torchao():
         quantize_(net, QATConfig(step="convert"))
-
-
-def _int4(net: nn.Module, group: int, fits: Any) -> nn.Module:
-    from torchao.quantization import IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerGroup
-
-    quantize_(net, IntxWeightOnlyConfig(_INT4, PerGroup(group)), fits)
-    return net

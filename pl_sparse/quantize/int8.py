@@ -9,24 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.core.upstream import fake_quantizers, override, restore
 from pl_sparse.network.graph import traced
-from pl_sparse.quantize.base import Quantization, _torchao
-from pl_sparse.quantize.x86 import _quantizer
+from pl_sparse.quantize.base import Quantization, quiet_torchao
+from pl_sparse.quantize.x86 import x86_quantizer
 
 __all__ = ["Int8", "post_training"]
-
-_OBSERVERS = "activation_post_process"
 
 
 class Int8(Quantization):
     """8-bit weights, symmetric in [-127, 127] with a scale for each output channel, and 8-bit activations, affine with
-    one scale a tensor; a BatchNorm after a convolution is folded into it.
+    one scale per tensor; a BatchNorm after a convolution is folded into it.
 
     q = clamp(round(w / s), -127, 127) with s = max |w| / 127 of the channel: w = 0 gives q = 0. The ranges of
     activations are moving averages over training batches. torchao's PT2E flow finds the layers.
 
     Source: Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference,
-    2017, arXiv:1712.05877, section 3. It differs in the scales of weights, which are a channel's here.
+    2017, arXiv:1712.05877, section 3. It differs in the scales of weights, one per channel here.
     """
 
     dtype = "int8"
@@ -39,7 +38,7 @@ class Int8(Quantization):
         self._example: Tensor | None = None
 
     def prepare(self, net: nn.Module, example: Tensor) -> None:
-        with _torchao(), torch.random.fork_rng(devices=[]):  # its patterns are traced with random inputs
+        with quiet_torchao(), torch.random.fork_rng(devices=[]):  # its patterns are traced with random inputs
             from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
             training = net.training
@@ -47,8 +46,8 @@ class Int8(Quantization):
                 graph = traced(net.train(), example).module()
             finally:
                 net.train(training)
-            graph = prepare_qat_pt2e(graph, _quantizer(training=True))
-        if not any(name.startswith(_OBSERVERS) for name, _ in graph.named_children()):
+            graph = prepare_qat_pt2e(graph, x86_quantizer(training=True))
+        if not fake_quantizers(graph):
             raise ValueError(
                 f"{type(net).__name__} has no layer that is quantized: quantization=int8 finds Linear, Conv"
             )
@@ -58,7 +57,7 @@ class Int8(Quantization):
         _guard(graph)
         self._net, self._graph, self._mode, self._frozen = net, graph, None, False
         self._example = example[:2]
-        vars(net)["forward"] = self._forward
+        override(net, "forward", self._forward)
 
     def _forward(self, *args: Any) -> Any:
         assert self._net is not None and self._graph is not None
@@ -79,16 +78,15 @@ class Int8(Quantization):
             elif node.target in (ops.dropout.default, ops.dropout_.default):
                 node.args = (*node.args[:2], training)
         graph.recompile()
-        for name, module in graph.named_children():
-            if name.startswith(_OBSERVERS):  # the range of a weight is always that of the weight as it is
-                module.enable_observer(module.is_per_channel or (training and not self._frozen))  # type: ignore[operator]
+        for quantizer in fake_quantizers(graph).values():  # the range of a weight is always that of the weight as it is
+            quantizer.enable_observer(quantizer.is_per_channel or (training and not self._frozen))
 
     def freeze(self) -> None:
         self._frozen = True
 
     def release(self) -> None:
         if self._net is not None:
-            vars(self._net).pop("forward", None)
+            restore(self._net, "forward")
         self._net = self._graph = self._mode = self._example = None
 
     def convert(self) -> nn.Module:
@@ -97,7 +95,7 @@ class Int8(Quantization):
         assert self._example is not None
         self._switch(False)
         graph = copy.deepcopy(self._graph).cpu()
-        with _torchao(), torch.random.fork_rng(devices=[]):
+        with quiet_torchao(), torch.random.fork_rng(devices=[]):
             from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
             with torch.no_grad():
@@ -108,23 +106,26 @@ class Int8(Quantization):
     def state_dict(self) -> dict[str, Tensor]:
         if self._graph is None:
             return {}
-        state = self._graph.state_dict()
-        found = {name: value.detach().clone() for name, value in state.items() if name.startswith(_OBSERVERS)}
-        return {**found, "frozen": torch.tensor(self._frozen)}
+        ranges = {name: value.detach().clone() for name, value in _ranges(self._graph).items()}
+        return {**ranges, "frozen": torch.tensor(self._frozen)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         assert self._graph is not None
         tensors = dict(state)
         self._frozen = bool(tensors.pop("frozen"))
         self._mode = None
-        known = {name for name in self._graph.state_dict() if name.startswith(_OBSERVERS)}
-        if known != set(tensors):
+        if set(_ranges(self._graph)) != set(tensors):
             raise ValueError("the ranges are of another model, or of another version of torchao")
-        for name, module in self._graph.named_children():
-            if name.startswith(_OBSERVERS) and module.is_per_channel:  # of a weight: taken from the weight itself
-                for key in [key for key in tensors if key.startswith(f"{name}.")]:
-                    del tensors[key]
+        for name, quantizer in fake_quantizers(self._graph).items():
+            if quantizer.is_per_channel:  # of a weight: taken from the weight itself
+                tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{name}.")}
         self._graph.load_state_dict(tensors, strict=False)
+
+
+def _ranges(graph: nn.Module) -> dict[str, Tensor]:
+    """The state of what simulates integers in a graph."""
+    names = set(fake_quantizers(graph))
+    return {key: value for key, value in graph.state_dict().items() if key.partition(".")[0] in names}
 
 
 def _guard(graph: torch.fx.GraphModule) -> None:
@@ -163,14 +164,15 @@ def post_training(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """The network in 8 bits as `Int8` makes it, but quantized after training: the baseline.
 
     Args:
+        net: the trained network; it is left as it is.
         batches: inputs, of which the ranges of activations are taken.
     """
     batches = list(batches)
-    with _torchao(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with quiet_torchao(), torch.random.fork_rng(devices=[]), torch.no_grad():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
         graph = traced(copy.deepcopy(net).eval().cpu(), batches[0]).module()
-        graph = prepare_pt2e(graph, _quantizer(training=False))
+        graph = prepare_pt2e(graph, x86_quantizer(training=False))
         for batch in batches:
             graph(batch)
         return convert_pt2e(graph)

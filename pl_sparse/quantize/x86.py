@@ -1,4 +1,4 @@
-"""Where torchao's quantizer puts integers."""
+"""The rules by which torchao puts integers into a graph: those of its quantizer for x86, with sums."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ from typing import Any
 
 import torch
 
-__all__ = []
+from pl_sparse.core.upstream import integer_output
+
+__all__ = ["x86_quantizer"]
 
 
-def _quantizer(training: bool) -> Any:
+def x86_quantizer(training: bool) -> Any:
+    """torchao's quantizer for x86: 8-bit layers, and sums, per-channel weights in [-127, 127].
+
+    Args:
+        training: whether ranges are learned as moving averages, or taken from some batches after training.
+    """
     from torchao.quantization.pt2e.fake_quantize import FusedMovingAvgObsFakeQuantize
     from torchao.quantization.pt2e.observer import (
         HistogramObserver,
@@ -56,9 +63,7 @@ def _quantizer(training: bool) -> Any:
 
 
 def _annotate_sums(model: torch.fx.GraphModule, spec: Any) -> None:
-    """Runtimes have kernels for layers, and sums, of integers with a ReLU within."""
-    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
-
+    """Integers into both sides of a sum, and none before a ReLU: runtimes have kernels with the ReLU within."""
     ops, key = torch.ops.aten, "quantization_annotation"
     for node in model.graph.nodes:
         if node.target in (ops.add.Tensor, ops.add_.Tensor) and node.meta.get(key) is not None:
@@ -72,4 +77,4 @@ def _annotate_sums(model: torch.fx.GraphModule, spec: Any) -> None:
             layer = source.meta.get(key)
             if layer is not None and layer.output_qspec is not None and len(source.users) == 1:
                 layer.output_qspec = None
-                node.meta[key] = QuantizationAnnotation(output_qspec=spec, _annotated=True)
+                node.meta[key] = integer_output(spec)

@@ -9,37 +9,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.network.channels import Coupling, called
-from pl_sparse.network.probe import undisturbed
+from pl_sparse.core.upstream import padding_of
+from pl_sparse.network.channels import CONVS, Coupling
+from pl_sparse.network.hooks import called, evaluated, hooked
 
-__all__ = []
-
-
-# Constants that masked channels emit
+__all__ = ["Fold", "folds_of", "is_silent", "read_inputs"]
 
 
-def _silent(model: nn.Module, coupling: Coupling, unit: int) -> bool:
-    """Whether the biases, and the scales and shifts of norms, of a unit without weights are zero."""
+def is_silent(model: nn.Module, coupling: Coupling, unit: int) -> bool:
+    """Whether a unit without weights emits zeros: its biases, and the shifts and scaled means of its norms are zero."""
     for port in coupling.ports:
         module: Any = model.get_submodule(port.path)
         if port.side != "out" or isinstance(module, nn.PReLU):
             continue
-        at = list(port.places[unit])
-        norm = hasattr(module, "num_features")
-        if isinstance(module.bias, Tensor) and bool(module.bias[at].any()):
+        places = list(port.places[unit])
+        if isinstance(module.bias, Tensor) and bool(module.bias[places].any()):
             return False
-        if norm and module.weight is None and bool(getattr(module, "running_mean", torch.zeros(1)).any()):
+        mean = getattr(module, "running_mean", None)  # a norm subtracts it from the zeros
+        scaled = module.weight is None or bool(module.weight[places].any())
+        if mean is not None and scaled and bool(mean[places].any()):
             return False
-        if norm and module.weight is not None and bool(module.weight[at].any()):
-            mean = module.running_mean
-            if mean is not None and bool(mean[at].any()):
-                return False
     return True
 
 
 @dataclass
-class _Fold:
-    """A constant that a layer reads from some inputs, to be added to its bias instead."""
+class Fold:
+    """A constant that a layer reads from some inputs, to be added to its bias instead.
+
+    Attributes:
+        path: the layer that reads it.
+        unit: the one that emits it.
+        values: the constant by input.
+        reason: why it cannot be folded, or None.
+    """
 
     path: str
     unit: int
@@ -48,25 +50,36 @@ class _Fold:
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
+        """Add what the layer makes of the constant to its bias."""
         module: Any = model.get_submodule(self.path)
         columns = torch.tensor(list(self.values), device=module.weight.device)
         constant = torch.tensor(list(self.values.values()), device=module.weight.device, dtype=module.weight.dtype)
-        weight = module.weight[:, columns].flatten(2).sum(2) if module.weight.dim() > 2 else module.weight[:, columns]
+        weight = module.weight[:, columns]  # (out, inputs, *kernel)
+        if weight.dim() > 2:
+            weight = weight.flatten(2).sum(2)  # (out, inputs)
         module.bias.data = module.bias + weight @ constant
 
 
-def _folds(model: nn.Module, coupling: Coupling, unit: int, inputs: Mapping[str, list[Tensor]]) -> list[_Fold]:
+def folds_of(model: nn.Module, coupling: Coupling, unit: int, inputs: Mapping[str, list[Tensor]]) -> list[Fold]:
+    """What must be folded before a unit goes that has no weights, but is not silent.
+
+    Args:
+        inputs: what layers read, by path (`read_inputs`).
+
+    Returns:
+        A fold per layer that reads the unit, but for those that read zeros; one with a reason cannot be done.
+    """
     folds = []
     for port in coupling.targets():
         module: Any = model.get_submodule(port.path)
-        fold = _Fold(port.path, unit)
+        fold = Fold(port.path, unit)
         dim = -1 if isinstance(module, nn.Linear) else 1
         for place in port.places[unit]:
-            seen = torch.cat([x.select(dim, place).flatten() for x in inputs.get(port.path, [])] or [torch.ones(0)])
-            if not len(seen) or bool((seen != seen[0]).any()):
+            values = torch.cat([x.select(dim, place).flatten() for x in inputs.get(port.path, [])] or [torch.ones(0)])
+            if not len(values) or bool((values != values[0]).any()):
                 fold.reason = f"what its masked channels emit is not the same everywhere in {port.path}"
                 break
-            fold.values[place] = float(seen[0])
+            fold.values[place] = float(values[0])
         if any(fold.values.values()) and fold.reason is None:
             fold.reason = _unfoldable(port.path, module)
         if fold.reason is not None or any(fold.values.values()):
@@ -75,33 +88,37 @@ def _folds(model: nn.Module, coupling: Coupling, unit: int, inputs: Mapping[str,
 
 
 def _unfoldable(path: str, module: Any) -> str | None:
+    """Why a layer cannot take a constant up in its bias; None if it can."""
     emit = "its masked channels emit a constant (a bias or the shift of a norm)"
     if module.bias is None:
         return f"{emit}, and {path} has no bias that could take it up: use coupled channels"
     if isinstance(module, nn.Linear):
         return None
-    plain = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1
-    if plain and (module.padding_mode != "zeros" or not any(module._reversed_padding_repeated_twice)):
+    ungrouped = isinstance(module, CONVS) and module.groups == 1
+    if ungrouped and (module.padding_mode != "zeros" or not any(padding_of(module))):
         return None
     return f"{emit}, which the padding of {path} makes another one at the borders: use coupled channels"
 
 
 @torch.no_grad()
-def _inputs_of(model: nn.Module, example: Any, found: Sequence[Coupling]) -> dict[str, list[Tensor]]:
-    """What the layers that read units get for the example, in evaluation mode."""
+def read_inputs(model: nn.Module, example: Any, couplings: Sequence[Coupling]) -> dict[str, list[Tensor]]:
+    """What the layers that read units get for the example, in evaluation mode.
+
+    Args:
+        example: inputs, as the model is called with.
+        couplings: those with a reason why they stay are left out.
+
+    Returns:
+        A tensor per call, by the path of the layer.
+    """
     inputs: dict[str, list[Tensor]] = {}
-    paths = {port.path for coupling in found if coupling.reason is None for port in coupling.targets()}
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, path=path: inputs.setdefault(path, []).append(args[0].detach())
-        )
-        for path in paths
-    ]
-    try:
-        with undisturbed(model):
-            model.eval()
-            called(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    readers = {port.path for coupling in couplings if coupling.reason is None for port in coupling.targets()}
+    paths: dict[nn.Module, str] = {model.get_submodule(path): path for path in sorted(readers)}
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        inputs.setdefault(paths[module], []).append(x.detach())
+
+    with hooked(paths, pre=note), evaluated(model):
+        called(model, example)
     return inputs

@@ -7,18 +7,23 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.core.upstream import use_fused_attention
 from pl_sparse.network.attention import Attention
 
-__all__ = ["FewerHeads"]
+__all__ = ["FewerHeads", "head_indices"]
 
 
-def _of_heads(attention: Attention, chosen: Sequence[int]) -> Iterator[tuple[nn.Module, int, set[int]]]:
-    """The weights of an attention layer: the dimension that its heads are in, and the indices there of some of them."""
+def head_indices(attention: Attention, heads: Sequence[int]) -> Iterator[tuple[nn.Module, int, set[int]]]:
+    """Where some heads are in the weights of an attention layer.
+
+    Returns:
+        For each weight its layer, the dimension that heads are in, and the indices of these heads there.
+    """
     for layer, name, layout in attention.weights:
         shape = layer.get_parameter(name).shape
         dim = int(layout.columns)
-        index = torch.arange(shape[dim]).unsqueeze(1 - dim).expand(shape)
-        yield layer, dim, set(layout.view(index)[list(chosen)].flatten().tolist())
+        index = torch.arange(shape[dim]).unsqueeze(1 - dim).expand(shape)  # each weight's place along the dimension
+        yield layer, dim, set(layout.view(index)[list(heads)].flatten().tolist())  # view: (heads, weights of a head)
 
 
 class FewerHeads(nn.MultiheadAttention):
@@ -29,12 +34,11 @@ class FewerHeads(nn.MultiheadAttention):
 
     @staticmethod
     def suit(module: nn.MultiheadAttention) -> None:
-        """Make a layer this class, or the plain one, as its number of heads wants it."""
+        """Give a layer this class if its heads do not fill the embedding, else torch's own."""
         fewer = module.num_heads * module.head_dim != module.embed_dim
         if fewer != isinstance(module, FewerHeads):
             module.__class__ = FewerHeads if fewer else nn.MultiheadAttention
-            # The fused path of torch's encoder layers, which asks for this, knows only heads that fill the embedding.
-            module._qkv_same_embed_dim = not fewer and module.in_proj_weight is not None
+            use_fused_attention(module, allowed=not fewer)  # it takes heads to fill the embedding
 
     def forward(
         self,
@@ -53,13 +57,13 @@ class FewerHeads(nn.MultiheadAttention):
         batched = query.dim() == 3
         inputs = [x if batched else x.unsqueeze(0 if self.batch_first else 1) for x in (query, key, value)]
         if not self.batch_first:
-            inputs = [x.transpose(0, 1) for x in inputs]
+            inputs = [x.transpose(0, 1) for x in inputs]  # (batch, length, embedding)
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (
+        q, k, v = (  # (batch, heads, length, head_dim)
             nn.functional.linear(x, w, b).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             for x, w, b in zip(inputs, weights, biases, strict=True)
         )
@@ -67,11 +71,11 @@ class FewerHeads(nn.MultiheadAttention):
         if key_padding_mask is not None:
             padding = _additive(key_padding_mask if batched else key_padding_mask.unsqueeze(0), q)
             assert padding is not None
-            padding = padding[:, None, None, :]
+            padding = padding[:, None, None, :]  # (batch, 1, 1, keys)
             bias = padding if bias is None else bias + padding
         weights_out = None
         if need_weights:
-            scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+            scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5  # (batch, heads, queries, keys)
             attention = (scores if bias is None else scores + bias).softmax(-1)
             attention = nn.functional.dropout(attention, self.dropout, self.training)
             out = attention @ v
@@ -80,7 +84,7 @@ class FewerHeads(nn.MultiheadAttention):
         else:
             dropout = self.dropout if self.training else 0.0
             out = nn.functional.scaled_dot_product_attention(q, k, v, bias, dropout)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        out = self.out_proj(out.transpose(1, 2).flatten(2))  # (batch, length, embedding)
         if not self.batch_first:
             out = out.transpose(0, 1)
         return out if batched else out.squeeze(0 if self.batch_first else 1), weights_out

@@ -10,22 +10,30 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pl_sparse.core.cut import Cut
-from pl_sparse.surgery.plan import Plan
+from pl_sparse.surgery.plan import RemovalPlan
 
 __all__ = ["shrink_optimizers"]
 
 
-def shrink_optimizers(optimizers: Sequence[Optimizer], model: nn.Module, plan: Plan) -> Callable[[], None]:
-    """What cuts the optimizers' state of parameters that a plan makes smaller, to be called after the plan is applied.
+def shrink_optimizers(optimizers: Sequence[Optimizer], model: nn.Module, plan: RemovalPlan) -> Callable[[], None]:
+    """Check that the optimizers' state can follow a plan.
 
     Tensors of a state are cut along the dimensions in which they have the parameter's size: momentum and the like
     (the parameter's shape), row and column factors (size 1 in one dimension). Counters are left alone.
+
+    Args:
+        optimizers: those that train the model.
+        model: before the plan is applied.
+        plan: what is taken out.
+
+    Returns:
+        What cuts the state, to be called after the plan is applied.
 
     Raises:
         ValueError: a state has a tensor of another shape; nothing has changed.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    work: list[tuple[dict[str, Any], str, Cut]] = []
+    cuts: list[tuple[dict[str, Any], str, Cut]] = []
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             cut = plan.tensors.get(names.get(id(parameter), ""))
@@ -42,11 +50,11 @@ def shrink_optimizers(optimizers: Sequence[Optimizer], model: nn.Module, plan: P
                         f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for "
                         f"{names[id(parameter)]} of shape {cut.shape}: how to shrink it is not known"
                     )
-                work.append((state, key, cut))
+                cuts.append((state, key, cut))
 
     @torch.no_grad()
     def cut_all() -> None:
-        for state, key, cut in work:
+        for state, key, cut in cuts:
             state[key] = cut.take(state[key])
 
     return cut_all

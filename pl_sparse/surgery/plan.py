@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.cut import Cut
-from pl_sparse.network.attention import Attention, attentions
-from pl_sparse.network.channels import _CONVS, _NORMS, _TRANSPOSED, _WEIGHTED, Coupling, _depthwise
-from pl_sparse.surgery.heads import FewerHeads, _of_heads
+from pl_sparse.core.upstream import CHANNEL_NORMS, replace_data
+from pl_sparse.network.attention import Attention, attentions, keeps_inputs_first
+from pl_sparse.network.channels import CONVS, TRANSPOSED, WEIGHTED, Coupling, is_depthwise
+from pl_sparse.surgery.heads import FewerHeads, head_indices
 
-__all__ = ["Plan"]
+__all__ = ["RemovalPlan", "channel_tensors", "named_tensors", "own_tensors"]
 
-
-# Removing
+Indices = dict[str, dict[int, set[int]]]
+"""What goes, by the name of a tensor and dimension."""
 
 
 @dataclass
-class Plan:
+class RemovalPlan:
     """What is taken out of a model: indices by tensor and dimension, and the attributes of layers that change.
 
     Attributes:
@@ -43,69 +44,30 @@ class Plan:
         removed: Iterable[tuple[Coupling, Sequence[int]]],
         heads: Mapping[str, Sequence[int]] | None = None,
         counted: Collection[str] = (),
-    ) -> Plan:
+    ) -> RemovalPlan:
         """The plan that takes some units of each coupling, and some heads of attention layers, out of a model.
 
         Args:
+            model: it is left as it is.
+            removed: couplings of the model, each with the units that go.
+            heads: the heads that go, by the path of the attention layer.
             counted: those attention layers of other kinds than torch's whose own numbers of heads change, too.
         """
-        cuts: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
-        module: Any
-        for coupling, chosen in removed:
-            for port in coupling.ports:
-                module = model.get_submodule(port.path)
-                gone = {place for unit in chosen for place in port.places[unit]}
-                for short, dim, period in _cut_by(module, port.side):
-                    cuts[f"{port.path}.{short}"][dim] |= {place % period for place in gone} if period else gone
-        found = {each.path: each for each in attentions(model) if isinstance(each, Attention)} if heads else {}
-        paths = {module: path for path, module in model.named_modules()}
-        numbers = {}
-        for path, chosen in (heads or {}).items():
-            attention: Any = model.get_submodule(path)
-            if not isinstance(attention, nn.MultiheadAttention):
-                for layer, dim, gone in _of_heads(found[path], chosen):
-                    cuts[f"{paths[layer]}.weight"][dim] |= gone
-                    inside = layer is not found[path].weights[-1][0]
-                    if inside and isinstance(getattr(layer, "bias", None), Tensor):
-                        cuts[f"{paths[layer]}.bias"][0] |= gone
-                if path in counted:
-                    numbers[path] = found[path].numbers(attention, found[path].heads - len(chosen))
+        indices: Indices = defaultdict(lambda: defaultdict(set))
+        removed = list(removed)
+        _add_channels(indices, model, removed)
+        layers = _bare_norms(model, removed)
+        by_path = {each.path: each for each in attentions(model) if isinstance(each, Attention)} if heads else {}
+        for path, gone in (heads or {}).items():
+            attention, module = by_path[path], model.get_submodule(path)
+            if isinstance(module, nn.MultiheadAttention):
+                _add_heads_of_torch(indices, path, module, gone)
                 continue
-            size, count = attention.head_dim, attention.num_heads
-            gone = {head * size + i for head in chosen for i in range(size)}
-            for short in _own(attention):
-                parts = 3 if short.startswith("in_proj") else 1
-                cuts[f"{path}.{short}"][0] = {part * count * size + i for part in range(parts) for i in gone}
-            cuts[f"{path}.out_proj.weight"][1] |= gone
-        tensors = {name: tensor for name, tensor in _named(model).items() if name in cuts}
-        plan = cls(
-            {
-                name: Cut(
-                    tuple(tensor.shape), {dim: tuple(sorted(gone)) for dim, gone in sorted(cuts[name].items()) if gone}
-                )
-                for name, tensor in tensors.items()
-            }
-        )
-        plan.tensors = {name: cut for name, cut in plan.tensors.items() if cut.removed}
-        for path in dict.fromkeys(name.rpartition(".")[0] for name in plan.tensors):
-            module = model.get_submodule(path)
-            shapes = {
-                short: plan.tensors[f"{path}.{short}"] for short in _own(module) if f"{path}.{short}" in plan.tensors
-            }
-            after = _attributes(
-                module,
-                {
-                    short: tuple(len(shapes[short].kept(d)) for d in range(tensor.dim()))
-                    if short in shapes
-                    else tuple(tensor.shape)
-                    for short, tensor in _own(module).items()
-                },
-            )
-            plan.layers[path] = {
-                key: (int(getattr(module, key)), value) for key, value in after.items() if getattr(module, key) != value
-            }
-        plan.layers |= {path: changes for path, changes in numbers.items() if changes}
-        return plan
+            _add_heads(indices, model, attention, gone)
+            if path in counted and (changes := attention.numbers(module, attention.heads - len(gone))):
+                layers[path] = changes
+        tensors = _cuts(model, indices)
+        return cls(tensors, {**_changed_attributes(model, tensors), **layers})
 
     @torch.no_grad()
     def apply(self, model: nn.Module, prefix: str = "") -> None:
@@ -117,11 +79,11 @@ class Plan:
         Raises:
             ValueError: the model is another one; nothing has changed then.
         """
-        own = _named(model)
+        tensors = named_tensors(model)
         for name, cut in self.tensors.items():
-            found = own.get(prefix + name)
-            if found is None or tuple(found.shape) != cut.shape:
-                has = "has no such tensor" if found is None else f"has one of shape {tuple(found.shape)}"
+            tensor = tensors.get(prefix + name)
+            if tensor is None or tuple(tensor.shape) != cut.shape:
+                has = "has no such tensor" if tensor is None else f"has one of shape {tuple(tensor.shape)}"
                 raise ValueError(
                     f"the plan is of another model: it shrinks {name} of shape {cut.shape}, and "
                     f"{type(model).__name__} {has}"
@@ -132,31 +94,37 @@ class Plan:
                 if value != before:
                     raise ValueError(f"the plan is of another model: {path}.{key} is {value} there, not {before}")
         for name, cut in self.tensors.items():
-            tensor = own[prefix + name]
+            tensor = tensors[prefix + name]
             grad, tensor.grad = tensor.grad, None
-            _put(tensor, cut.take(tensor.detach()))
+            replace_data(tensor, cut.take(tensor.detach()))
             if grad is not None:
                 tensor.grad = cut.take(grad)
-        self._set(model, prefix, 1)
+        self._set_attributes(model, prefix, after=True)
 
     @torch.no_grad()
     def undo(self, model: nn.Module, prefix: str = "") -> None:
-        """Give a model its former shape back, with zeros in what was taken out."""
-        own = _named(model)
-        for name, cut in self.tensors.items():
-            own[prefix + name].grad = None
-            _put(own[prefix + name], cut.fill(own[prefix + name].detach()))
-        self._set(model, prefix, 0)
+        """Give a model its former shape back, with zeros in what was taken out.
 
-    def _set(self, model: nn.Module, prefix: str, which: int) -> None:
+        Args:
+            prefix: as in `apply`.
+        """
+        tensors = named_tensors(model)
+        for name, cut in self.tensors.items():
+            tensor = tensors[prefix + name]
+            tensor.grad = None
+            replace_data(tensor, cut.fill(tensor.detach()))
+        self._set_attributes(model, prefix, after=False)
+
+    def _set_attributes(self, model: nn.Module, prefix: str, after: bool) -> None:
+        """Give layers the attributes that they have after the removal, or before it."""
         for path, changes in self.layers.items():
             for key, values in changes.items():
                 module: Any = model.get_submodule(prefix + path)
-                setattr(module, key, values[which])
+                setattr(module, key, values[after])
                 if isinstance(module, nn.MultiheadAttention):
                     FewerHeads.suit(module)
 
-    def then(self, later: Plan) -> Plan:
+    def then(self, later: RemovalPlan) -> RemovalPlan:
         """This plan and one of the model that it leaves, as one."""
         tensors = dict(self.tensors)
         for name, cut in later.tensors.items():
@@ -166,11 +134,11 @@ class Plan:
             for key, (before, after) in changes.items():
                 first = layers.setdefault(path, {}).get(key, (before, after))[0]
                 layers[path][key] = (first, after)
-        return Plan(tensors, layers)
+        return RemovalPlan(tensors, layers)
 
-    def below(self, prefix: str) -> Plan:
+    def below(self, prefix: str) -> RemovalPlan:
         """The plan of a part of the model, whose names lack the prefix."""
-        return Plan(
+        return RemovalPlan(
             {name.removeprefix(prefix): cut for name, cut in self.tensors.items()},
             {path.removeprefix(prefix): changes for path, changes in self.layers.items()},
         )
@@ -188,8 +156,8 @@ class Plan:
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Plan:
-        """The plan that `state_dict` told."""
+    def from_state_dict(cls, state: Mapping[str, Any]) -> RemovalPlan:
+        """The plan that `state_dict` gave."""
         return cls(
             {
                 name: Cut(
@@ -204,58 +172,118 @@ class Plan:
         )
 
 
-def _put(tensor: Tensor, data: Tensor) -> None:
-    """Give a parameter or buffer data of another shape, where a graph of its former self may still be alive.
-
-    Autograd remembers a parameter's shape as long as any graph that used it lives. It forgets it at a change of type.
-    """
-    other = torch.float32 if tensor.dtype == torch.float64 else torch.float64
-    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
-    tensor.data = data
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A layer's own parameters and buffers, by their names in it."""
+    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
 
 
-def _own(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(module.named_parameters(recurse=False)),
-        **dict(module.named_buffers(recurse=False)),
-    }
-
-
-def _named(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model, by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _cut_by(module: nn.Module, side: str) -> list[tuple[str, int, int]]:
+def channel_tensors(module: nn.Module, side: str) -> list[tuple[str, int, int]]:
     """The tensors of a layer that a side's channels are in: name, dimension, and period if groups share them."""
-    if (
-        isinstance(module, (*_NORMS, nn.PReLU))
-        or _depthwise(module)
-        or (isinstance(module, _WEIGHTED) and side == "out")
-    ):
-        first = 1 if isinstance(module, _TRANSPOSED) else 0
-        dims = [(short, first if short == "weight" else 0) for short in _own(module)]
-        return [(short, dim, 0) for short, dim in dims if _own(module)[short].dim() > 0]
-    if isinstance(module, _TRANSPOSED):
+    norm = isinstance(module, (*CHANNEL_NORMS, nn.PReLU))
+    if norm or is_depthwise(module) or (isinstance(module, WEIGHTED) and side == "out"):
+        first = 1 if isinstance(module, TRANSPOSED) else 0
+        tensors = {short: tensor for short, tensor in own_tensors(module).items() if tensor.dim() > 0}
+        return [(short, first if short == "weight" else 0, 0) for short in tensors]
+    if isinstance(module, TRANSPOSED):
         return [("weight", 0, 0)]
-    period = module.in_channels // module.groups if isinstance(module, _CONVS) and module.groups > 1 else 0
+    period = module.in_channels // module.groups if isinstance(module, CONVS) and module.groups > 1 else 0
     return [("weight", 1, int(period))]
+
+
+def _full(path: str, short: str) -> str:
+    """The name in the model of a tensor of a layer."""
+    return f"{path}.{short}" if path else short
+
+
+def _add_channels(indices: Indices, model: nn.Module, removed: Iterable[tuple[Coupling, Sequence[int]]]) -> None:
+    """Add the places of units in all layers of their coupling."""
+    for coupling, units in removed:
+        for port in coupling.ports:
+            gone = {place for unit in units for place in port.places[unit]}
+            for short, dim, period in channel_tensors(model.get_submodule(port.path), port.side):
+                indices[_full(port.path, short)][dim] |= {place % period for place in gone} if period else gone
+
+
+def _bare_norms(
+    model: nn.Module, removed: Iterable[tuple[Coupling, Sequence[int]]]
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """The sizes, before and after, of norms that have no tensors to lose."""
+    gone: dict[str, set[int]] = defaultdict(set)
+    for coupling, units in removed:
+        for port in coupling.ports:
+            module = model.get_submodule(port.path)
+            if isinstance(module, CHANNEL_NORMS) and not own_tensors(module):
+                gone[port.path] |= {place for unit in units for place in port.places[unit]}
+    sizes: dict[str, Any] = {path: model.get_submodule(path).num_features for path in gone}
+    return {path: {"num_features": (sizes[path], sizes[path] - len(places))} for path, places in gone.items()}
+
+
+def _add_heads_of_torch(indices: Indices, path: str, attention: nn.MultiheadAttention, heads: Sequence[int]) -> None:
+    """Add the rows of queries, keys and values, and the columns of the output projection."""
+    size, count = attention.head_dim, attention.num_heads
+    gone = {head * size + i for head in heads for i in range(size)}
+    for short in own_tensors(attention):
+        parts = 3 if short.startswith("in_proj") else 1
+        indices[_full(path, short)][0] = {part * count * size + i for part in range(parts) for i in gone}
+    indices[_full(path, "out_proj.weight")][1] |= gone
+
+
+def _add_heads(indices: Indices, model: nn.Module, attention: Attention, heads: Sequence[int]) -> None:
+    """The same for an attention layer of another kind."""
+    paths = {module: path for path, module in model.named_modules()}
+    output = attention.weights[-1][0]
+    for layer, dim, gone in head_indices(attention, heads):
+        indices[_full(paths[layer], "weight")][dim] |= gone
+        if layer is not output and isinstance(getattr(layer, "bias", None), Tensor):
+            indices[_full(paths[layer], "bias")][0] |= gone
+
+
+def _cuts(model: nn.Module, indices: Indices) -> dict[str, Cut]:
+    """The cuts of the tensors that lose something, in the model's order."""
+    cuts = {}
+    for name, tensor in named_tensors(model).items():
+        gone = {dim: tuple(sorted(places)) for dim, places in sorted(indices.get(name, {}).items()) if places}
+        if gone:
+            cuts[name] = Cut(tuple(tensor.shape), gone)
+    return cuts
+
+
+def _changed_attributes(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[str, dict[str, tuple[int, int]]]:
+    """The attributes that cuts change, before and after, by the path of each layer that loses something."""
+    layers = {}
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in cuts):
+        module = model.get_submodule(path)
+        shapes = {short: tuple(tensor.shape) for short, tensor in own_tensors(module).items()}
+        for short in shapes:
+            cut = cuts.get(_full(path, short))
+            if cut is not None:
+                shapes[short] = tuple(len(cut.kept(dim)) for dim in range(len(cut.shape)))
+        after = _attributes(module, shapes).items()
+        before: dict[str, int] = {key: int(getattr(module, key)) for key, _ in after}
+        layers[path] = {key: (before[key], value) for key, value in after if before[key] != value}
+    return layers
 
 
 def _attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """What a layer's attributes are with tensors of these shapes."""
     if isinstance(module, nn.Linear):
         return {"out_features": shapes["weight"][0], "in_features": shapes["weight"][1]}
-    if isinstance(module, _TRANSPOSED):
+    if isinstance(module, TRANSPOSED):
         return {"in_channels": shapes["weight"][0], "out_channels": shapes["weight"][1]}
-    if isinstance(module, _CONVS):
+    if isinstance(module, CONVS):
         out = shapes["weight"][0]
-        if _depthwise(module):
+        if is_depthwise(module):
             return {"in_channels": out, "out_channels": out, "groups": out}
         return {"in_channels": shapes["weight"][1] * module.groups, "out_channels": out}
     if isinstance(module, nn.MultiheadAttention):
         rows = shapes["in_proj_weight"][0] // 3 if "in_proj_weight" in shapes else shapes["q_proj_weight"][0]
         return {"num_heads": rows // module.head_dim}
-    if hasattr(module, "nf"):  # GPT-2's linear layer
+    if keeps_inputs_first(module):
         return {"nx": shapes["weight"][0], "nf": shapes["weight"][1]}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": shapes["weight"][0]}

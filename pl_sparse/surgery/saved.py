@@ -10,25 +10,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pl_sparse.core.files import replacing, write_json
-from pl_sparse.surgery.plan import Plan
+from pl_sparse.surgery.plan import RemovalPlan
 
 __all__ = ["load_shrunk", "save_plan", "save_shrunk"]
 
-
 _PLAN, _WEIGHTS = "shrunk.json", "model.safetensors"
-
-
 _VERSION = 1
 
 
-# Files
-
-
-def save_shrunk(model: nn.Module, plan: Plan, folder: str | os.PathLike[str]) -> None:
+def save_shrunk(model: nn.Module, plan: RemovalPlan, folder: str | os.PathLike[str]) -> None:
     """Write a shrunk model to a folder: shrunk.json, what was removed, and model.safetensors, what is left.
 
     Args:
-        plan: what was taken out of it, all shrinkings together.
+        plan: what was taken out of it, all removals together.
+        folder: made, if there is none.
     """
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
@@ -37,16 +32,20 @@ def save_shrunk(model: nn.Module, plan: Plan, folder: str | os.PathLike[str]) ->
     save_plan(plan, model, folder)
 
 
-def save_plan(plan: Plan, model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write what was taken out of a model beside its weights."""
+def save_plan(plan: RemovalPlan, model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write what was taken out of a model to a folder, beside its weights."""
     write_json(Path(folder) / _PLAN, {"version": _VERSION, "model": type(model).__name__, **plan.state_dict()})
 
 
-def load_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> Plan:
+def load_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> RemovalPlan:
     """Make a fresh instance of a model the shrunk one that was saved, in place: its shapes, then its weights.
 
     Args:
         model: the model as its constructor makes it, with the arguments that it was trained with.
+        folder: what `save_shrunk` wrote.
+
+    Returns:
+        What was taken out.
 
     Raises:
         FileNotFoundError: the folder holds no shrunk model.
@@ -59,7 +58,7 @@ def load_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> Plan:
     state = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
     if state.get("version") != _VERSION:
         raise ValueError(f"{folder / _PLAN} has version {state.get('version')!r}, this is version {_VERSION}")
-    plan = Plan.from_state_dict(state)
+    plan = RemovalPlan.from_state_dict(state)
     weights = load_file(folder / _WEIGHTS)
     plan.apply(model)
     try:

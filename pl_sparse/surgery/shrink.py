@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pl_sparse.network.attention import Attention, Unknown, attentions
-from pl_sparse.network.channels import Coupling
-from pl_sparse.surgery.constants import _Fold, _folds, _inputs_of, _silent
+from pl_sparse.network.attention import Unknown, attentions
+from pl_sparse.network.channels import TRANSPOSED, Coupling
+from pl_sparse.surgery.constants import Fold, folds_of, is_silent, read_inputs
 from pl_sparse.surgery.optimizers import shrink_optimizers
-from pl_sparse.surgery.plan import Plan
+from pl_sparse.surgery.plan import RemovalPlan
 from pl_sparse.surgery.trial import couplings, difference
 
-__all__ = ["Shrunk", "dead", "shrink"]
+__all__ = ["Removal", "dead", "shrink"]
 
 _TOLERANCE = 1e-5
+_UNFOLLOWED = "without it the outputs would be others: its channels cannot be followed"
 
 
 @dataclass(frozen=True)
-class Shrunk:
+class Removal:
     """What was taken out of a model.
 
     Attributes:
@@ -33,7 +34,7 @@ class Shrunk:
         after: how many there are.
     """
 
-    plan: Plan
+    plan: RemovalPlan
     left: dict[str, str]
     before: int
     after: int
@@ -45,7 +46,7 @@ def shrink(
     masks: Mapping[str, Tensor] | None = None,
     optimizers: Sequence[Optimizer] = (),
     multiple: int = 1,
-) -> Shrunk:
+) -> Removal:
     """Take all channels and heads that are masked out of a model, in place.
 
     A channel goes if its weights are zero in all layers that it comes out of, through residual joins, concatenations,
@@ -57,14 +58,18 @@ def shrink(
     anything is removed for good: what would change them by more than 1e-5 (relative to the largest output, if that is
     above 1) stays, and is named in the result.
 
-    Parameters stay the same objects, with less in them, so that optimizers go on training them; a Pruner is told by
+    Parameters stay the same objects, with less in them, so that optimizers go on training them; a Pruner follows by
     `pruner.shrink(result.plan.tensors)`.
 
     Args:
+        model: any model; it is changed in place.
         example: inputs, as the model is called with: a tensor, a tuple of arguments or a dict of keywords.
         masks: which weights are kept, by name; what has no mask is kept. None: what is not zero is kept.
         optimizers: those that train the model; their state is cut too.
         multiple: channels that are masked stay where a layer would not keep a multiple of so many.
+
+    Returns:
+        What was taken out, and what had to stay.
 
     Raises:
         ImportError: Torch-Pruning is not installed.
@@ -72,28 +77,34 @@ def shrink(
             changed then.
     """
     before = sum(parameter.numel() for parameter in model.parameters())
-    found = couplings(model, example)
-    gone = [(coupling, _rounded(coupling, units, multiple)) for coupling, units in dead(model, found, masks)]
-    plan, folds, left = _found(model, example, found, gone, _dead_heads(model, masks))
+    coupled = couplings(model, example)
+    masked = [(coupling, _rounded(coupling, units, multiple)) for coupling, units in dead(model, coupled, masks)]
+    candidates, left = _candidates(model, example, coupled, masked)
+    plan, folds, refused = _tried(model, example, candidates, _removable_heads(model, masks))
     cut_states = shrink_optimizers(optimizers, model, plan)
     for fold in folds:
         fold.apply(model)
     plan.apply(model)
     cut_states()
-    return Shrunk(plan, left, before, sum(parameter.numel() for parameter in model.parameters()))
+    return Removal(plan, {**left, **refused}, before, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def dead(
-    model: nn.Module, found: Sequence[Coupling], masks: Mapping[str, Tensor] | None = None
+    model: nn.Module, coupled: Sequence[Coupling], masks: Mapping[str, Tensor] | None = None
 ) -> list[tuple[Coupling, list[int]]]:
-    """The units of each coupling that no layer puts anything into, where there are any."""
+    """The units of each coupling that no layer puts anything into, where there are any.
+
+    Args:
+        coupled: couplings of the model.
+        masks: as in `shrink`.
+    """
     out = []
-    for coupling in found:
+    for coupling in coupled:
         alive = torch.zeros(coupling.units, dtype=torch.bool)
         sources = coupling.sources(model)
         for port in sources:
-            kept = _kept(model.get_submodule(port.path), f"{port.path}.weight", masks)
-            alive |= kept[torch.tensor(port.places)].any(1)
+            kept = _kept(model.get_submodule(port.path), f"{port.path}.weight", masks)  # (out,)
+            alive |= kept[torch.tensor(port.places)].any(1)  # (units, places) -> (units,)
         if sources and not bool(alive.all()):
             out.append((coupling, (~alive).nonzero().flatten().tolist()))
     return out
@@ -109,95 +120,118 @@ def _kept(module: Any, name: str, masks: Mapping[str, Tensor] | None) -> Tensor:
     weight = module.weight.detach() != 0 if masks is None else masks.get(name)
     if weight is None:
         weight = torch.ones_like(module.weight, dtype=torch.bool)
-    transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-    return (weight.transpose(0, 1) if transposed else weight).flatten(1).any(1).cpu()
+    rows = weight.transpose(0, 1) if isinstance(module, TRANSPOSED) else weight  # (out, in, *kernel)
+    return rows.flatten(1).any(1).cpu()
 
 
-def _dead_heads(model: nn.Module, masks: Mapping[str, Tensor] | None) -> dict[str, list[int]]:
-    """The heads whose part of the output projection is zero, by attention layer."""
-    found = {}
-    paths = {module: path for path, module in model.named_modules()}
-    for attention in attentions(model):
-        if isinstance(attention, Unknown):
-            continue
-        output, name, layout = attention.weights[-1]
-        full = f"{paths[output]}.{name}".lstrip(".")
-        weight = output.get_parameter(name).detach() != 0 if masks is None else masks.get(full)
-        if weight is None:
-            continue
-        alive = layout.view(weight).any(1)
-        if not bool(alive.all()):
-            found[attention.path] = (~alive).nonzero().flatten().tolist()
-    return {path: units for path, units in found.items() if getattr(model.get_submodule(path), "bias_k", None) is None}
+@dataclass(frozen=True)
+class _Candidate:
+    """Units of a coupling that may go, and the constants that are folded first."""
+
+    coupling: Coupling
+    units: list[int]
+    folds: list[Fold]
 
 
-def _found(
-    model: nn.Module,
-    example: Any,
-    found: Sequence[Coupling],
-    gone: Sequence[tuple[Coupling, list[int]]],
-    heads: Mapping[str, list[int]],
-) -> tuple[Plan, list[_Fold], dict[str, str]]:
-    """The plan, what must be folded first, and what is left with the reason."""
+def _for_sources(model: nn.Module, coupling: Coupling, reason: str) -> dict[str, str]:
+    """A reason by the path of each layer that the units of a coupling come out of."""
+    return {port.path: reason for port in coupling.sources(model)}
+
+
+def _candidates(
+    model: nn.Module, example: Any, coupled: Sequence[Coupling], masked: Sequence[tuple[Coupling, list[int]]]
+) -> tuple[list[_Candidate], dict[str, str]]:
+    """The units that may go if a trial shows that they can, and by layer why others stay.
+
+    Args:
+        coupled: all couplings of the model.
+        masked: those with masked units, and these.
+    """
+    candidates: list[_Candidate] = []
     left: dict[str, str] = {}
-
-    def name(coupling: Coupling, reason: str) -> None:
-        left.update((port.path, reason) for port in coupling.sources(model))
-
-    candidates: list[tuple[Coupling, list[int], list[_Fold]]] = []
     inputs: dict[str, list[Tensor]] | None = None
-    for coupling, units in gone:
+    for coupling, units in masked:
         if coupling.reason is not None:
-            name(coupling, coupling.reason)
+            left |= _for_sources(model, coupling, coupling.reason)
             continue
         if len(units) == coupling.units:
             units = units[1:]  # a layer keeps one channel, if only a silent one
-        loud = [unit for unit in units if not _silent(model, coupling, unit)]
-        folds: list[_Fold] = []
+        loud = [unit for unit in units if not is_silent(model, coupling, unit)]
+        folds: list[Fold] = []
         if loud:
-            inputs = _inputs_of(model, example, found) if inputs is None else inputs
-            folds = [fold for unit in loud for fold in _folds(model, coupling, unit, inputs)]
+            inputs = read_inputs(model, example, coupled) if inputs is None else inputs
+            folds = [fold for unit in loud for fold in folds_of(model, coupling, unit, inputs)]
             failed = {fold.unit: fold.reason for fold in folds if fold.reason is not None}
             if failed:
-                name(coupling, next(iter(failed.values())))
+                left |= _for_sources(model, coupling, next(iter(failed.values())))
                 units = [unit for unit in units if unit not in failed]
                 folds = [fold for fold in folds if fold.unit not in failed]
         if units:
-            candidates.append((coupling, units, folds))
-    counts = {each.path: each.heads for each in attentions(model) if isinstance(each, Attention)} if heads else {}
-    some = {path: dead[1:] if len(dead) == counts[path] else dead for path, dead in heads.items()}
-    some = {path: dead for path, dead in some.items() if dead}
-    counted: set[str] = set()
+            candidates.append(_Candidate(coupling, units, folds))
+    return candidates, left
 
-    def holds(parts: Sequence[tuple[Coupling, list[int], list[_Fold]]], heads: Mapping[str, list[int]]) -> bool:
-        def change(model: nn.Module) -> None:
-            for _, _, folds in parts:
-                for fold in folds:
+
+def _removable_heads(model: nn.Module, masks: Mapping[str, Tensor] | None) -> dict[str, list[int]]:
+    """The heads whose part of the output projection is zero, by attention layer; each layer keeps one head."""
+    paths = {module: path for path, module in model.named_modules()}
+    removable = {}
+    for attention in attentions(model):
+        if isinstance(attention, Unknown) or getattr(model.get_submodule(attention.path), "bias_k", None) is not None:
+            continue
+        output, name, layout = attention.weights[-1]
+        weight = (
+            output.get_parameter(name).detach() != 0
+            if masks is None
+            else masks.get(f"{paths[output]}.{name}".lstrip("."))
+        )
+        if weight is None:
+            continue
+        alive = layout.view(weight).any(1)  # (heads, weights of a head) -> (heads,)
+        heads: list[int] = (~alive).nonzero().flatten().tolist()
+        if len(heads) == attention.heads:
+            heads = heads[1:]
+        if heads:
+            removable[attention.path] = heads
+    return removable
+
+
+def _tried(
+    model: nn.Module, example: Any, candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]
+) -> tuple[RemovalPlan, list[Fold], dict[str, str]]:
+    """The plan of what can go, as trials on the model show, the constants to fold, and by layer why others stay."""
+    counted: Collection[str] = ()
+
+    def planned(candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]) -> RemovalPlan:
+        return RemovalPlan.of(model, [(each.coupling, each.units) for each in candidates], heads, counted)
+
+    def passes(candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]) -> bool:
+        def remove(model: nn.Module) -> None:
+            for candidate in candidates:
+                for fold in candidate.folds:
                     fold.apply(model)
-            Plan.of(model, [(coupling, units) for coupling, units, _ in parts], heads, counted).apply(model)
+            planned(candidates, heads).apply(model)
 
-        return difference(model, example, change) <= _TOLERANCE
+        return difference(model, example, remove) <= _TOLERANCE
 
-    # some kinds of attention read their number of heads off the weights, others are told
-    counted |= {path for path, dead in some.items() if not _torchs(model, path) and not holds([], {path: dead})}
-    if not holds(candidates, some):  # find out which, one after the other
-        why = "without it the outputs would be others: its channels cannot be followed"
-        good: list[tuple[Coupling, list[int], list[_Fold]]] = []
+    # Some kinds of attention read their number of heads off the weights, others have it as an attribute.
+    counted = {
+        path
+        for path, gone in heads.items()
+        if not isinstance(model.get_submodule(path), nn.MultiheadAttention) and not passes([], {path: gone})
+    }
+    left: dict[str, str] = {}
+    if not passes(candidates, heads):  # then one after the other, to see which
+        good: list[_Candidate] = []
         for candidate in candidates:
-            if holds([*good, candidate], {}):
+            if passes([*good, candidate], {}):
                 good.append(candidate)
             else:
-                name(candidate[0], why)
-        fine: dict[str, list[int]] = {}
-        for path, units in some.items():
-            if holds(good, {**fine, path: units}):
-                fine[path] = units
+                left |= _for_sources(model, candidate.coupling, _UNFOLLOWED)
+        good_heads: dict[str, list[int]] = {}
+        for path, gone in heads.items():
+            if passes(good, {**good_heads, path: gone}):
+                good_heads[path] = gone
             else:
-                left[path] = why
-        candidates, some = good, fine
-    plan = Plan.of(model, [(coupling, units) for coupling, units, _ in candidates], some, counted)
-    return plan, [fold for _, _, folds in candidates for fold in folds], left
-
-
-def _torchs(model: nn.Module, path: str) -> bool:
-    return isinstance(model.get_submodule(path), nn.MultiheadAttention)
+                left[path] = _UNFOLLOWED
+        candidates, heads = good, good_heads
+    return planned(candidates, heads), [fold for each in candidates for fold in each.folds], left

@@ -9,45 +9,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.network.channels import _NORMS, Coupling, _traced, called
-from pl_sparse.network.probe import undisturbed
+from pl_sparse.core.upstream import CHANNEL_NORMS
+from pl_sparse.network.channels import Coupling, traced_couplings
+from pl_sparse.network.hooks import called, evaluated
 from pl_sparse.surgery.heads import FewerHeads
-from pl_sparse.surgery.plan import Plan, _cut_by, _named, _own
+from pl_sparse.surgery.plan import RemovalPlan, channel_tensors, named_tensors, own_tensors
 
 __all__ = ["couplings", "difference", "silence"]
+
+_TOLERANCE = 1e-4
+_FAILED = "a trial showed that its channels depend on each other in ways that cannot be followed"
 
 
 def couplings(model: nn.Module, example: Any) -> list[Coupling]:
     """The channels of a model in groups that can be removed only together, each with why it cannot, if so.
 
     Args:
+        model: any model; it is left as it is.
         example: inputs, as the model is called with; a batch of two is enough.
 
     Raises:
         ImportError: Torch-Pruning is not installed.
         ValueError: the model cannot be called with the example.
     """
-    found = _traced(model, example)
-    open_ = [coupling for coupling in found if coupling.reason is None]
-    if open_ and not _holds(model, example, open_):
-        failed = {id(coupling) for coupling in open_ if not _holds(model, example, [coupling])}
-        why = "a trial showed that its channels depend on each other in ways that cannot be followed"
-        found = [Coupling(c.ports, why) if id(c) in failed else c for c in found]
-        open_ = [coupling for coupling in found if coupling.reason is None]
-        if open_ and not _holds(model, example, open_):  # each alone can be removed, all together cannot
-            found = [Coupling(c.ports, c.reason or why) for c in found]
-    return found
-
-
-# Trials
+    coupled = traced_couplings(model, example)
+    removable = [coupling for coupling in coupled if coupling.reason is None]
+    if removable and not _passes(model, example, removable):
+        failed = {id(coupling) for coupling in removable if not _passes(model, example, [coupling])}
+        coupled = [Coupling(c.ports, _FAILED) if id(c) in failed else c for c in coupled]
+        removable = [coupling for coupling in coupled if coupling.reason is None]
+        if removable and not _passes(model, example, removable):  # each alone can be removed, all together cannot
+            coupled = [Coupling(c.ports, c.reason or _FAILED) for c in coupled]
+    return coupled
 
 
 @contextmanager
 def _trial(model: nn.Module) -> Iterator[None]:
-    """Afterwards the model has the very tensors, gradients and attributes that it has now."""
-    tensors = [(tensor, tensor.data, tensor.grad) for tensor in _named(model).values()]
+    """The model in evaluation mode; afterwards it has the very tensors, gradients and attributes that it has now."""
+    tensors = [(tensor, tensor.data, tensor.grad) for tensor in named_tensors(model).values()]
     numbers = [(m, key, value) for m in model.modules() for key, value in vars(m).items() if isinstance(value, int)]
-    with undisturbed(model), torch.no_grad():
+    with evaluated(model), torch.no_grad():
         try:
             for tensor, _, _ in tensors:
                 tensor.grad = None
@@ -63,32 +64,41 @@ def _trial(model: nn.Module) -> Iterator[None]:
                     FewerHeads.suit(module)
 
 
-def _holds(model: nn.Module, example: Any, found: Sequence[Coupling]) -> bool:
+def _passes(model: nn.Module, example: Any, removable: Sequence[Coupling]) -> bool:
     """Whether every third unit can be removed, where it is zero, without a change of the outputs."""
-    chosen = [(coupling, range(0, coupling.units, 3)) for coupling in found]
-    with _trial(model):
-        model.eval()
-        with torch.random.fork_rng(devices=_devices(model)):
-            torch.manual_seed(0)
-            for tensor in _named(model).values():
-                if tensor.is_floating_point():
-                    fan = tensor[0].numel() if tensor.dim() > 1 else 4
-                    tensor.data = torch.randn_like(tensor) * fan**-0.5
-            for module in model.modules():
-                if isinstance(module, _NORMS) and isinstance(module.running_var, Tensor):
-                    module.running_var.data = module.running_var.abs() + 0.5
-            for coupling, gone in chosen:
-                for port in coupling.ports:
-                    if port.side == "out":
-                        silence(model.get_submodule(port.path), [place for unit in gone for place in port.places[unit]])
-            plan = Plan.of(model, chosen)
-            return difference(model, example, plan.apply) <= 1e-4
+    removed = [(coupling, range(0, coupling.units, 3)) for coupling in removable]
+    with _trial(model), torch.random.fork_rng(devices=_devices(model)):
+        _randomize(model)
+        for coupling, units in removed:
+            for port in coupling.ports:
+                if port.side == "out":
+                    silence(model.get_submodule(port.path), [place for unit in units for place in port.places[unit]])
+        plan = RemovalPlan.of(model, removed)
+        return difference(model, example, plan.apply) <= _TOLERANCE
+
+
+def _randomize(model: nn.Module) -> None:
+    """Give all tensors random values, always the same ones, at which no channel is zero by chance."""
+    torch.manual_seed(0)
+    for tensor in named_tensors(model).values():
+        if tensor.is_floating_point():
+            fan = tensor[0].numel() if tensor.dim() > 1 else 4
+            tensor.data = torch.randn_like(tensor) * fan**-0.5
+    for module in model.modules():
+        if isinstance(module, CHANNEL_NORMS) and isinstance(module.running_var, Tensor):
+            module.running_var.data = module.running_var.abs() + 0.5
 
 
 def silence(module: nn.Module, channels: Sequence[int]) -> None:
-    """Make output channels of a layer zero: weights, biases, scales and shifts."""
-    for short, dim, _ in _cut_by(module, "out"):
-        tensor = _own(module)[short]
+    """Make output channels of a layer zero: weights, biases, scales and shifts.
+
+    Args:
+        module: a layer with weights, or a norm of channels.
+        channels: indices of its outputs.
+    """
+    tensors = own_tensors(module)
+    for short, dim, _ in channel_tensors(module, "out"):
+        tensor = tensors[short]
         if not short.startswith("running_") and not isinstance(module, nn.PReLU):
             tensor.data = tensor.index_fill(dim, torch.tensor(list(channels), device=tensor.device), 0)
 
@@ -96,12 +106,17 @@ def silence(module: nn.Module, channels: Sequence[int]) -> None:
 def difference(model: nn.Module, example: Any, change: Callable[[nn.Module], None]) -> float:
     """How far a change of a model moves its outputs, relative to the largest of them if that is above 1.
 
-    The outputs are those for the example and for noise, in evaluation mode. The model is left as it is. Infinity: the
-    changed model cannot be called, or its outputs have another shape.
+    The outputs are those for the example and for noise, in evaluation mode. The model is left as it is.
+
+    Args:
+        example: inputs, as the model is called with.
+        change: changes the model in place.
+
+    Returns:
+        The largest difference; infinity if the changed model cannot be called, or its outputs have another shape.
     """
     inputs = [example, _noise(example)]
     with _trial(model):
-        model.eval()
         before = [called(model, x) for x in inputs]
         change(model)
         try:
@@ -135,4 +150,5 @@ def _noise(example: Any) -> Any:
 
 
 def _devices(model: nn.Module) -> list[int]:
+    """The GPUs that a model is on."""
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

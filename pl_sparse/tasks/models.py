@@ -1,4 +1,4 @@
-"""Models. Every builder takes `shape`, the shape of one input, and `classes`, both of which the data module knows."""
+"""Models. Every builder takes `shape`, the shape of one input, and `classes`, as the data modules have them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ __all__ = ["conv4", "lenet5", "lenet300", "mlp1d", "resnet20", "vit_tiny"]
 
 
 def _image(shape: Sequence[int], model: str) -> tuple[int, int, int]:
+    """Channels, height and width of an image."""
     if len(shape) != 3:
         raise ValueError(f"model={model} needs images of shape (channels, height, width), the data has {tuple(shape)}")
     return int(shape[0]), int(shape[1]), int(shape[2])
@@ -167,7 +168,7 @@ class _ViT(nn.Module):
         self.head = nn.Linear(dim, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = self.patches(x).flatten(2).transpose(1, 2)  # (samples, patches, dim)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.position
         for block in self.blocks:
             x = block(x)
@@ -205,6 +206,8 @@ def vit_tiny(
 
 
 class _MLP1D(nn.Module):
+    """Two hidden layers, the second with a shortcut if `residual`."""
+
     def __init__(self, inputs: int, classes: int, hidden: int, residual: bool) -> None:
         super().__init__()
         self.fc1 = nn.Linear(inputs, hidden)

@@ -44,7 +44,7 @@ def _pretrained(auto: Any, path: str, **options: Any) -> Any:
 class MovieReviews(InMemory):
     """Sentences of film reviews, 5,331 positive and 5,331 negative: 8,530 to train, 1,066 to validate, 1,066 to test.
 
-    `root` has one sentence a line in rt-polarity.pos and rt-polarity.neg. They are tokenized once, cut or padded to
+    `root` has one sentence per line in rt-polarity.pos and rt-polarity.neg. They are tokenized once, cut or padded to
     `max_length` tokens: inputs are token numbers (batch, max_length). The split is always the same, with as many of
     each class in every part.
 

@@ -11,12 +11,12 @@ from lightning.fabric.plugins import CheckpointIO
 
 from pl_sparse.core.files import replacing
 
-__all__ = ["WholeCheckpoints"]
+__all__ = ["AtomicCheckpoints"]
 
 
-class WholeCheckpoints(CheckpointIO):
+class AtomicCheckpoints(CheckpointIO):
     """Saves a checkpoint beside its destination and puts it there in one step, so that a process killed at any moment
-    leaves the old file or the new one: `Trainer(plugins=[WholeCheckpoints()])`.
+    leaves the old file or the new one: `Trainer(plugins=[AtomicCheckpoints()])`.
 
     Lightning's own way goes through the system's folder for temporary files; from another file system that is a copy,
     which can end half way.
@@ -29,8 +29,8 @@ class WholeCheckpoints(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=weights_only)
-        return loaded
+        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=weights_only)
+        return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ __all__ = ["History"]
 
 
 class History(Callback):
-    """One row an epoch: epoch, step, sparsity, learning rate, seconds so far, and every scalar that was logged.
+    """One row per epoch: epoch, step, sparsity, learning rate, seconds so far, and every scalar that was logged.
 
     Args:
         path: a CSV file, written anew after each epoch; None keeps the rows in memory.

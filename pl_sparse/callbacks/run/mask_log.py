@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.core.upstream import logs_this_step
 
 __all__ = ["Track"]
 
@@ -27,8 +28,8 @@ class Track(Callback):
 
     def __init__(self) -> None:
         self._masks: list[Tensor] = []
-        self._seen = 0
-        self._logged = 0
+        self._seen = 0  # updates of the masks that were looked at
+        self._logged = 0  # the step at which masks were logged
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner = Sparsity.of(trainer).pruner
@@ -40,7 +41,7 @@ class Track(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and trainer._logger_connector.should_update_logs:
+        if isinstance(loss, Tensor) and logs_this_step(trainer):
             self._log(trainer, {"train/loss_step": float(loss)})
         if trainer.global_step - self._logged >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self._look(trainer)
@@ -55,7 +56,7 @@ class Track(Callback):
         if pruner.num_updates == self._seen:
             return
         self._seen, self._logged = pruner.num_updates, trainer.global_step
-        counts = torch.stack(
+        counts = torch.stack(  # (weights, 3): kept before, kept now, kept both times
             [
                 torch.stack([before.sum(), param.mask.sum(), (before & param.mask).sum()]).cpu()
                 for before, param in zip(self._masks, pruner.params, strict=True)

@@ -47,16 +47,16 @@ class Prefix(Callback):
         self.folder = Path(folder)
         self._locks: dict[int, FileLock] = {}
 
-    def fork(self, sparsity: Sparsity, own: str | None, needed: int) -> tuple[str | None, int]:
+    def fork(self, sparsity: Sparsity, checkpoint: str | None, needed: int) -> tuple[str | None, int]:
         """Where training starts: from the furthest stage there is, or from the run's own checkpoint if it is further.
 
         Args:
             sparsity: the run's callback, attached.
-            own: the run's own checkpoint, if it was interrupted.
+            checkpoint: the run's own, if it was interrupted.
             needed: epochs that this run trains; a stage at its end or later is not gone on from.
 
         Returns:
-            a checkpoint and the optimizer steps that it takes over; (own, 0) where there is nothing to take over.
+            A checkpoint and the optimizer steps that it takes over: (checkpoint, 0) where there is nothing to take.
         """
         self.cache.mkdir(parents=True, exist_ok=True)
         before = [epochs for epochs in self.stages if epochs < needed]
@@ -67,10 +67,10 @@ class Prefix(Callback):
                 self._claim(epochs, wait=False)
         cached = [epochs for epochs in before if self._state(epochs).is_file()]
         if not cached:
-            return own, 0
+            return checkpoint, 0
         epochs = cached[-1]
-        if own is not None and _epochs(torch.load(own, map_location="cpu", weights_only=True)) >= epochs:
-            return own, 0
+        if checkpoint is not None and _epochs(torch.load(checkpoint, map_location="cpu", weights_only=True)) >= epochs:
+            return checkpoint, 0
         state = torch.load(self._state(epochs), map_location="cpu", weights_only=True)
         for key in [key for key in state["callbacks"] if key.startswith("ModelCheckpoint")]:
             del state["callbacks"][key]  # what a run has saved, and where, is its own affair
@@ -86,6 +86,7 @@ class Prefix(Callback):
         return str(path), int(state["global_step"])
 
     def _state(self, epochs: int) -> Path:
+        """The file of the stage after so many epochs."""
         return self.cache / self.stages[epochs] / "state.ckpt"
 
     def _claim(self, epochs: int, wait: bool = True) -> None:

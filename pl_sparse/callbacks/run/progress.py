@@ -7,11 +7,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pl_sparse.callbacks.run.history import History
 
-__all__ = ["Lines"]
+__all__ = ["ProgressLines"]
 
 
-class Lines(Callback):
-    """Prints a line an epoch, about `most` lines in all: what a log keeps where a progress bar would fill it.
+class ProgressLines(Callback):
+    """Prints a line per epoch, about `most` lines in all: what a log keeps where a progress bar would fill it.
 
     Args:
         most: lines of a whole training.

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from pl_sparse.callbacks.clock import total_steps
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.core.files import write_json
 
@@ -19,10 +20,14 @@ __all__ = ["Status", "read_status"]
 
 
 def read_status(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What a run's status.json says; None where there is none."""
+    """What a run's status.json says; None where there is none that can be read.
+
+    Args:
+        folder: the run's.
+    """
     try:
-        found: dict[str, Any] = json.loads((Path(folder) / "status.json").read_text(encoding="utf-8"))
-        return found
+        status: dict[str, Any] = json.loads((Path(folder) / "status.json").read_text(encoding="utf-8"))
+        return status
     except (OSError, ValueError):
         return None
 
@@ -31,7 +36,7 @@ class Status(Callback):
     """Writes `folder`/status.json: state (running, finished, failed), error, step, total, sparsity, accuracy (the last
     value of `objective`), started and updated (seconds since 1970), steps_trained and steps_shared.
 
-    As a context around the whole run it tells its end, too: "finished", or "failed" with the exception. A process that
+    As a context around the whole run it notes its end, too: "finished", or "failed" with the exception. A process that
     was killed leaves "running" behind.
 
     Args:
@@ -50,8 +55,8 @@ class Status(Callback):
             "state": "running", "error": None, "step": 0, "total": 0, "sparsity": 0.0, "accuracy": None,
             "started": 0.0, "updated": 0.0, "steps_trained": 0, "steps_shared": 0, "config": config,
         }  # fmt: skip
-        self._before = 0
-        self._start = 0
+        self._before = 0  # steps trained before an interruption
+        self._start = 0  # the step at which this process began
 
     def __enter__(self) -> Status:
         earlier = read_status(self.folder)
@@ -79,7 +84,7 @@ class Status(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = self.values["from"] = trainer.global_step
-        total = trainer.estimated_stepping_batches
+        total = total_steps(trainer)
         self.values["total"] = int(total) if total != float("inf") else 0
         self._look(trainer, now=True)
 

@@ -22,6 +22,7 @@ class Batches:
         y: labels, (samples,).
         batch_size: samples of a batch.
         shuffle: a new order each epoch, a function of `seed` and the epoch.
+        seed: of the order.
         drop_last: leave out a last batch that is not full.
         rank: this process's share of the samples, one of ...
         world_size: ... so many.
@@ -45,8 +46,8 @@ class Batches:
         self.drop_last = drop_last
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        self._start = 0
-        self._at = 0
+        self._start = 0  # the batch that the next epoch begins with, after a resume
+        self._next = 0  # the batch that comes next
         if shuffle:  # where Lightning looks for `set_epoch`
             self.sampler, self.batch_sampler = self, None
 
@@ -72,12 +73,12 @@ class Batches:
         if self.world_size > 1:
             order = order.repeat(2)[: self._share * self.world_size][self.rank :: self.world_size]
         for index in range(start, len(self)):
-            self._at = index + 1
+            self._next = index + 1
             batch = order[index * self.batch_size : (index + 1) * self.batch_size]
             yield self.x[batch], self.y[batch]
 
     def state_dict(self) -> dict[str, int]:
-        return {"batch": self._at % max(len(self), 1)}
+        return {"batch": self._next % max(len(self), 1)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._start = state["batch"]
@@ -111,7 +112,7 @@ class InMemory(LightningDataModule):
 
     @abstractmethod
     def load(self) -> tuple[Split, Split, Split]:
-        """Inputs and labels of the training, validation and test samples."""
+        """Inputs (samples, *shape) and labels (samples,) of the training, validation and test samples."""
 
     def setup(self, stage: str | None = None) -> None:
         if self._splits is None:
@@ -119,6 +120,7 @@ class InMemory(LightningDataModule):
             self._splits = (x[: self.limit], y[: self.limit]), val, test
 
     def _batches(self, split: int) -> Batches:
+        """This process's batches of the training (0), validation (1) or test (2) samples."""
         self.setup()
         assert self._splits is not None
         trainer = self.trainer
@@ -146,7 +148,19 @@ class InMemory(LightningDataModule):
 
 
 def hold_out(x: Tensor, y: Tensor, count: int) -> tuple[Split, Split]:
-    """Split `count` samples off, always the same ones."""
+    """Split `count` samples off, always the same ones.
+
+    Args:
+        x: inputs, (samples, *shape).
+        y: labels, (samples,).
+        count: how many.
+
+    Returns:
+        The others, and those that were split off, both in their order.
+
+    Raises:
+        ValueError: none of the one or the other would be left.
+    """
     if not 0 < count < len(x):
         raise ValueError(f"validation={count} must leave some of the {len(x)} training samples")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))

@@ -55,7 +55,7 @@ class _Idx(InMemory):
         validation: samples taken off the training set.
 
     Raises:
-        FileNotFoundError: the files are nowhere and cannot be downloaded; the message tells where they were looked for.
+        FileNotFoundError: the files are nowhere and cannot be downloaded; the message says where they were looked for.
     """
 
     shape = (1, 28, 28)
@@ -105,9 +105,9 @@ class _Idx(InMemory):
                 f"{file} is in none of {looked}, and {address} cannot be reached ({error}). Give the folder that has "
                 "it: data.root=/path/to/folder"
             ) from error
-        found = hashlib.md5(gzip.decompress(packed)).hexdigest()
-        if found != md5:
-            raise FileNotFoundError(f"{address} has checksum {found}, not {md5}: it is damaged, and was not kept")
+        checksum = hashlib.md5(gzip.decompress(packed)).hexdigest()
+        if checksum != md5:
+            raise FileNotFoundError(f"{address} has checksum {checksum}, not {md5}: it is damaged, and was not kept")
         with replacing(_cache() / self.name / f"{file}.gz") as temporary:
             temporary.write_bytes(packed)
 

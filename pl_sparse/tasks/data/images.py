@@ -70,6 +70,7 @@ class ImageFolder(InMemory):
         return ((train_x - mean) / std, train_y), ((val_x - mean) / std, val_y), ((test_x - mean) / std, test_y)
 
     def _read(self, part: str) -> Split:
+        """Images (samples, channels, size, size) in [0, 1] and labels of a part: train, val or test."""
         from PIL import Image
 
         images, labels = [], []
@@ -82,8 +83,8 @@ class ImageFolder(InMemory):
                 if path.suffix.lower() not in _IMAGES:
                     continue
                 with Image.open(path) as image:
-                    grey = image.convert("L" if self.channels == 1 else "RGB").resize((self.size, self.size))
-                    pixels = np.asarray(grey, dtype=np.float32).reshape(self.size, self.size, self.channels)
+                    scaled = image.convert("L" if self.channels == 1 else "RGB").resize((self.size, self.size))
+                    pixels = np.asarray(scaled, dtype=np.float32).reshape(self.size, self.size, self.channels)
                 images.append(torch.from_numpy(pixels.transpose(2, 0, 1) / 255))
                 labels.append(label)
         if not images:

@@ -69,14 +69,14 @@ class MNIST1D(InMemory):
         numpy_state, python_state = np.random.get_state(), random.getstate()
         try:
             with contextlib.redirect_stdout(None):
-                made = make_dataset(get_dataset_args())
+                dataset = make_dataset(get_dataset_args())
         finally:  # it seeds the global generators
             np.random.set_state(numpy_state)
             random.setstate(python_state)
 
         def split(part: str) -> Split:
-            x = torch.from_numpy(np.asarray(made["x" + part])).float()
-            return x, torch.from_numpy(np.asarray(made["y" + part])).long()
+            x = torch.from_numpy(np.asarray(dataset["x" + part])).float()
+            return x, torch.from_numpy(np.asarray(dataset["y" + part])).long()
 
         train, val = hold_out(*split(""), self.validation)
         return train, val, split("_test")

@@ -1,0 +1,250 @@
+"""What is used of other libraries beyond their documented interfaces: one function per piece, and tests of each piece.
+
+Lightning, torchmetrics, torch, torchao and Torch-Pruning promise nothing of this. Where one of them moves a piece,
+tests/test_upstream.py fails, and this module alone changes. Libraries other than torch are not imported before they are
+needed; Lightning's objects are taken as they come.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = [
+    "CHANNEL_NORMS",
+    "averaged_models",
+    "compiled",
+    "fake_quantizers",
+    "forgets_metrics",
+    "found_infinite_gradients",
+    "integer_data",
+    "integer_output",
+    "is_model_output",
+    "is_read_by_attention",
+    "last_checkpoint_is_due",
+    "logs_this_step",
+    "overridden",
+    "override",
+    "padding_of",
+    "path_of",
+    "plain_name",
+    "replace_data",
+    "restore",
+    "saving_best",
+    "skipping_checks",
+    "training_loader",
+    "use_fused_attention",
+    "without_fused_layer",
+]
+
+# Methods of single objects
+
+
+def override(obj: Any, name: str, function: Callable[..., Any]) -> None:
+    """Let `obj.name(...)` call `function`, for this object alone: an attribute comes before the method of the class."""
+    vars(obj)[name] = function
+
+
+def restore(obj: Any, name: str) -> None:
+    """Let `obj.name(...)` call the method of the class again."""
+    vars(obj).pop(name, None)
+
+
+@contextmanager
+def overridden(obj: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the block `obj.name(...)` calls `function`; afterwards what it called before."""
+    earlier = vars(obj).get(name)
+    override(obj, name, function)
+    try:
+        yield
+    finally:
+        if earlier is None:
+            restore(obj, name)
+        else:
+            override(obj, name, earlier)
+
+
+# Lightning
+
+
+def averaged_models(trainer: Any) -> Iterator[nn.Module]:
+    """The copies of the model with averaged weights that a trainer's callbacks keep (EMA, SWA)."""
+    for callback in trainer.callbacks:
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            yield average
+
+
+def found_infinite_gradients(trainer: Any, optimizer: Optimizer) -> bool:
+    """Whether the gradient scaler of mixed precision leaves an optimizer's step out; to be asked before the step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return False
+    per_device: dict[Any, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return any(bool(value) for value in per_device.values())
+
+
+def training_loader(trainer: Any) -> Any:
+    """The loader of the training data, before training begins too, when the trainer has not set it up.
+
+    Having it set up would draw the order of the first epoch, which a checkpoint may yet give.
+    """
+    loader = trainer.train_dataloader
+    return trainer.fit_loop._data_source.dataloader() if loader is None else loader
+
+
+def logs_this_step(trainer: Any) -> bool:
+    """Whether the step in progress is one of those that are logged, by `log_every_n_steps`."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def skipping_checks(early_stopping: Any, skips: Callable[[], bool]) -> Callable[[], None]:
+    """Let an `EarlyStopping` leave its checks out while `skips()`, in addition to those that it leaves out itself.
+
+    Returns:
+        What undoes it.
+    """
+    check = early_stopping._should_skip_check
+    override(early_stopping, "_should_skip_check", lambda trainer: skips() or check(trainer))
+    return lambda: restore(early_stopping, "_should_skip_check")
+
+
+def saving_best(checkpoint: Any, save: Callable[[Callable[[], None], Any], None]) -> Callable[[], None]:
+    """Let a `ModelCheckpoint` call `save(saves, trainer)` where it would save its best checkpoints by `saves()`.
+
+    Returns:
+        What undoes it.
+    """
+    saves = checkpoint._save_topk_checkpoint
+    override(
+        checkpoint,
+        "_save_topk_checkpoint",
+        lambda trainer, candidates: save(lambda: saves(trainer, candidates), trainer),
+    )
+    return lambda: restore(checkpoint, "_save_topk_checkpoint")
+
+
+def last_checkpoint_is_due(checkpoint: Any, trainer: Any) -> None:
+    """Let a `ModelCheckpoint` write its last checkpoint at this step, which it does only after another one."""
+    checkpoint._last_global_step_saved = trainer.global_step
+    checkpoint._last_checkpoint_saved = ""
+
+
+def compiled(module: nn.Module) -> bool:
+    """Whether torch.compile made a module or a part of it, so that hooks of its layers need not be called."""
+    if any(hasattr(part, "_orig_mod") for part in module.modules()):
+        return True
+    return getattr(module, "_compiler_ctx", None) is not None  # Lightning's from_compiled
+
+
+# torchmetrics
+
+
+@contextmanager
+def forgets_metrics(module: nn.Module) -> Iterator[None]:
+    """Afterwards the metrics within a module are as they were, their number of updates included."""
+    from torchmetrics import Metric
+
+    metrics = [part for part in module.modules() if isinstance(part, Metric)]
+    states = [(metric, copy.deepcopy(metric.metric_state), metric._update_count) for metric in metrics]
+    try:
+        yield
+    finally:
+        for metric, state, count in states:
+            for name, value in state.items():
+                setattr(metric, name, value)
+            metric._update_count = count
+
+
+# torch
+
+CHANNEL_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+"""Norms of channels: batch and instance norms of any number of dimensions, with running statistics or without."""
+
+
+def padding_of(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
+    """The padding of a convolution in numbers, in the order that `F.pad` takes: last dimension first, both sides."""
+    return conv._reversed_padding_repeated_twice
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter without the level that torch.compile adds."""
+    return name.replace("_orig_mod.", "")
+
+
+def replace_data(tensor: Tensor, data: Tensor) -> None:
+    """Give a parameter or buffer data of another shape, where a graph of its former self may still be alive.
+
+    Autograd remembers a parameter's shape as long as any graph that used it lives. It forgets it at a change of type.
+    """
+    other = torch.float32 if tensor.dtype == torch.float64 else torch.float64
+    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = data
+
+
+def use_fused_attention(attention: nn.MultiheadAttention, allowed: bool) -> None:
+    """Whether torch's encoder layers may compute this attention in their fused path, which the attention's own
+    `forward` has no part in."""
+    attention._qkv_same_embed_dim = allowed and attention.in_proj_weight is not None
+
+
+def without_fused_layer(module: nn.Module) -> None:
+    """Let a `TransformerEncoderLayer` call its layers in evaluation mode too: its fused path reads their weights."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.activation_relu_or_gelu = 0
+
+
+def is_read_by_attention(layer: nn.Module) -> bool:
+    """Whether a linear layer is the output projection of `nn.MultiheadAttention`, which reads its weight and does not
+    call it."""
+    return isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def path_of(node: torch.fx.Node) -> str | None:
+    """The path of the module that a node of a graph by torch.export was traced in; None where none is noted."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path: str = list(stack.values())[-1][0]
+    return path.removeprefix("L['self']").lstrip(".")
+
+
+# torchao
+
+_FAKE_QUANTIZERS = "activation_post_process"
+
+
+def fake_quantizers(graph: nn.Module) -> dict[str, Any]:
+    """What simulates integers in a graph that `prepare_pt2e` or `prepare_qat_pt2e` made, by name.
+
+    Each has `is_per_channel`, which is so for weights, and `enable_observer(enabled)`.
+    """
+    return {name: module for name, module in graph.named_children() if name.startswith(_FAKE_QUANTIZERS)}
+
+
+def integer_output(spec: Any) -> Any:
+    """The annotation of a node whose output is integers."""
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+
+    return QuantizationAnnotation(output_qspec=spec, _annotated=True)
+
+
+def integer_data(weight: Tensor) -> Tensor | None:
+    """The integers of a weight that torchao quantized; None if it has none."""
+    return getattr(weight, "qdata", None)
+
+
+# Torch-Pruning
+
+
+def is_model_output(target: Any) -> bool:
+    """Whether a node of Torch-Pruning's dependency graph is an output of the model."""
+    import torch_pruning
+
+    return isinstance(target, torch_pruning.ops._OutputOp)

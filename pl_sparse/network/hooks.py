@@ -1,0 +1,99 @@
+"""A model called in order to be looked at: hooks for the time of a block, its outputs, and nothing of it changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["called", "evaluated", "hooked", "undisturbed", "unfused"]
+
+Pre = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+"""What sees a module, its arguments and its keywords before it is called."""
+
+Post = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+"""What sees a module, its arguments, its keywords and its output; what it returns, unless None, is the output."""
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], pre: Pre | None = None, post: Post | None = None) -> Iterator[None]:
+    """Within the block each call of a module calls `pre` before it and `post` after it.
+
+    Args:
+        modules: those that are watched.
+        pre: gets (module, args, kwargs).
+        post: gets (module, args, kwargs, output).
+    """
+    with ExitStack() as handles:
+        for module in modules:
+            if pre is not None:
+                handles.enter_context(module.register_forward_pre_hook(pre, with_kwargs=True))
+            if post is not None:
+                handles.enter_context(module.register_forward_hook(post, with_kwargs=True))
+        yield
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Afterwards buffers (running statistics), training flags and random numbers are as before."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for module, mode in modes:
+                module.training = mode
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode within the block, and undisturbed by it."""
+    with undisturbed(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Without the fused path of torch's transformer layers in evaluation mode, which calls no submodule."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def called(model: nn.Module, example: Any) -> list[Tensor]:
+    """The tensors that a model returns for an example of its inputs, in their order.
+
+    Args:
+        example: a tensor, a tuple of arguments or a dict of keywords.
+    """
+    if isinstance(example, Mapping):
+        out = model(**example)
+    elif isinstance(example, (tuple, list)):
+        out = model(*example)
+    else:
+        out = model(example)
+    return list(_tensors(out))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
