@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Sparsity
-from pl_sparse.app.settings import CONF
-from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.settings import CONF, ConfigError
 from pl_sparse.app.training import train
 from pl_sparse.callbacks import Distill, RandomState
 from pl_sparse.callbacks.distill import distillation

@@ -10,8 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
-from pl_sparse.app.settings import CONF
-from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.settings import CONF, ConfigError
 from pl_sparse.app.training import train
 from pl_sparse.tasks.text import MovieReviews, transformer
 
