@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pl_sparse.app.hydra_api import composition, entry
 from pl_sparse.app.settings import CONF, ConfigError
 from pl_sparse.app.sweep.job import run
 from pl_sparse.app.sweep.launch import arguments
@@ -29,7 +30,7 @@ __all__ = ["main", "sweep"]
 # The command
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+@entry
 def _entry(cfg: DictConfig) -> float | tuple[float, ...] | None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -126,7 +127,7 @@ def _keys(arguments: list[str]) -> set[str]:
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
     chosen = [argument for argument in arguments if argument.partition("=")[0] in groups and "," not in argument]
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with composition():
         try:
             cfg = hydra.compose("train", chosen)
         except Exception:

@@ -7,12 +7,12 @@ from inspect import isclass, signature
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
+from pl_sparse.app.hydra_api import instantiate
 from pl_sparse.app.settings import ConfigError, target
 from pl_sparse.surgery.saved import load_shrunk
 from pl_sparse.tasks.classifier import Classifier

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from pl_sparse.allocation import Budget
 from pl_sparse.app.artifacts import figures, first, integers_of, one, tell, write
 from pl_sparse.app.deploy import deploy, exports, merged, refuse
+from pl_sparse.app.hydra_api import instantiate
 from pl_sparse.app.parts import built, make_module
 from pl_sparse.app.settings import ConfigError, check
 from pl_sparse.app.sweep.identity import fingerprint
