@@ -192,7 +192,7 @@ def yamls(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")})
 
 
 REQUIRED = {

@@ -124,7 +124,7 @@ def _near(word: str, known: set[str]) -> bool:
 
 def _keys(arguments: list[str]) -> set[str]:
     """Every setting that the chosen groups have."""
-    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    groups = {path.parent.name for path in CONF.glob("*/*.yaml")}
     chosen = [argument for argument in arguments if argument.partition("=")[0] in groups and "," not in argument]
     GlobalHydra.instance().clear()
     with composition():
