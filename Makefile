@@ -30,10 +30,12 @@ test: install ## Run the tests (the slow ones excepted)
 test-slow: install ## Run the slow tests
 	$(BIN)/pytest -m slow
 
-lint: install ## Check format, lint and types
+lint: install ## Check format, lint, types, the order of imports and the declared dependencies
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry pl_sparse
 
 format: install ## Format the code and mend what ruff can
 	$(BIN)/ruff format .
@@ -46,5 +48,5 @@ reproduce: install ## Run the published experiments (resumable) and write docs/r
 	$(BIN)/python -m benchmarks.reproduce
 
 clean: ## Remove the virtual environment, caches and build outputs
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

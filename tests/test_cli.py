@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_pareto import made
 
+import pl_sparse
 from pl_sparse.app import cli, doctor
 from pl_sparse.core.files import write_csv
 
@@ -51,6 +52,30 @@ def test_every_command_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         with pytest.raises(SystemExit, match="0"):
             called(monkeypatch, name, "--help")
         assert f"usage: pl-sparse {name}" in capsys.readouterr().out
+
+
+def test_version_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import runpy, sys; runpy.run_module('pl_sparse', run_name='__main__'); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "lightning", "hydra-core")]
+    expected = f"pl_sparse {pl_sparse.__version__} ({', '.join(versions)})"
+    assert done.stdout.splitlines() == [expected, "False"]
+    called(monkeypatch, "--help")
+    assert capsys.readouterr().out.splitlines()[-1] == expected
+    monkeypatch.setattr(cli.metadata, "version", absent)
+    assert cli.version() == f"pl_sparse {pl_sparse.__version__} (no torch, no lightning, no hydra-core)"
+
+
+def absent(name: str) -> str:
+    raise metadata.PackageNotFoundError(name)
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pl_sparse", "pareot"], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(pl_sparse.__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 2 and "Did you mean 'pareto'" in done.stderr
 
 
 def test_show(runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from pl_sparse import Pruner
 from pl_sparse.allocation import Allocation, kept
+from pl_sparse.app.hydra_api import composition
 from pl_sparse.app.settings import check
 from pl_sparse.core.registry import build, catalogue
 from pl_sparse.core.targets import find
@@ -191,7 +192,7 @@ def yamls(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")})
 
 
 REQUIRED = {
@@ -217,7 +218,7 @@ def test_every_yaml_composes(group: str, option: str) -> None:
 
 
 def compose(overrides: list[str]) -> DictConfig:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with composition():
         cfg = hydra.compose("train", overrides)
     OmegaConf.set_struct(cfg, False)
     cfg.output_dir = "somewhere"

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Sparsity
-from pl_sparse.app.settings import CONF, ConfigError
+from pl_sparse.app.hydra_api import composition
+from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.training import train
 from pl_sparse.callbacks import Distill, RandomState
 from pl_sparse.callbacks.distill import distillation
@@ -165,7 +166,7 @@ def test_bad_teachers(tmp_path: Path) -> None:
 
 def config(folder: Path, *overrides: str) -> DictConfig:
     short = ["trainer.max_epochs=3", "trainer.enable_progress_bar=false", "data.limit=320"]
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with composition():
         return hydra.compose("train", [*short, f"output_dir={folder}", *overrides])
 
 

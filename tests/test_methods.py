@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 from test_app import config
 
 from pl_sparse.allocation import kept
+from pl_sparse.app.hydra_api import instantiate
 from pl_sparse.app.settings import CONF
 from pl_sparse.app.training import train
 from pl_sparse.core.targets import find

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_contract import CONF, compose, pattern
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from pl_sparse import Pruner
 from pl_sparse.allocation import kept
+from pl_sparse.app.hydra_api import instantiate
 from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Cyclic
 from pl_sparse.structure import Head

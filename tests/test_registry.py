@@ -10,12 +10,12 @@ from typing import Any
 
 import hydra
 import pytest
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from pl_sparse import Pruner, Sparsity
 from pl_sparse.allocation import Allocation
+from pl_sparse.app.hydra_api import composition, instantiate
 from pl_sparse.core import registry
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import build, names, register
@@ -59,7 +59,7 @@ def _registered() -> Iterator[None]:
 def test_every_option_of_the_command_line_is_a_name_in_python(axis: str, stem: str) -> None:
     needed = NEEDED.get((axis, stem), {})
     overrides = [f"{axis}={stem}", "sparsity=0.7", *(f"{axis}.{key}={value}" for key, value in needed.items())]
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with composition():
         cfg = hydra.compose("train", overrides)
     if (axis, stem) == ("regularizer", "none"):
         assert not cfg.get("regularizer")
@@ -78,7 +78,7 @@ def test_every_option_of_the_command_line_is_a_name_in_python(axis: str, stem: s
 
 
 def test_the_axes_of_the_default_run_are_those_of_python() -> None:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with composition():
         cfg = hydra.compose("train", [])
     pruner = Sparsity(sparsity=cfg.sparsity).pruner
     for axis in AXES:

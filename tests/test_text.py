@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
-from pl_sparse.app.settings import CONF, ConfigError
+from pl_sparse.app.hydra_api import composition
+from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.training import train
 from pl_sparse.tasks.text import MovieReviews, transformer
 
@@ -81,7 +82,7 @@ def test_padding_changes_nothing(pretrained: Path) -> None:
 def config(folder: Path, reviews: Path, pretrained: Path, *overrides: str) -> DictConfig:
     given = [f"data.root={reviews}", f"model.path={pretrained}", f"output_dir={folder}", "data.max_length=12"]
     short = ["trainer.enable_progress_bar=false", "trainer.max_epochs=8", "optimizer.lr=0.003", "data.batch_size=8"]
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with composition():
         return hydra.compose("train", ["experiment=movie_reviews_movement", *given, *short, *overrides])
 
 

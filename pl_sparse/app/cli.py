@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from importlib import import_module
+from importlib import import_module, metadata
 
+from pl_sparse import __version__
 from pl_sparse.core.registry import suggestion
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "version"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pl_sparse.app.command:main", "train one model, or several with -m: the settings are those of train.py"),
@@ -30,7 +31,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """What each subcommand calls, imported when it is asked for, and a line of help."""
 _MORE = (
-    "pl-sparse COMMAND --help tells more. Completion of settings in the shell, as Hydra has it:",
+    "pl-sparse COMMAND --help tells more, pl-sparse --version the versions.",
+    "Completion of settings in the shell, as Hydra has it:",
     '  eval "$(pl-sparse train -sc install=bash)"    (or install=zsh, install=fish)',
 )
 
@@ -40,6 +42,9 @@ def main() -> None:
     first = sys.argv[1] if len(sys.argv) > 1 else "train"
     if first in ("-h", "--help", "help"):
         print(_help())
+        return
+    if first == "--version":
+        print(version())
         return
     line = os.environ.get("COMP_LINE", "").split(" ")
     if first == "-sc" and line[1:2] in (["train"], ["sweep"]):  # Hydra completes settings, and knows no subcommands
@@ -56,7 +61,18 @@ def main() -> None:
     command()
 
 
+def version() -> str:
+    """A line with the version of this package and of what it stands on; none of it is imported."""
+    below = []
+    for name in ("torch", "lightning", "hydra-core"):
+        try:
+            below.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            below.append(f"no {name}")
+    return f"pl_sparse {__version__} ({', '.join(below)})"
+
+
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(["usage: pl-sparse COMMAND ...", "", *lines, "", *_MORE])
+    return "\n".join(["usage: pl-sparse COMMAND ...", "", *lines, "", *_MORE, "", version()])

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
+from pl_sparse.app.hydra_api import composition, entry
 from pl_sparse.app.settings import CONF, ConfigError
 from pl_sparse.app.sweep.job import run
 from pl_sparse.app.sweep.launch import arguments
@@ -28,7 +29,7 @@ from pl_sparse.core.registry import suggestion
 __all__ = ["main", "sweep"]
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+@entry
 def _entry(cfg: DictConfig) -> float | tuple[float, ...] | None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -130,10 +131,10 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 def _settings(arguments: list[str]) -> set[str]:
     """The keys of all settings that the groups have which the arguments choose."""
-    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    groups = {path.parent.name for path in CONF.glob("*/*.yaml")}
     choices = [argument for argument in arguments if argument.partition("=")[0] in groups and "," not in argument]
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with composition():
         try:
             cfg = hydra.compose("train", choices)
         except Exception:

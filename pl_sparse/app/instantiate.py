@@ -5,11 +5,11 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any
 
-from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from pl_sparse.app.hydra_api import instantiate
 from pl_sparse.app.settings import ConfigError, target
 from pl_sparse.tasks.classifier import Classifier
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
+from pl_sparse.app.hydra_api import instantiate
 from pl_sparse.app.instantiate import each
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.callbacks.run.atomic_checkpoints import AtomicCheckpoints

@@ -15,7 +15,6 @@ from torch import Tensor
 from pl_sparse.callbacks.clock import total_steps
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.core.files import replacing, write_csv, write_json
-from pl_sparse.results.figures import plot_tickets
 from pl_sparse.schedule import Tickets
 
 __all__ = ["Rewind", "training_length"]
@@ -152,6 +151,8 @@ class Rewind(Callback):
         self._save(level / "ticket.safetensors", {**weights, **masks})
         write_json(level / "metrics.json", row)
         write_csv(folder / "tickets.csv", self.rows)
+        from pl_sparse.results.figures import plot_tickets  # matplotlib is for those who draw
+
         plot_tickets(self.rows, folder / "tickets.png")
 
     def _folder(self, trainer: Trainer) -> Path:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pl_sparse.app.aliases import current_options
+from pl_sparse.app.hydra_api import register_resolver
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.sweep.identity import digest, run_fingerprint
 from pl_sparse.callbacks.run.status import Status, read_status
@@ -248,4 +249,4 @@ def _overrides_of(run: Path) -> list[str] | None:
     return plain_overrides(list(OmegaConf.load(path))) if path.is_file() and path.stat().st_size else None
 
 
-OmegaConf.register_new_resolver("sweep_subdir", subdir, replace=True)
+register_resolver("sweep_subdir", subdir)

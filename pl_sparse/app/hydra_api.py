@@ -1,0 +1,69 @@
+"""The calls that versions of Hydra and OmegaConf spell differently, and what `_target_` may name.
+
+Hydra 1.3 asks for `version_base`; 1.4 deprecates it. From 1.5 on Hydra instantiates nothing without a white list of
+targets, which 1.4 takes already. The list has two parts. `PACKAGES` holds the libraries that configurations are made
+of: it covers what Hydra itself instantiates, such as its callbacks. Below a node that is instantiated here, the targets
+which that node names are on the list one by one: a configuration comes from the user's own files and command line, and
+is trusted as the user's code is. What Hydra never calls for a configuration, such as `os.system`, stays refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import hydra
+import hydra.utils
+from omegaconf import DictConfig, OmegaConf
+
+from pl_sparse.app.settings import CONF
+
+__all__ = ["PACKAGES", "composition", "entry", "instantiate", "register_resolver"]
+
+PACKAGES = ("pl_sparse.*", "torch.*", "lightning.*", "pytorch_lightning.*", "torchmetrics.*")
+"""The libraries that `_target_` may always name."""
+
+_WHITE_LIST = hasattr(hydra.utils, "execution_whitelist")  # since Hydra 1.4
+
+
+def entry(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+    """`hydra.main` for train.yaml."""
+    version: dict[str, Any] = {"execution_whitelist": PACKAGES} if _WHITE_LIST else {"version_base": "1.3"}
+    decorated: Callable[[], Any] = hydra.main(config_path=str(CONF), config_name="train", **version)(task)
+    return decorated
+
+
+def composition() -> AbstractContextManager[None]:
+    """The context in which `hydra.compose` finds the configuration of this package."""
+    version: dict[str, Any] = {} if _WHITE_LIST else {"version_base": "1.3"}
+    context: AbstractContextManager[None] = hydra.initialize_config_dir(str(CONF), **version)
+    return context
+
+
+def instantiate(node: DictConfig, **arguments: Any) -> Any:
+    """`hydra.utils.instantiate`, with the targets that the node names on the white list."""
+    if _WHITE_LIST:
+        values = OmegaConf.to_container(node, resolve=True, throw_on_missing=False)
+        arguments["_execution_whitelist_"] = [*PACKAGES, *dict.fromkeys(_targets(values))]
+    return hydra.utils.instantiate(node, **arguments)
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if isinstance(node.get("_target_"), str):
+            yield node["_target_"]
+        node = list(node.values())
+    for value in node if isinstance(node, list) else ():
+        yield from _targets(value)
+
+
+def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
+    """Register a resolver of interpolations, in the place of one that has its name.
+
+    OmegaConf 2.4 calls `register_resolver` what 2.3 calls `register_new_resolver`; 2.3 has an older one by that name.
+    """
+    renamed = "replace" in inspect.signature(OmegaConf.register_resolver).parameters
+    register: Any = OmegaConf.register_resolver if renamed else OmegaConf.register_new_resolver
+    register(name, resolver, replace=True)
