@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
 from pl_sparse.app.hydra_api import composition, entry
+from pl_sparse.app.plugins import provide_options
 from pl_sparse.app.settings import CONF, ConfigError
 from pl_sparse.app.sweep.job import run
 from pl_sparse.app.sweep.launch import arguments
@@ -51,6 +52,7 @@ def main() -> float | None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are printed in a few lines
     provide_hydra_callbacks()
     try:
+        provide_options()
         sys.argv[1:] = arguments(current_options(_with_earlier(sys.argv[1:])))
         result: float | None = _entry()
         return result

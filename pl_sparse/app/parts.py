@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pl_sparse.app.formats import make_formats, refuse
 from pl_sparse.app.instantiate import built, make_module, optional
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.callbacks import AccuracyBudget, Front, History, Quantize, RandomState, Shrink, Sparsity, Status
+from pl_sparse.core.targets import Targets
 from pl_sparse.export.format import Export
 from pl_sparse.export.hardware import Hardware
 from pl_sparse.schedule import Iterative, Schedule, Staircase, Tickets
@@ -153,7 +154,7 @@ def _sparsity(cfg: DictConfig, hardware: Hardware) -> Sparsity:
         if getattr(hardware, key) is not None and not isinstance(axes["allocation"], Budget):
             raise ConfigError(f"hardware.{key} is met by allocation=budget structure=coupled")
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    options = {key: plain[key] for key in ("include", "exclude", "first", "last", "overrides", "misfit")}
+    options = {field.name: plain[field.name] for field in fields(Targets)}
     options |= {key: plain[key] for key in ("ablation", "calibration_batches")}
     try:
         return Sparsity(**axes, **options, report=False)

@@ -5,6 +5,8 @@ a masking may put other values into the parameters (latent ones) and shape the g
 once, so that a step costs a few kernels, not a few for each weight.
 """
 
+import warnings
+
 from pl_sparse.masking.base import Groups, Masking, Params
 from pl_sparse.masking.choice import auto
 from pl_sparse.masking.hard import Frozen, Hard
@@ -24,3 +26,10 @@ __all__ = [
     "TopKAST",
     "auto",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Shrunk":  # its name in 0.1.0
+        warnings.warn("masking.Shrunk is called SoftThresholded now", FutureWarning, stacklevel=2)
+        return SoftThresholded
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
