@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
+PIP := -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint format bench reproduce clean
@@ -10,14 +11,16 @@ EXTRAS := $(VENV)/.extras
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml constraints.txt
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(PIP) -c constraints.txt -e .
 	@touch $@
 
-$(EXTRAS): $(STAMP)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+$(EXTRAS): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
+	@touch $(STAMP) $@ # what the demo needs is among it
 
 install: $(EXTRAS) ## Create .venv and install the pinned versions into it, extras and tools for development included
 
