@@ -3,21 +3,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
+LOWEST := .venv-lowest
+PIP := -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench reproduce clean
+.PHONY: help install demo test test-slow test-lowest lint format bench reproduce clean
 
 help: ## Show this help
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml constraints.txt
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(PIP) -c constraints.txt -e .
 	@touch $@
 
-$(EXTRAS): $(STAMP)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+$(EXTRAS): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
+	@touch $(STAMP) $@ # what the demo needs is among it
 
 install: $(EXTRAS) ## Create .venv and install the pinned versions into it, extras and tools for development included
 
@@ -29,6 +33,15 @@ test: install ## Run the tests (the slow ones excepted)
 
 test-slow: install ## Run the slow tests
 	$(BIN)/pytest -m slow
+
+$(LOWEST)/.installed: pyproject.toml .ci/lowest.py
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python .ci/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python $(PIP) -c $(LOWEST)/constraints.txt -e . $$(grep -E '^(pytest|pytest-xdist|pytest-timeout|hypothesis)==' constraints.txt)
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed ## Run the tests that need no extra with the lowest versions of the dependencies
+	$(LOWEST)/bin/pytest -n 0 -W default --without-extras tests
 
 lint: install ## Check format, lint, types, the order of imports and the declared dependencies
 	$(BIN)/ruff format --check .
@@ -48,5 +61,5 @@ reproduce: install ## Run the published experiments (resumable) and write docs/r
 	$(BIN)/python -m benchmarks.reproduce
 
 clean: ## Remove the virtual environment, caches and build outputs
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """Every test starts from the same seed, on one thread, and reaches no network."""
 
 import os
+from collections.abc import Generator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "disabled"
@@ -9,9 +10,30 @@ os.environ["MPLBACKEND"] = "Agg"
 import pytest
 import torch
 
+LACKING = "pip install 'pl_sparse["
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--without-extras", action="store_true", help="skip tests that end with the advice to install an extra"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and call.excinfo is not None and item.config.getoption("--without-extras"):
+        _, found, rest = str(call.excinfo.value).partition(LACKING)
+        if found:
+            report.outcome = "skipped"
+            report.longrepr = (str(item.path), item.reportinfo()[1] or 0, f"needs {rest.partition(']')[0]}")
+    return report

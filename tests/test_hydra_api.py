@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import hydra
 import hydra.utils
 import pytest
 from omegaconf import OmegaConf
@@ -45,3 +46,11 @@ def test_a_resolver_replaces_the_one_of_its_name() -> None:
         assert OmegaConf.create({"key": "${pl_sparse_test:}"}).key == "second"
     finally:
         OmegaConf.clear_resolver("pl_sparse_test")
+
+
+def test_optimizers_are_given_plain_types() -> None:
+    # what an optimizer keeps is in checkpoints, which are loaded as plain types
+    for name in ("adam", "adamw"):
+        with hydra_api.composition():
+            cfg = hydra.compose("train", [f"optimizer={name}"])
+        assert type(hydra_api.instantiate(cfg.optimizer).keywords["betas"]) is list

@@ -188,8 +188,8 @@ def test_a_search_with_two_objectives_goes_on(tmp_path: Path, capsys: pytest.Cap
     storage = f"sqlite:///{tmp_path}/study.db"
     study = optuna.load_study(study_name="pl_sparse", storage=storage)
     lost = study.ask()  # as a killed process leaves it
-    lost._suggest("sparsity", optuna.distributions.UniformDistribution(0.5, 0.95))
-    lost._suggest("scorer", optuna.distributions.CategoricalDistribution(["magnitude", "random"]))
+    for name, distribution in study.trials[0].distributions.items():
+        lost._suggest(name, distribution)
     assert command(*asked, "hydra.sweeper.n_trials=3", "resume=true") == 0
     study = optuna.load_study(study_name="pl_sparse", storage=storage)
     done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
