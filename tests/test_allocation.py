@@ -156,3 +156,14 @@ def test_nan_is_named() -> None:
     for allocation in (Global(), Uniform()):
         with pytest.raises(ValueError, match=r"scores of 1.weight hold NaN"):
             prune(groups(model), allocation, 0.5)
+
+
+def test_units_of_unlike_size_keep_their_rounded_down_share_over_many_updates() -> None:
+    """What one tensor is given too much by rounding is not taken from another, update after update."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 16), nn.Linear(16, 64), nn.Linear(64, 8))
+    params = [Group(param.name, ((param, param.layout),)) for param in find(net)]
+    for level in (0.1, 0.2, 0.26, 0.3, 0.34, 0.4, 0.43, 0.46, 0.47, 0.49, 0.5):
+        units = Units(params, Channel(), lambda param: param.weight.detach().abs(), monotone=True)
+        choose(units, Uniform(), level)
+        for size, alive in zip(units.sizes, (units.alive(i) for i in range(len(units))), strict=True):
+            assert int(alive.sum()) >= int((1 - level) * size + 1e-6)

@@ -150,7 +150,9 @@ def test_exports_and_what_they_cost(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(torch.equal(module.net.state_dict()[name], value) for name, value in saved.items())  # type: ignore[operator,union-attr]
 
 
-COUPLED = ["model=resnet20", "model.width=4", "structure=coupled", "allocation=uniform", "sparsity=0.5"]
+COUPLED = [
+    "model=resnet20", "model.width=4", "structure=coupled", "allocation=uniform", "sparsity=0.5", "schedule.every=10",
+]  # fmt: skip
 
 
 def plain(data: Any) -> LightningModule:
@@ -365,7 +367,7 @@ from pl_sparse import Sparsity
 from pl_sparse.schedule import Linear
 from pl_sparse.tasks.data import Digits
 from test_app import Own
-callback = Sparsity({scorer!r}, Linear(final=0.8, every=2), masking={masking!r}, report=False)
+callback = Sparsity(scorer={scorer!r}, schedule=Linear(final=0.8, every=2), masking={masking!r}, report=False)
 trainer = Trainer(max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=[callback],
                   enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 module = Own()

@@ -126,7 +126,7 @@ def test_rounds_are_those_by_hand(late: int, weights: Any, tmp_path: Path) -> No
     expected = by_hand(list(schedule.rounds), 4, late, weights)
     module = Net()
     epochs = 4 + 2 * (4 - late)
-    fit(module, epochs, tmp_path, Sparsity(schedule=schedule, report=False), Rewind(weights))
+    fit(module, epochs, tmp_path, Sparsity(schedule=schedule, allocation="global", report=False), Rewind(weights))
     for level, reference in enumerate(expected):
         ticket = load_file(tmp_path / "levels" / f"level_{level:02d}" / "ticket.safetensors")
         for name, value in reference.items():

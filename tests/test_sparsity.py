@@ -377,7 +377,7 @@ def test_a_dead_layer_is_named() -> None:
     with torch.no_grad():
         module.l1.weight.mul_(1e-6)
     with pytest.warns(UserWarning, match=r"l1.weight kept no weight .*allocation=erk"):
-        fit(module, Sparsity(schedule=OneShot(final=0.9), report=False))
+        fit(module, Sparsity(schedule=OneShot(final=0.9), allocation="global", report=False))
 
 
 def test_errors_come_before_training() -> None:

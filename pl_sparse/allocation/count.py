@@ -24,7 +24,8 @@ def apportion(units: Units, densities: Sequence[float], sparsity: float) -> list
 
     Counts start at the rounded-down shares. The weights that are left over then go, a unit at a time, to the tensor
     whose count is furthest below its share; where the guaranteed units are too many already, they are taken back the
-    same way. Units differ in size: one is moved only while that brings the total nearer to the target.
+    same way. Units differ in size: none is moved that is larger than what is left over, but for a last one that brings
+    the total nearer to the target. No tensor ends below its rounded-down share.
 
     Every tensor keeps at least one unit while `sparsity` < 1, and no more than `units.limits`.
 
@@ -42,15 +43,17 @@ def apportion(units: Units, densities: Sequence[float], sparsity: float) -> list
     ]
     total = sum(size * weight for size, weight in zip(units.sizes, units.weights, strict=True))
     left = kept(sparsity, total) - sum(count * weight for count, weight in zip(counts, units.weights, strict=True))
-    while True:  # each pass moves one unit
+    while left:  # each pass moves one unit
         sign = 1 if left > 0 else -1
-        able = [
-            i
-            for i, weight in enumerate(units.weights)
-            if 2 * abs(left) >= weight + (sign < 0) and floor <= counts[i] + sign <= limits[i]
-        ]
-        if not left or not able:
-            return counts
-        i = max(able, key=lambda i: (sign * (ideal[i] - counts[i]), -i))
+        movable = [i for i in range(len(counts)) if floor <= counts[i] + sign <= limits[i]]
+        fitting = [i for i in movable if units.weights[i] <= abs(left)]
+        # Where none fits, one more is moved if that ends nearer to the total, halves up.
+        nearer = [i for i in movable if 2 * abs(left) >= units.weights[i] + (sign < 0)]
+        if not (fitting or nearer):
+            break
+        i = max(fitting or nearer, key=lambda i: (sign * (ideal[i] - counts[i]), -i))
         counts[i] += sign
         left -= sign * units.weights[i]
+        if not fitting:
+            break
+    return counts

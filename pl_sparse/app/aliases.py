@@ -21,6 +21,7 @@ TARGETS = {
     "pl_sparse.hardware.Hardware": "pl_sparse.export.hardware.Hardware",
     "pl_sparse.budget.Budget": "pl_sparse.allocation.Budget",
     "pl_sparse.masking.Shrunk": "pl_sparse.masking.SoftThresholded",
+    "pl_sparse.pruner.auto": "pl_sparse.masking.auto",
     "pl_sparse.callbacks.history.History": "pl_sparse.callbacks.History",
     "pl_sparse.callbacks.status.Status": "pl_sparse.callbacks.Status",
     "pl_sparse.callbacks.track.Track": "pl_sparse.callbacks.Track",
@@ -75,6 +76,7 @@ def former_targets(settings: Any) -> Any:
         return {
             key: former.get(value, value) if key == "_target_" and isinstance(value, str) else former_targets(value)
             for key, value in settings.items()
+            if key != "_convert_"  # no YAML had it then
         }
     return [former_targets(value) for value in settings] if isinstance(settings, list) else settings
 
