@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 MODELS = {  # what is trained, and for how long
     "lenet300": ["model=lenet300", "trainer.max_epochs=6"],
-    "resnet20": ["model=resnet20", "model.width=8", "data.limit=5000", "trainer.max_epochs=8"],
-    "vit_tiny": ["model=vit_tiny", "data.limit=10000", "trainer.max_epochs=8"],
+    "resnet20": ["model=resnet20", "model.width=8", "data.limit=2500", "trainer.max_epochs=6"],
+    "vit_tiny": ["model=vit_tiny", "data.limit=5000", "trainer.max_epochs=6"],
     "short": ["model=lenet300", "data.limit=2560", "trainer.max_epochs=2"],
 }
 ALLOCATIONS = ("global", "erk", "uniform", "lamp")
