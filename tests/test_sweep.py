@@ -180,7 +180,7 @@ def test_a_front_needs_levels_that_are_trained(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.filterwarnings("ignore")  # this version of optuna calls names that its libraries have moved
 def test_a_search_with_two_objectives_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import optuna
+    optuna = pytest.importorskip("optuna")
 
     asked = ["-m", "hydra/sweeper=optuna", "sparsity=interval(0.5,0.95)", "scorer=magnitude,random"]
     asked += ["trainer.max_epochs=1", f"hydra.sweep.dir={tmp_path}", "hydra.sweeper.sampler.seed=0"]
