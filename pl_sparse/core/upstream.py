@@ -38,6 +38,7 @@ __all__ = [
     "restore",
     "saving_best",
     "skipping_checks",
+    "steps_directly",
     "training_loader",
     "use_fused_attention",
     "without_fused_layer",
@@ -88,6 +89,15 @@ def found_infinite_gradients(trainer: Any, optimizer: Optimizer) -> bool:
         return False
     per_device: dict[Any, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     return any(bool(value) for value in per_device.values())
+
+
+def steps_directly(trainer: Any) -> bool:
+    """Whether a step that begins is one of an optimizer that a module calls past Lightning, which sees nothing of it;
+    to be asked at the beginning of the step."""
+    if trainer.lightning_module is None or trainer.lightning_module.automatic_optimization:
+        return False
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+    return bool(progress.ready == progress.completed)
 
 
 def training_loader(trainer: Any) -> Any:
