@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_of
-from pl_sparse.callbacks.clock import steps_per_epoch, total_steps
+from pl_sparse.callbacks.clock import epochs_behind, estimates, progress
 from pl_sparse.callbacks.steps import StepHooks
 from pl_sparse.core.registry import Axis, names
 from pl_sparse.core.targets import Patterns
@@ -138,7 +138,7 @@ class Sparsity(Callback):
         self._hooks = StepHooks(before=self._before_step, after=self._after_step)
         self._hooks.follow(trainer, *trainer.optimizers)
         probe = Calibration(trainer, pl_module, self.calibration_batches).probe() if pruner.calibrates else None
-        pruner.prepare(total_steps(trainer), steps_per_epoch(trainer), probe)
+        pruner.prepare(*estimates(trainer, pruner.schedule), probe)
         self._seen = -1
         self._look(trainer)
         if pruner.structure.fixed is not None and pruner.schedule.final not in (0.0, pruner.structure.fixed):
@@ -207,6 +207,7 @@ class Sparsity(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.pruner.after_step()  # where a gradient scaler skipped the step, its hook did not run; ends a sample
+        self._keep_time(trainer)
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
         self._counts(batch)
@@ -221,7 +222,24 @@ class Sparsity(Callback):
                 counter.other / size,
             )
 
+    def _keep_time(self, trainer: Trainer, ended: bool = False) -> None:
+        """Let the schedule follow what is behind of training, and reach its last level before training ends."""
+        behind = progress(trainer, ended)
+        self.pruner.follow(behind, epochs_behind(trainer, ended))
+        if behind is None or behind < 1:
+            return
+        sparsity, planned = self.pruner.sparsity, self.pruner.ends_last
+        if self.pruner.catch_up() and not planned:
+            rank_zero_warn(
+                f"training ends after {self.pruner.step} optimizer steps, before the schedule does: the sparsity is "
+                f"raised from {sparsity:.4f} to {self.pruner.sparsity:.4f} at once, without training after it. Let the "
+                "schedule end earlier, or give its times in steps"
+            )
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._keep_time(trainer, ended=True)  # an epoch may be left before its last batch
+        if self.pruner.num_updates != self._seen:
+            self._look(trainer)
         pl_module.log("sparsity", self.sparsity, sync_dist=True)
         for name, value in self.pruner.scorer.facts(self.pruner.groups).items():
             pl_module.log(name, value, sync_dist=True)

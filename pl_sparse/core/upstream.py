@@ -33,6 +33,7 @@ __all__ = [
     "override",
     "padding_of",
     "path_of",
+    "place_in_training",
     "plain_name",
     "replace_data",
     "restore",
@@ -98,6 +99,12 @@ def steps_directly(trainer: Any) -> bool:
         return False
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
     return bool(progress.ready == progress.completed)
+
+
+def place_in_training(trainer: Any) -> tuple[int, int, bool]:
+    """Epochs that are over, batches that began in the one that goes on, and whether the newest is its last."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    return trainer.fit_loop.epoch_progress.current.processed, batches.current.ready, batches.is_last_batch
 
 
 def training_loader(trainer: Any) -> Any:
