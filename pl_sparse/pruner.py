@@ -110,6 +110,10 @@ class Pruner(MaskedModel):
         self.level = 0.0
         self._floor = 0.0  # a training that starts anew on a sparse model goes on from its sparsity
         self._updated = -1  # the step of the last update
+        self._overdue: tuple[
+            float, ...
+        ] = ()  # levels that were due before, by the newest estimate of training's length
+        self._estimates: Mapping[str, Any] | None = None  # of a training that goes on
         self._probe: Probe | None = None
         self._model: nn.Module | None = None
         self._overrides: tuple[float | None, ...] = ()
@@ -199,20 +203,63 @@ class Pruner(MaskedModel):
                 "callback does so by itself"
             )
         self._clock.fit(total, steps_per_epoch)
+        self._overdue = ()
+        estimates, self._estimates = self._estimates, None
+        if estimates is not None and self.step > 0 and self._clock.restore(estimates):
+            self._overdue = self._clock.missed(self._updated, self.step, self.level)
         if self.attached and self.step == 0 and not self.scorer.observes:
             with torch.no_grad():
                 self._update(0)
+
+    def follow(self, progress: float | None, epochs: float | None = None) -> None:
+        """Let times that are fractions or epochs follow a training that turns out longer or shorter than was estimated.
+
+        Call it between two steps. A level that was due by the new estimate is set at the next step.
+
+        Args:
+            progress: the part of training that is behind, in [0, 1]; None: not known.
+            epochs: epochs that are behind, with the part of the one that is going on; None: not known.
+        """
+        if self._clock.follow(self.step, progress, epochs):
+            self._moved()
+
+    def _moved(self) -> None:
+        """After the times of the schedule moved."""
+        self._overdue = self._clock.missed(self._updated, self.step, self.level)
+        if not self.schedule.falls:
+            self._floor = max(self._floor, self.level)
+
+    @torch.no_grad()
+    def catch_up(self) -> bool:
+        """Set the masks of the schedule's last level at once, for a training that is over before it was due.
+
+        Returns:
+            Whether it was due still. Levels that something else decides on, and sparsity that is learned, never are.
+        """
+        self._require_attached()
+        if self._clock.total is None or self.at_target or not self.updater.targets_sparsity or not self._clock.last:
+            return False
+        self._overdue, self._updated = self._clock.last, -1
+        self._update(self.step)
+        self._updated = max(self.step, self._clock.span[1])
+        return True
+
+    @property
+    def ends_last(self) -> bool:
+        """Whether the schedule's last level comes after the last step (`begin=1.0`)."""
+        return self._clock.total is not None and self._clock.span[1] >= self._clock.total
 
     def restart(self) -> None:
         """Count steps from 0 again, for a further training of the same model; it starts from the sparsity reached."""
         self._floor = max(self._floor, self.level)
         self.step = 0
         self._updated = -1
+        self._estimates = None
 
     @property
     def at_target(self) -> bool:
         """Whether the schedule has reached its final sparsity; where sparsity is learned, whether it is over."""
-        if self._clock.total is None:
+        if self._clock.total is None or self._overdue:
             return False
         end = self._clock.span[1]
         if 0 <= end <= self._updated or self.step > end:
@@ -222,7 +269,7 @@ class Pruner(MaskedModel):
     @property
     def due(self) -> bool:
         """Whether the schedule sets masks at this step, and has not done so yet."""
-        return self.step != self._updated and bool(self._clock.levels(self.step))
+        return self.step != self._updated and bool(self._clock.levels(self.step) or self._overdue)
 
     # Steps
 
@@ -278,7 +325,10 @@ class Pruner(MaskedModel):
         """
         self._require_attached()
         if total is not None and total != self._clock.total:
+            going_on = self._clock.total is not None and self.step > 0
             self.prepare(total)
+            if going_on:
+                self._moved()
         if self._clock.total is None:
             raise ValueError("the length of training is not known: give `total`, or call prepare(total) first")
         live = self.weights_of(optimizer)
@@ -286,7 +336,7 @@ class Pruner(MaskedModel):
         if key in self._open:  # a closure that is evaluated again within one step
             self.masking.shape_gradients(self._open[key], self.groups)
             return
-        if observe and (self.step if step is None else step) <= self._clock.span[1]:
+        if observe and (bool(self._overdue) or (self.step if step is None else step) <= self._clock.span[1]):
             if self.masking.samples and not self._sampled and any(param.pruned for param in live):
                 raise ValueError(
                     f"masking={name_of(self.masking)} samples its gates: call before_forward() before each forward pass"
@@ -341,10 +391,10 @@ class Pruner(MaskedModel):
 
     def _update(self, step: int) -> bool:
         """Set the masks that are due; whether any was."""
-        levels = self._clock.levels(step)
+        levels = self._clock.levels(step) or self._overdue
         if not levels or step == self._updated:
             return False
-        self._updated = step
+        self._updated, self._overdue = step, ()
         before = [param.weight.detach().clone() for param in self.params] if self.ablation == "shuffle" else []
         for level in levels:
             level = max(level, self._floor)
@@ -475,6 +525,7 @@ class Pruner(MaskedModel):
             "floor": self._floor,
             "num_updates": self.num_updates,
             "stale": sorted(self._stale),
+            "estimates": self._clock.estimates() or self._estimates,
             "params": state_of(self.masked, self.groups),
         }
 
@@ -500,6 +551,7 @@ class Pruner(MaskedModel):
         self._floor = state["floor"]
         self.num_updates = state["num_updates"]
         self._stale = set(state["stale"])
+        self._estimates = state.get("estimates")
 
     def _require_attached(self) -> None:
         if not self.attached:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -13,11 +12,11 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_of
-from pl_sparse.callbacks.clock import steps_per_epoch, total_steps
+from pl_sparse.callbacks.clock import epochs_behind, estimates, progress
+from pl_sparse.callbacks.steps import StepHooks
 from pl_sparse.core.registry import Axis, names
 from pl_sparse.core.targets import Patterns
 from pl_sparse.core.upstream import averaged_models, compiled, found_infinite_gradients
@@ -76,8 +75,8 @@ class Sparsity(Callback):
         self.report = report
         self.sparsity = 0.0
         self.summary: Summary | None = None
-        self._timekeeper: Optimizer | None = None
-        self._handles: list[RemovableHandle] = []
+        self._timekeeper: Optimizer | None = None  # the first that steps in a batch
+        self._hooks: StepHooks | None = None
         self._judging: BestAtTarget | None = None
         self._counter: MacCounter | None = None
         self._counted: tuple[dict[str, float], float] | None = None
@@ -127,27 +126,19 @@ class Sparsity(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner = self.pruner
-        if trainer.global_step == 0 and pruner.step > 0:
+        if trainer.global_step == 0 and trainer.fit_loop.total_batch_idx < 0 and pruner.step > 0:
             pruner.restart()
         pruner.apply()
-        owners = [optimizer for optimizer in trainer.optimizers if pruner.weights_of(optimizer)]
-        if not owners:
+        if not any(pruner.weights_of(optimizer) for optimizer in trainer.optimizers):
             raise ValueError(
                 "no optimizer trains a weight that is to be pruned: "
                 + ", ".join(param.name for param in pruner.params[:5])
                 + ". Unfreeze them, or choose others by `include`"
             )
-        self._timekeeper = owners[0]
-        me = weakref.ref(self)
-
-        def stepped(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            sparsity = me()
-            if sparsity is not None:
-                sparsity.pruner.after_step(optimizer)
-
-        self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in owners]
+        self._hooks = StepHooks(before=self._before_step, after=self._after_step)
+        self._hooks.follow(trainer, *trainer.optimizers)
         probe = Calibration(trainer, pl_module, self.calibration_batches).probe() if pruner.calibrates else None
-        pruner.prepare(total_steps(trainer), steps_per_epoch(trainer), probe)
+        pruner.prepare(*estimates(trainer, pruner.schedule), probe)
         self._seen = -1
         self._look(trainer)
         if pruner.structure.fixed is not None and pruner.schedule.final not in (0.0, pruner.structure.fixed):
@@ -161,6 +152,9 @@ class Sparsity(Callback):
     # Steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._timekeeper = None
+        if self._hooks is not None:
+            self._hooks.follow(trainer, *trainer.optimizers)
         self.pruner.before_forward()
         self._count(pl_module)
 
@@ -191,19 +185,29 @@ class Sparsity(Callback):
             self._counter.__enter__()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        keeper = optimizer is self._timekeeper
+        self._before_step(trainer, optimizer)
+
+    def _before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        if self._hooks is not None:
+            self._hooks.follow(trainer, optimizer)  # one that was made or replaced in this batch
+        if self._timekeeper is None and self.pruner.weights_of(optimizer):
+            self._timekeeper = optimizer
         self.pruner.before_step(
-            self.pruner.step if keeper else None,
+            self.pruner.step if optimizer is self._timekeeper else None,
             optimizer=optimizer,
             observe=not found_infinite_gradients(trainer, optimizer),
         )
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
 
+    def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        self.pruner.after_step(optimizer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.pruner.after_step()  # where a gradient scaler skipped the step, its hook did not run; ends a sample
+        self._keep_time(trainer)
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
         self._counts(batch)
@@ -218,7 +222,24 @@ class Sparsity(Callback):
                 counter.other / size,
             )
 
+    def _keep_time(self, trainer: Trainer, ended: bool = False) -> None:
+        """Let the schedule follow what is behind of training, and reach its last level before training ends."""
+        behind = progress(trainer, ended)
+        self.pruner.follow(behind, epochs_behind(trainer, ended))
+        if behind is None or behind < 1:
+            return
+        sparsity, planned = self.pruner.sparsity, self.pruner.ends_last
+        if self.pruner.catch_up() and not planned:
+            rank_zero_warn(
+                f"training ends after {self.pruner.step} optimizer steps, before the schedule does: the sparsity is "
+                f"raised from {sparsity:.4f} to {self.pruner.sparsity:.4f} at once, without training after it. Let the "
+                "schedule end earlier, or give its times in steps"
+            )
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._keep_time(trainer, ended=True)  # an epoch may be left before its last batch
+        if self.pruner.num_updates != self._seen:
+            self._look(trainer)
         pl_module.log("sparsity", self.sparsity, sync_dist=True)
         for name, value in self.pruner.scorer.facts(self.pruner.groups).items():
             pl_module.log(name, value, sync_dist=True)
@@ -251,9 +272,9 @@ class Sparsity(Callback):
         self._release()
 
     def _release(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self._hooks is not None:
+            self._hooks.release()
+            self._hooks = None
         self._timekeeper = None
         if self._judging is not None:
             self._judging.release()

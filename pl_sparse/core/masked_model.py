@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from pl_sparse.core.cut import Cut
@@ -32,7 +33,8 @@ class MaskedModel:
         self.groups: list[Group] = []
         self.cuts: dict[str, Cut] = {}
         self.skipped: dict[str, str] = {}
-        self._owned: dict[int, tuple[Optimizer, list[MaskedParameter]]] = {}  # by the identity of an optimizer
+        # What each optimizer owned when it was asked last, by its identity, with the lists that it was asked of.
+        self._owned: dict[int, tuple[Optimizer, list[tuple[list[Tensor], int]], list[MaskedParameter]]] = {}
 
     def bind(self, groups: list[Group], skipped: dict[str, str]) -> None:
         """Take up the weights of these groups."""
@@ -66,14 +68,28 @@ class MaskedModel:
         return 1 - self.kept / self.numel if self.params else 0.0
 
     def weights_of(self, optimizer: Optimizer | None) -> list[MaskedParameter]:
-        """The prunable weights that an optimizer trains; None: all of them."""
+        """The prunable weights that an optimizer trains by now; None: all of them.
+
+        It is asked at each step, and looked up again where parameter groups came, grew or were replaced.
+        """
         if optimizer is None:
             return self.params
+        groups = optimizer.param_groups
         cached = self._owned.get(id(optimizer))
-        if cached is None or cached[0] is not optimizer:
-            cached = optimizer, owned_by(optimizer, self.params)
-            self._owned[id(optimizer)] = cached
-        return cached[1]
+        if (
+            cached is not None
+            and cached[0] is optimizer
+            and len(cached[1]) == len(groups)
+            and all(
+                weights is group["params"] and size == len(weights)
+                for (weights, size), group in zip(cached[1], groups, strict=True)
+            )
+        ):
+            return cached[2]
+        lists = [(group["params"], len(group["params"])) for group in groups]
+        owned = owned_by(optimizer, self.params)
+        self._owned[id(optimizer)] = optimizer, lists, owned
+        return owned
 
     def companions_of(self, optimizer: Optimizer | None) -> list[MaskedParameter]:
         """The companions that an optimizer trains; None: all of them."""

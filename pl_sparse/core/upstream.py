@@ -33,11 +33,13 @@ __all__ = [
     "override",
     "padding_of",
     "path_of",
+    "place_in_training",
     "plain_name",
     "replace_data",
     "restore",
     "saving_best",
     "skipping_checks",
+    "steps_directly",
     "training_loader",
     "use_fused_attention",
     "without_fused_layer",
@@ -88,6 +90,21 @@ def found_infinite_gradients(trainer: Any, optimizer: Optimizer) -> bool:
         return False
     per_device: dict[Any, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     return any(bool(value) for value in per_device.values())
+
+
+def steps_directly(trainer: Any) -> bool:
+    """Whether a step that begins is one of an optimizer that a module calls past Lightning, which sees nothing of it;
+    to be asked at the beginning of the step."""
+    if trainer.lightning_module is None or trainer.lightning_module.automatic_optimization:
+        return False
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+    return bool(progress.ready == progress.completed)
+
+
+def place_in_training(trainer: Any) -> tuple[int, int, bool]:
+    """Epochs that are over, batches that began in the one that goes on, and whether the newest is its last."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    return trainer.fit_loop.epoch_progress.current.processed, batches.current.ready, batches.is_last_batch
 
 
 def training_loader(trainer: Any) -> Any:

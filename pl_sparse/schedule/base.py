@@ -47,11 +47,15 @@ class Schedule(Axis, ABC):
     Attributes:
         one_level: whether its levels end at one sparsity that never changes, however often masks are made.
         one_shot: whether masks are made once.
+        falls: whether a level may be below an earlier one.
+        movable: whether its times move along where training turns out longer or shorter than it was estimated.
     """
 
     axis: ClassVar[str] = "schedule"
     one_level: ClassVar[bool] = False
     one_shot: ClassVar[bool] = False
+    falls: ClassVar[bool] = False
+    movable: ClassVar[bool] = True
     final: float
     begin: Time = 0.0
     end: Time = 0.75
@@ -95,6 +99,12 @@ class Schedule(Axis, ABC):
         """Whether a time other than 0 is a fraction of training, whose length must then be known."""
         times = (parse(self.begin, "begin"), parse(self.end, "end"))
         return any(unit == "fraction" and value > 0 for value, unit in times)
+
+    @property
+    def in_epochs(self) -> bool:
+        """Whether a time is in epochs, whose length must then be known."""
+        times = (("begin", self.begin), ("end", self.end), ("every", self.every))
+        return any(isinstance(time, str) and parse(time, what)[1] == "epochs" for what, time in times)
 
     def span(self, total: int) -> tuple[int, int]:
         """The steps of the first and the last level in a training of `total` optimizer steps.

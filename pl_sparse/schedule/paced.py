@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from pl_sparse.core.registry import register
 from pl_sparse.schedule.base import Schedule
@@ -33,6 +34,7 @@ class Paced(Schedule):
     (0.2,)
     """
 
+    falls: ClassVar[bool] = True
     decisions: Decisions | None = None
     end: Time = 1.0
 

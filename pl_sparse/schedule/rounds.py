@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from pl_sparse.core.registry import register
 from pl_sparse.schedule.base import Schedule, check_sparsity, rising
-from pl_sparse.schedule.time import Time
+from pl_sparse.schedule.time import Time, parse
 
 __all__ = ["Constant", "Cyclic", "Iterative", "OneShot", "RateRounds", "Staircase"]
 
@@ -27,6 +27,14 @@ class Constant(Schedule):
 
     def curve(self, x: float) -> float:
         return self.final
+
+    @property
+    def fractional(self) -> bool:
+        # It may go on until training ends, whenever that is.
+        value, unit = parse(self.begin, "begin")
+        until_the_end = parse(self.end, "end") == (1.0, "fraction")
+        spread = not isinstance(self.every, str) and self.every < 1
+        return super().fractional if spread or not until_the_end else unit == "fraction" and value > 0
 
     def reached(self, step: int, total: int) -> bool:
         return step > self.span(total)[0]
@@ -55,6 +63,11 @@ class OneShot(Schedule):
         super().__post_init__()
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds!r} must be 1 or more")
+
+    @property
+    def fractional(self) -> bool:
+        value, unit = parse(self.begin, "begin")
+        return unit == "fraction" and value > 0  # `end` has no meaning
 
     def span(self, total: int) -> tuple[int, int]:
         begin = self._at(self.begin, "begin", total)
@@ -209,6 +222,7 @@ class Cyclic(Schedule):
     [(0.9,), (0.0,), (0.9,), (0.0,), (0.9,)]
     """
 
+    falls: ClassVar[bool] = True
     begin: Time = 0.1
     cycles: int = 3
     low: float = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pl_sparse.core.registry import register
 from pl_sparse.schedule.base import rising
@@ -36,6 +37,7 @@ class Tickets(RateRounds):
     ([0.2, 0.36, 0.488, 0.5], [200, 400, 600, 800])
     """
 
+    movable: ClassVar[bool] = False
     sparsities: tuple[float, ...] | None = None
     to: float = 0.0
     epochs: int | None = None

@@ -1,0 +1,389 @@
+"""The schedule against the Trainer's clock: which optimizers step, how often, and where training ends."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning, GradientAccumulationScheduler, ModelCheckpoint
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from pl_sparse import Pruner, Sparsity
+from pl_sparse.schedule import Cubic, OneShot
+
+BATCHES = 8
+
+
+class Net(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
+        self.head = nn.Linear(16, 4)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return F.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], 0.01)
+
+
+class Manual(Net):
+    """It steps its optimizers itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def step(self, optimizer: Any, batch: Any) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+def data() -> TensorDataset:
+    x = torch.randn(BATCHES * 4, 8, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(x, x[:, :4].argmax(1))
+
+
+def fit(
+    module: LightningModule, *callbacks: Callback, loader: Any = None, validate: bool = False, **options: Any
+) -> Trainer:
+    settings: dict[str, Any] = {
+        "max_epochs": 4,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    } | options
+    ckpt_path = settings.pop("ckpt_path", None)
+    trainer = Trainer(callbacks=list(callbacks), **settings)
+    loaders = DataLoader(data(), 4) if loader is None else loader, DataLoader(data(), 4) if validate else None
+    trainer.fit(module, *loaders, ckpt_path=ckpt_path)
+    return trainer
+
+
+def zeros(module: nn.Module) -> float:
+    weights = [p for p in module.parameters() if p.dim() > 1]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
+class EachBatch(Callback):
+    """What is reported is true after every batch."""
+
+    def __init__(self, sparsity: Sparsity) -> None:
+        self.sparsity = sparsity
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        assert zeros(pl_module) == pytest.approx(self.sparsity.sparsity)
+
+
+class Seen(Callback):
+    """The sparsity after each batch, and the part of training behind when it first reached the end."""
+
+    def __init__(self, sparsity: Sparsity) -> None:
+        self.sparsity = sparsity
+        self.levels: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.levels.append(self.sparsity.sparsity)
+
+    def reached(self, level: float) -> float:
+        first = next(k for k, value in enumerate(self.levels) if value >= level - 1e-3)
+        return first / len(self.levels)
+
+
+class Stream(IterableDataset[Any]):
+    """A data set whose length nobody knows."""
+
+    def __init__(self, batches: int = BATCHES) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        yield from (data()[k] for k in range(4 * self.batches))
+
+
+# What an optimizer owns
+
+
+@pytest.mark.parametrize("schedule", [OneShot(final=0.75), Cubic(final=0.75, every=1)])
+@pytest.mark.parametrize("masking", ["hard", "ste"])
+def test_weights_that_unfreeze_stay_masked(schedule: Any, masking: str) -> None:
+    module = Net()
+    sparsity = Sparsity(schedule=schedule, masking=masking, report=False)
+    unfreeze = BackboneFinetuning(unfreeze_backbone_at_epoch=1, lambda_func=lambda epoch: 1.0)
+    fit(module, unfreeze, sparsity, EachBatch(sparsity))
+    assert zeros(module) == pytest.approx(0.75)
+
+
+def test_groups_that_grow_or_are_replaced_are_seen() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    pruner = Pruner(sparsity=0.5)
+    pruner.attach(net)
+    optimizer = torch.optim.SGD(net[0].parameters(), 0.1)
+
+    def names() -> list[str]:
+        return [param.name for param in pruner.weights_of(optimizer)]
+
+    assert names() == ["0.weight"]
+    assert pruner.weights_of(optimizer) is pruner.weights_of(optimizer)  # looked up once
+    optimizer.add_param_group({"params": net[1].bias})
+    assert names() == ["0.weight"]
+    optimizer.param_groups[1]["params"].append(net[1].weight)
+    assert names() == ["0.weight", "1.weight"]
+    optimizer.param_groups[0]["params"] = [net[0].bias]
+    assert names() == ["1.weight"]
+
+
+def test_an_optimizer_that_is_made_later() -> None:
+    class Later(Net):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 2:
+                self.trainer.strategy.optimizers = [torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)]
+
+    module, sparsity = Later(), Sparsity(schedule=OneShot(final=0.75), report=False)
+    fit(module, sparsity, EachBatch(sparsity))
+    assert zeros(module) == pytest.approx(0.75)
+
+
+def test_steps_that_lightning_does_not_see() -> None:
+    class Direct(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.step(self.optimizers(use_pl_optimizer=False), batch)
+
+    class Wrapped(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.step(self.optimizers(), batch)
+
+    ended = []
+    for kind in (Direct, Wrapped):
+        torch.manual_seed(0)
+        module, sparsity = kind(), Sparsity(sparsity=0.75, masking="srste", report=False)
+        fit(module, sparsity, EachBatch(sparsity))
+        assert sparsity.pruner.step == 4 * BATCHES and zeros(module) == pytest.approx(0.75)
+        ended.append(module.state_dict())
+    assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
+
+
+@pytest.mark.parametrize("rare_first", [True, False])
+def test_optimizers_that_step_at_different_rates(rare_first: bool) -> None:
+    class Two(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            rare, often = self.optimizers()  # type: ignore[misc]
+            if rare_first and batch_idx % 3 == 0:
+                self.step(rare, batch)
+            self.step(often, batch)
+            if not rare_first and batch_idx % 3 == 0:
+                self.step(rare, batch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.backbone.parameters(), 0.01), torch.optim.Adam(self.head.parameters(), 0.01)
+
+    module, sparsity = Two(), Sparsity(sparsity=0.75, report=False)
+    fit(module, sparsity, EachBatch(sparsity))
+    assert sparsity.pruner.step == 4 * BATCHES and sparsity.pruner.at_target and zeros(module) == pytest.approx(0.75)
+
+
+def test_closures_that_are_evaluated_often() -> None:
+    class Lbfgs(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), 0.1, max_iter=3)
+
+    for masking in ("hard", "ste"):
+        module, sparsity = Lbfgs(), Sparsity(sparsity=0.75, masking=masking, report=False)
+        fit(module, sparsity, EachBatch(sparsity))
+        assert sparsity.pruner.step == 4 * BATCHES and zeros(module) == pytest.approx(0.75)
+
+
+# How far training is
+
+
+class EveryFourth(Manual):
+    """Accumulation that the module does by itself."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        self.manual_backward(self.loss(batch) / 4)
+        if batch_idx % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class EverySecond(Net):
+    """A hook that steps after every second batch."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if batch_idx % 2:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+class Critic(Manual):
+    """Three steps in each batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for _ in range(3):
+            self.step(self.optimizers(), batch)
+
+
+@pytest.mark.parametrize("kind", [EveryFourth, EverySecond, Critic])
+@pytest.mark.parametrize("epochs", [8, 20])
+def test_fractions_are_of_training_whatever_a_batch_steps(kind: type[Net], epochs: int) -> None:
+    module, sparsity = kind(), Sparsity(schedule=Cubic(final=0.75, end=0.5, every=1), report=False)
+    seen = Seen(sparsity)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "training ends after")
+        fit(module, sparsity, seen, max_epochs=epochs)
+    assert zeros(module) == pytest.approx(0.75) and 0.42 < seen.reached(0.75) < 0.6
+    assert seen.levels == sorted(seen.levels)
+
+
+def test_accumulation_that_changes() -> None:
+    module, sparsity = Net(), Sparsity(schedule=OneShot(final=0.75, begin=0.5), report=False)
+    seen = Seen(sparsity)
+    fit(module, sparsity, seen, GradientAccumulationScheduler({0: 1, 4: 4}), max_epochs=16)
+    assert zeros(module) == pytest.approx(0.75) and 0.4 < seen.reached(0.75) < 0.6
+
+
+def test_the_last_level_comes_before_the_last_batch_ends() -> None:
+    """The steps stop before the schedule does, and no estimate can tell."""
+
+    class Stops(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            if self.current_epoch < 2:
+                self.step(self.optimizers(), batch)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("zeros", zeros(self))
+
+    module, sparsity = Stops(), Sparsity(sparsity=0.75, report=False)
+    with pytest.warns(UserWarning, match=r"training ends after 16 optimizer steps.*raised from 0\.\d+ to 0\.7500"):
+        trainer = fit(module, sparsity, validate=True)
+    assert float(trainer.callback_metrics["zeros"]) == pytest.approx(0.75)
+    assert float(trainer.callback_metrics["sparsity"]) == pytest.approx(0.75) and sparsity.pruner.at_target
+
+
+def test_batches_that_are_skipped() -> None:
+    class Skips(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 5 else None
+
+    module, sparsity = Skips(), Sparsity(sparsity=0.75, report=False)
+    fit(module, sparsity)
+    assert zeros(module) == pytest.approx(0.75)
+    module, sparsity = Skips(), Sparsity(schedule=OneShot(final=0.75, begin=1.0), report=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", ".*num_workers|.*logger|.*does not have many workers")
+        fit(module, sparsity)
+    assert zeros(module) == pytest.approx(0.75)
+
+
+def test_steps_of_two_optimizers_share_max_steps() -> None:
+    class Two(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                self.step(optimizer, batch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.backbone.parameters(), 0.01), torch.optim.Adam(self.head.parameters(), 0.01)
+
+    module, sparsity = Two(), Sparsity(sparsity=0.75, report=False)
+    seen = Seen(sparsity)
+    fit(module, sparsity, seen, max_epochs=-1, max_steps=80)
+    assert sparsity.pruner.step == 40 and zeros(module) == pytest.approx(0.75) and 0.6 < seen.reached(0.75) < 0.9
+
+
+def test_seconds_are_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch takes a second of the time that the Trainer's timer sees."""
+    now = [0.0]
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time.monotonic", lambda: now[0])
+
+    class Second(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            now[0] += 1
+
+    module, sparsity = Net(), Sparsity(schedule=Cubic(final=0.75, end=0.5, every=1), report=False)
+    seen = Seen(sparsity)
+    fit(module, Second(), sparsity, seen, max_epochs=-1, max_time={"seconds": 60})
+    assert len(seen.levels) == 60 and zeros(module) == pytest.approx(0.75) and 0.42 < seen.reached(0.75) < 0.58
+    assert seen.levels == sorted(seen.levels)
+    now[0] = 0.0
+    module, sparsity = Net(), Sparsity(sparsity=0.75, report=False)
+    with pytest.warns(UserWarning, match="training ends after"):  # 100 epochs are planned, and the time is over before
+        fit(module, Second(), sparsity, max_epochs=2, max_time={"seconds": 1})
+    assert zeros(module) == pytest.approx(0.75)
+
+
+# A loader without a length
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        (OneShot(final=0.75, begin="8 steps"), {}),
+        (OneShot(final=0.75, begin="2 epochs"), {}),
+        (Cubic(final=0.75, begin="1 epoch", end="2 epochs", every="4 steps"), {}),
+        (Cubic(final=0.75, begin="4 steps", end="20 steps", every=4), {}),
+        (Cubic(final=0.75, end=0.5, every=2), {"max_epochs": -1, "max_steps": 30}),
+        (Cubic(final=0.75, begin="1 epoch", end=0.75), {"max_epochs": -1, "max_steps": 30}),
+    ],
+)
+def test_streams(schedule: Any, options: dict[str, Any]) -> None:
+    module, sparsity = Net(), Sparsity(schedule=schedule, report=False)
+    fit(module, sparsity, loader=DataLoader(Stream(), 4), **options)
+    assert zeros(module) == pytest.approx(0.75)
+
+
+def test_epochs_of_a_stream_are_those_there_were() -> None:
+    module, sparsity = Net(), Sparsity(schedule=OneShot(final=0.75, begin="2 epochs"), report=False)
+    seen = Seen(sparsity)
+    fit(module, sparsity, seen, loader=DataLoader(Stream(6), 4), max_epochs=3)
+    assert [level > 0 for level in seen.levels] == [False] * 12 + [True] * 6
+
+
+def test_fractions_of_a_stream_are_refused() -> None:
+    with pytest.raises(ValueError, match="fractions of training, whose length is not known: set max_epochs"):
+        fit(Net(), Sparsity(sparsity=0.75, report=False), loader=DataLoader(Stream(), 4))
+
+
+# Resume
+
+
+def test_estimates_are_resumed(tmp_path: Path) -> None:
+    def made(*callbacks: Callback) -> tuple[Net, list[Callback]]:
+        torch.manual_seed(0)
+        checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
+        sparsity = Sparsity(schedule=Cubic(final=0.75, every=1), report=False)
+        return EveryFourth(), [sparsity, checkpoint, *callbacks]
+
+    whole, callbacks = made()
+    fit(whole, *callbacks, max_epochs=8, enable_checkpointing=True)
+    for epoch in (0, 2, 4):
+        again, callbacks = made()
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        fit(again, *callbacks, max_epochs=8, enable_checkpointing=True, ckpt_path=path)
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_a_total_that_changes_in_a_plain_loop() -> None:
+    net = nn.Linear(8, 8)
+    pruner = Pruner(schedule=Cubic(final=0.75, begin=0.0, end=0.5, every=1))
+    pruner.attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    levels = []
+    for step in range(20):
+        net(torch.ones(1, 8)).sum().backward()
+        pruner.before_step(step, 100 if step < 15 else 20, optimizer)
+        optimizer.step()
+        pruner.after_step(optimizer)
+        levels.append(pruner.sparsity)
+    assert levels[14] < 0.75 and levels[15:] == [0.75] * 5
