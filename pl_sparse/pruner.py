@@ -300,7 +300,7 @@ class Pruner(MaskedModel):
         if step is not None:
             self.step = step
             started = self.num_updates > 0
-            if self._update(step) and started and self.updater.replaces_step:
+            if self._update(step, observe) and started and self.updater.replaces_step:
                 live_weights = [param.weight for param in live]
                 skip_step(
                     live_weights if optimizer is None else [w for g in optimizer.param_groups for w in g["params"]]
@@ -339,8 +339,12 @@ class Pruner(MaskedModel):
             if pruned := [param for param in self.params if param.pruned]:
                 self.masking.after_forward(pruned, self.groups)
 
-    def _update(self, step: int) -> bool:
-        """Set the masks that are due; whether any was."""
+    def _update(self, step: int, gradients: bool = True) -> bool:
+        """Set the masks that are due; whether any was.
+
+        Args:
+            gradients: whether the gradients there are can be used.
+        """
         levels = self._clock.levels(step)
         if not levels or step == self._updated:
             return False
@@ -362,6 +366,7 @@ class Pruner(MaskedModel):
                 number=self.num_updates - 1,
                 invert=self.ablation == "invert",
                 probe=self._probe,
+                gradients=gradients,
             )
             if self.scorer.calibrates:
                 assert self._probe is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import overload
@@ -14,7 +15,7 @@ from pl_sparse.core.layouts import Layout
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.structure import Structure
 
-__all__ = ["LazyScores", "Units"]
+__all__ = ["LazyScores", "Units", "refuse_nan"]
 
 
 class LazyScores(Sequence[Tensor]):
@@ -82,14 +83,20 @@ class Units(LazyScores):
         self.sizes = [structure.pool(torch.empty(group.shape, device="meta")).numel() for group in groups]
         self.weights = [group.numel // size for group, size in zip(groups, self.sizes, strict=True)]
         self.unfed = self._unfed() if unfed is None else unfed
+        self._checked: set[int] = set()  # groups whose scores hold no NaN; scores are computed anew at each access
 
     def at(self, index: int) -> Tensor:
         group = self.groups[index]
         units = self.unit_scores(group)
         if units is None:
             units = self._mean(group)
+        total = None if id(group) in self._checked else units.sum()  # not finite where a score is NaN
         if self.monotone and group.pruned:  # below all others, but finite: LAMP squares scores
             units = torch.where(self.alive(index), units, torch.finfo(units.dtype).min)
+        if total is not None:
+            if not math.isfinite(float(total)):
+                refuse_nan(group.name, units)
+            self._checked.add(id(group))
         return units
 
     def _mean(self, group: Group) -> Tensor:
@@ -158,4 +165,15 @@ class Units(LazyScores):
     def among(self, indices: Sequence[int]) -> Units:
         """The units of some of the groups."""
         groups = [self.groups[i] for i in indices]
-        return Units(groups, self.structure, self.score, self.monotone, self.unit_scores, self.unfed)
+        units = Units(groups, self.structure, self.score, self.monotone, self.unit_scores, self.unfed)
+        units._checked = self._checked
+        return units
+
+
+def refuse_nan(name: str, scores: Tensor) -> None:
+    """Raise a ValueError that names the weight if a score is NaN, which no order of scores has a place for."""
+    if bool(scores.isnan().any()):
+        raise ValueError(
+            f"the scores of {name} hold NaN: weights or gradients diverged before they were pruned. Lower the learning "
+            "rate, or clip gradients"
+        )

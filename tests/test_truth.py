@@ -1,0 +1,96 @@
+"""What is reported is true of the model: scores, masks, counters and weights agree, whatever happens."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from pl_sparse import Pruner
+from pl_sparse.allocation import Allocation, Units, choose
+from pl_sparse.core.registry import build
+from pl_sparse.core.targets import find
+from pl_sparse.network.probe import Probe
+from pl_sparse.scorer import Magnitude
+from pl_sparse.structure import structure
+from pl_sparse.updater import DropGrow, Reconstruct, Update
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 8))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner, index: int, total: int) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(10, 8, generator=torch.Generator().manual_seed(index))).square().mean().backward()
+    pruner.before_step(index, total, optimizer)
+    optimizer.step()
+    pruner.after_step()
+
+
+# Scores
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk", "global", "lamp"])
+@pytest.mark.parametrize(
+    "name", ["unstructured", "row", "nm24", "nm24t", "block4x4", "kernel", "channel", "feature", "hybrid"]
+)
+def test_one_nan_is_refused_with_the_name_of_its_weight(name: str, allocation: str) -> None:
+    model = net()
+    with torch.no_grad():
+        model[2].weight[3, 3] = float("nan")
+    kind = structure(name)
+    try:
+        groups, _ = kind.bind(find(model), model)
+    except ValueError:
+        pytest.skip("no such unit in this model")
+    with pytest.raises(ValueError, match=r"scores of 2.weight hold NaN.*Lower the learning rate"):
+        choose(Units(groups, kind, Magnitude().score), build(Allocation, allocation), 0.5)
+
+
+def test_infinite_scores_have_a_rank() -> None:
+    model = net()
+    with torch.no_grad():
+        model[2].weight[3, 3] = float("inf")
+    groups, _ = structure("unstructured").bind(find(model), model)
+    choose(Units(groups, structure("unstructured"), Magnitude().score), build(Allocation, "lamp"), 0.5)
+    assert groups[1].members[0][0].mask[3, 3] and sum(g.members[0][0].kept for g in groups) == 160
+
+
+def test_growth_of_a_diverged_gradient_is_refused() -> None:
+    model = net()
+    pruner = Pruner(schedule="constant", updater=DropGrow(), sparsity=0.5)
+    pruner.attach(model)
+    pruner.prepare(10)
+    due = Update(0.5, (None,) * 3, monotone=False, progress=0.1)
+    for param in pruner.params:
+        param.weight.grad = torch.full_like(param.weight, float("nan"))
+    arguments = (pruner.groups, pruner.scorer, pruner.structure, pruner.allocation)
+    with pytest.raises(ValueError, match=r"scores of 0.weight hold NaN"):
+        pruner.updater.update(*arguments, due)
+    # where a gradient scaler leaves the step out, nothing is learned from its gradients
+    pruner.updater.update(*arguments, Update(0.5, (None,) * 3, monotone=False, progress=0.1, gradients=False))
+    assert pruner.kept == 128 + 32 + 0
+
+
+def test_reconstruction_of_a_diverged_weight_is_refused() -> None:
+    model = net()
+    pruner = Pruner(schedule="oneshot", updater=Reconstruct(), allocation="uniform", sparsity=0.5)
+    pruner.attach(model)
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("inf")
+    probe = Probe(model, [torch.randn(4, 8)], lambda batch: model(batch).square().mean())
+    with pytest.raises(ValueError, match=r"scores of 0.weight hold NaN"):
+        pruner.prepare(10, probe=probe)
+
+
+def test_a_diverged_training_ends_with_an_error() -> None:
+    model = net()
+    pruner = Pruner(schedule="linear", structure="nm24", sparsity=0.5)
+    pruner.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), 1e20)
+    with pytest.raises(ValueError, match="hold NaN"):
+        for index in range(10):
+            step(model, optimizer, pruner, index, 10)
+    assert pruner.sparsity < 0.5 and not pruner.at_target
