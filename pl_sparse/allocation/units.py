@@ -137,10 +137,7 @@ class Units(LazyScores):
         alive: Tensor | None = None
         for param, layout in self.groups[index].members:
             mask = layout.view(param.fill(param.mask))
-            if self.weights[index] > 1:
-                mask = self.structure.pool(mask.to(param.weight.dtype)) > 0  # a mean above 0: some weight is left
-            else:
-                mask = self.structure.pool(mask)
+            mask = self.structure.pool(mask.to(param.weight.dtype)) > 0  # a mean above 0: some weight is left
             alive = mask if alive is None else alive | mask
         assert alive is not None
         return alive
