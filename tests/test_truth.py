@@ -131,3 +131,38 @@ def test_erk_at_next_to_no_sparsity(sparsity: float) -> None:
     groups, _ = structure("unstructured").bind(find(net()), net())
     choose(Units(groups, structure("unstructured"), Magnitude().score), build(Allocation, "erk"), sparsity)
     assert sum(group.members[0][0].kept for group in groups) == 320
+
+
+def shared_channels() -> nn.Sequential:
+    """The channels of the middle layer score far lower than all others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 4)
+    )
+    with torch.no_grad():
+        model[2].weight.mul_(1e-6)
+    return model
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk", "global", "lamp"])
+@pytest.mark.parametrize("sparsity", [0.6, 0.9, 0.99, 0.9999])
+def test_the_last_output_of_a_layer_stays(allocation: str, sparsity: float) -> None:
+    model = shared_channels()
+    pruner = Pruner(schedule="linear", structure="channel", allocation=allocation, sparsity=sparsity)
+    pruner.attach(model)
+    pruner.prepare(20)
+    for index in range(20):
+        pruner.before_step(index)
+        pruner.after_step()
+    assert all(param.mask.any(dim=1).any() for param in pruner.params)
+
+
+def test_the_last_output_stays_under_overrides_and_thresholds() -> None:
+    pruner = Pruner(schedule="oneshot", structure="channel", sparsity=0.5, overrides={"2": 0.999})
+    pruner.attach(shared_channels())
+    pruner.prepare(20)
+    assert pruner.params[1].kept == 16
+    pruner = Pruner(schedule="oneshot", structure="channel", sparsity=1.0)
+    pruner.attach(shared_channels())
+    pruner.prepare(20)
+    assert pruner.kept == 0  # what was asked for

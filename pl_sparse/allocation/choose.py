@@ -32,7 +32,7 @@ def choose(units: Units, allocation: Allocation, level: float, overrides: Sequen
     levels = list(overrides) if overrides is not None else [None] * len(units)
     free = [i for i, override in enumerate(levels) if override is None]  # these share the level
     shared = units.among(free) if len(free) < len(units) else units
-    counts = {i: kept(override, units.sizes[i]) for i, override in enumerate(levels) if override is not None}
+    counts = {i: units.least(i, s, kept(s, units.sizes[i])) for i, s in enumerate(levels) if s is not None}
     if free and units.structure.fixed is not None:
         counts |= {i: kept(level, units.sizes[i]) for i in free}
     elif free:

@@ -159,6 +159,10 @@ class Units(LazyScores):
             for index, (group, size) in enumerate(zip(self.groups, self.sizes, strict=True))
         ]
 
+    def least(self, index: int, sparsity: float, count: int) -> int:
+        """The count, or what the structure keeps of a group in any case below a sparsity of 1."""
+        return max(count, min(self.structure.least, self.sizes[index])) if sparsity < 1 else count
+
     def among(self, indices: Sequence[int]) -> Units:
         """The units of some of the groups."""
         groups = [self.groups[i] for i in indices]

@@ -113,7 +113,7 @@ class DropGrow(Updater):
         units = Units(groups, structure, scorer.score, unit_scores=scorer.unit_scores)
         alive = [units.alive(index) for index in range(len(units))]
         counts = [int(mask.sum()) for mask in alive]
-        dropped = [int(self.rate(due.progress) * count) for count in counts]
+        dropped = [min(int(self.rate(due.progress) * n), max(n - structure.least, 0)) for n in counts]
         grown = self._shares(groups, units, counts, dropped) if self.redistribute else dropped
         growth = Units(groups, structure, lambda param: self._growth(param, due))
         for index in range(len(units)):
