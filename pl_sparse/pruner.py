@@ -28,7 +28,7 @@ from pl_sparse.core.masked_model import MaskedModel
 from pl_sparse.core.optimizers import clear_state, skip_step
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import Axis, build, name_of
-from pl_sparse.core.state import load_state, state_of
+from pl_sparse.core.state import Masks, load_state, state_of
 from pl_sparse.core.targets import TargetOptions, Targets
 from pl_sparse.masking import Masking, auto
 from pl_sparse.network.probe import Probe
@@ -110,6 +110,7 @@ class Pruner(MaskedModel):
         self.level = 0.0
         self._floor = 0.0  # a training that starts anew on a sparse model goes on from its sparsity
         self._updated = -1  # the step of the last update
+        self._owed: tuple[float, ...] = ()  # levels whose update failed, due again at the next step
         self._probe: Probe | None = None
         self._model: nn.Module | None = None
         self._overrides: tuple[float | None, ...] = ()
@@ -208,11 +209,12 @@ class Pruner(MaskedModel):
         self._floor = max(self._floor, self.level)
         self.step = 0
         self._updated = -1
+        self._owed = ()
 
     @property
     def at_target(self) -> bool:
         """Whether the schedule has reached its final sparsity; where sparsity is learned, whether it is over."""
-        if self._clock.total is None:
+        if self._clock.total is None or self._owed:
             return False
         end = self._clock.span[1]
         if 0 <= end <= self._updated or self.step > end:
@@ -222,7 +224,7 @@ class Pruner(MaskedModel):
     @property
     def due(self) -> bool:
         """Whether the schedule sets masks at this step, and has not done so yet."""
-        return self.step != self._updated and bool(self._clock.levels(self.step))
+        return self.step != self._updated and bool(self._clock.levels(self.step) or self._owed)
 
     # Steps
 
@@ -345,10 +347,31 @@ class Pruner(MaskedModel):
         Args:
             gradients: whether the gradients there are can be used.
         """
-        levels = self._clock.levels(step)
+        levels = self._clock.levels(step) or self._owed
         if not levels or step == self._updated:
             return False
-        self._updated = step
+        earlier = Masks(self.masked, self.groups)
+        counters = self.level, self.num_updates
+        try:
+            self._set_masks(levels, step, gradients)
+        except BaseException:
+            self._owed = levels
+            self.level, self.num_updates = counters
+            earlier.restore()
+            self.masking.changed([param for param in self.masked if param.pruned], self.groups)
+            raise
+        finally:
+            for param in self.params:
+                param.state.pop("calibrated", None)
+            if self._probe is not None:
+                self._probe.release()
+        self._updated, self._owed = step, ()
+        if self.ablation == "reinit":
+            self.reinitialize()
+        return True
+
+    def _set_masks(self, levels: tuple[float, ...], step: int, gradients: bool) -> None:
+        """Set the masks of several levels, one after the other."""
         before = [param.weight.detach().clone() for param in self.params] if self.ablation == "shuffle" else []
         for level in levels:
             level = max(level, self._floor)
@@ -380,13 +403,6 @@ class Pruner(MaskedModel):
             self.masking.changed(pruned, self.groups)
             if self.masking.clears_state:
                 self._stale |= {param.name for param in pruned}
-        for param in self.params:
-            param.state.pop("calibrated", None)
-        if self._probe is not None:
-            self._probe.release()
-        if self.ablation == "reinit":
-            self.reinitialize()
-        return True
 
     @torch.no_grad()
     def reinitialize(self) -> None:
@@ -479,6 +495,7 @@ class Pruner(MaskedModel):
             "level": self.level,
             "floor": self._floor,
             "num_updates": self.num_updates,
+            "owed": list(self._owed),
             "stale": sorted(self._stale),
             "params": state_of(self.masked, self.groups),
         }
@@ -504,6 +521,7 @@ class Pruner(MaskedModel):
         self.level = state["level"]
         self._floor = state["floor"]
         self.num_updates = state["num_updates"]
+        self._owed = tuple(state.get("owed", ()))
         self._stale = set(state["stale"])
 
     def _require_attached(self) -> None:

@@ -1,5 +1,8 @@
 """What is reported is true of the model: scores, masks, counters and weights agree, whatever happens."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from pl_sparse.allocation import Allocation, Units, choose
 from pl_sparse.core.registry import build
 from pl_sparse.core.targets import find
 from pl_sparse.network.probe import Probe
+from pl_sparse.schedule import Constant, Linear
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import structure
 from pl_sparse.updater import DropGrow, Reconstruct, Update
@@ -166,3 +170,80 @@ def test_the_last_output_stays_under_overrides_and_thresholds() -> None:
     pruner.attach(shared_channels())
     pruner.prepare(20)
     assert pruner.kept == 0  # what was asked for
+
+
+# Updates that fail
+
+
+def failing_at(call: int) -> Any:
+    """`Units.assign`, which raises at its nth call, once."""
+    original, calls = Units.assign, 0
+
+    def assign(self: Units, index: int, chosen: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise RuntimeError("out of memory")
+        original(self, index, chosen)
+
+    return assign
+
+
+@pytest.mark.parametrize("updater", ["prune", "dropgrow"])
+@pytest.mark.parametrize("masking", ["hard", "frozen", "ste"])
+@pytest.mark.parametrize("failing", range(1, 5))
+def test_a_mask_update_that_fails_is_due_again(
+    monkeypatch: pytest.MonkeyPatch, failing: int, masking: str, updater: str
+) -> None:
+    """It fails at the first masks or later ones, within the updater, after none, one or two tensors."""
+    if updater == "dropgrow" and masking != "hard":
+        pytest.skip("needs zeros")
+    model = net()
+    schedule = Constant(final=0.5, every=3) if updater == "dropgrow" else Linear(final=0.5, every=3)
+    pruner = Pruner(schedule=schedule, updater=updater, masking=masking, allocation="uniform")
+    pruner.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    failed = 0
+    for index in range(20):
+        if index == (6 if failing < 4 else 3):
+            monkeypatch.setattr(Units, "assign", failing_at(min(failing, 3)))
+        before = copy.deepcopy(pruner.state_dict())
+        zeros = [param.weight == 0 for param in pruner.params]
+        try:
+            step(model, optimizer, pruner, index, 20)
+        except RuntimeError:
+            failed += 1
+            after = pruner.state_dict()
+            for key in ("updated", "level", "num_updates"):
+                assert after[key] == before[key]
+            for name, tensors in before["params"].items():
+                assert after["params"][name]["pruned"] == tensors["pruned"]
+                assert torch.equal(after["params"][name]["mask"], tensors["mask"])
+                assert ("latent" in after["params"][name]) == ("latent" in tensors)
+            assert all(torch.equal(param.weight == 0, z) for param, z in zip(pruner.params, zeros, strict=True))
+            assert pruner.due and not pruner.at_target
+    assert failed == 1
+    assert pruner.at_target and pruner.sparsity == pytest.approx(0.5)
+
+
+def test_a_last_update_that_fails_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    pruner = Pruner(schedule=Linear(final=0.5, begin=0.0, end=0.5, every=5))
+    pruner.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    pruner.prepare(20)
+    for index in range(12):
+        with monkeypatch.context() as patch:
+            if index == 10:
+                patch.setattr(Units, "assign", lambda *args: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    step(model, optimizer, pruner, index, 20)
+                assert not pruner.at_target and pruner.sparsity < 0.5
+                again = Pruner(schedule=Linear(final=0.5, begin=0.0, end=0.5, every=5))
+                again.load_state_dict(copy.deepcopy(pruner.state_dict()))  # saved on the exception
+                again.attach(model)
+                again.prepare(20)
+                assert not again.at_target and again.due
+                continue
+        step(model, optimizer, pruner, index, 20)
+    assert pruner.at_target and pruner.sparsity == 0.5

@@ -120,6 +120,14 @@ class MaskedParameter:
         if self._factor is not None:
             self._factor.copy_(self.mask)
 
+    @torch.no_grad()
+    def unset_mask(self) -> None:
+        """Take the first mask back, before it came into force."""
+        if self.latent is not None:
+            self.weight.copy_(self.latent)
+        self.mask.fill_(True)
+        self.latent, self._factor, self.pruned = None, None, False
+
     @property
     def factor(self) -> Tensor:
         """The mask as numbers of the weight's type, to multiply with: a bool makes that five times slower on a CPU."""
