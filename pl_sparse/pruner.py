@@ -26,7 +26,7 @@ from pl_sparse.core.cut import Cut
 from pl_sparse.core.group import Group
 from pl_sparse.core.masked_model import MaskedModel
 from pl_sparse.core.optimizers import clear_state, skip_step
-from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parameter import MaskedParameter, zero_pruned
 from pl_sparse.core.registry import Axis, build, name_of
 from pl_sparse.core.state import Masks, load_state, state_of
 from pl_sparse.core.targets import TargetOptions, Targets
@@ -463,7 +463,7 @@ class Pruner(MaskedModel):
             if param.pruned:
                 if param.latent is not None and not self.masking.transforms:
                     param.latent.copy_(torch.where(param.mask, param.weight, param.latent))
-                param.weight.mul_(param.factor)
+                zero_pruned([param.weight], [param])
 
     @property
     def group_overrides(self) -> list[tuple[Group, float | None]]:

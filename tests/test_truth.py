@@ -12,7 +12,7 @@ from pl_sparse.allocation import Allocation, Units, choose
 from pl_sparse.core.registry import build
 from pl_sparse.core.targets import find
 from pl_sparse.network.probe import Probe
-from pl_sparse.schedule import Constant, Linear
+from pl_sparse.schedule import Constant, Linear, OneShot
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import structure
 from pl_sparse.updater import DropGrow, Reconstruct, Update
@@ -247,3 +247,38 @@ def test_a_last_update_that_fails_is_not_the_end(monkeypatch: pytest.MonkeyPatch
                 continue
         step(model, optimizer, pruner, index, 20)
     assert pruner.at_target and pruner.sparsity == 0.5
+
+
+# Gradients that are not finite
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("masking", ["hard", "frozen"])
+def test_pruned_weights_stay_zero_whatever_their_gradient(
+    masking: str, optimizer: str, value: str, dtype: torch.dtype
+) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(6, 4, 3)).to(dtype, memory_format=torch.channels_last)
+    pruner = Pruner(schedule=OneShot(final=0.7), masking=masking)
+    pruner.attach(model)
+    pruner.prepare(20)
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
+    stepper = kind(model.parameters(), lr=0.01, **({"momentum": 0.9} if optimizer == "sgd" else {}))
+    latent = [None if param.latent is None else param.latent.clone() for param in pruner.params]
+    for index in range(4):
+        for param in pruner.params:
+            gradient = torch.full_like(param.weight, 0.1)
+            param.weight.grad = gradient.masked_fill_(~param.mask, float(value)) if index == 1 else gradient
+        pruner.before_step(index, optimizer=stepper)
+        if index == 2:  # what clips by a norm that is not finite makes every gradient NaN
+            for param in pruner.params:
+                param.weight.grad.fill_(float("nan"))
+        stepper.step()
+        pruner.after_step()
+        for param, values in zip(pruner.params, latent, strict=True):
+            assert (param.weight[~param.mask] == 0).all() and bool(param.weight[param.mask].isfinite().all()) == (
+                index < 2
+            )
+            if values is not None and param.latent is not None:
+                assert torch.equal(param.latent[~param.mask], values[~param.mask])
