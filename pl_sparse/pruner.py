@@ -110,7 +110,7 @@ class Pruner(MaskedModel):
         self.level = 0.0
         self._floor = 0.0  # a training that starts anew on a sparse model goes on from its sparsity
         self._updated = -1  # the step of the last update
-        self._owed: tuple[float, ...] = ()  # levels whose update failed, due again at the next step
+        self._overdue: tuple[float, ...] = ()  # levels whose update failed, due again at the next step
         self._probe: Probe | None = None
         self._model: nn.Module | None = None
         self._overrides: tuple[float | None, ...] = ()
@@ -209,12 +209,12 @@ class Pruner(MaskedModel):
         self._floor = max(self._floor, self.level)
         self.step = 0
         self._updated = -1
-        self._owed = ()
+        self._overdue = ()
 
     @property
     def at_target(self) -> bool:
         """Whether the schedule has reached its final sparsity; where sparsity is learned, whether it is over."""
-        if self._clock.total is None or self._owed:
+        if self._clock.total is None or self._overdue:
             return False
         end = self._clock.span[1]
         if 0 <= end <= self._updated or self.step > end:
@@ -224,7 +224,7 @@ class Pruner(MaskedModel):
     @property
     def due(self) -> bool:
         """Whether the schedule sets masks at this step, and has not done so yet."""
-        return self.step != self._updated and bool(self._clock.levels(self.step) or self._owed)
+        return self.step != self._updated and bool(self._clock.levels(self.step) or self._overdue)
 
     # Steps
 
@@ -347,7 +347,7 @@ class Pruner(MaskedModel):
         Args:
             gradients: whether the gradients there are can be used.
         """
-        levels = self._clock.levels(step) or self._owed
+        levels = self._clock.levels(step) or self._overdue
         if not levels or step == self._updated:
             return False
         earlier = Masks(self.masked, self.groups)
@@ -355,7 +355,7 @@ class Pruner(MaskedModel):
         try:
             self._set_masks(levels, step, gradients)
         except BaseException:
-            self._owed = levels
+            self._overdue = levels
             self.level, self.num_updates = counters
             earlier.restore()
             self.masking.changed([param for param in self.masked if param.pruned], self.groups)
@@ -365,7 +365,7 @@ class Pruner(MaskedModel):
                 param.state.pop("calibrated", None)
             if self._probe is not None:
                 self._probe.release()
-        self._updated, self._owed = step, ()
+        self._updated, self._overdue = step, ()
         if self.ablation == "reinit":
             self.reinitialize()
         return True
@@ -495,7 +495,7 @@ class Pruner(MaskedModel):
             "level": self.level,
             "floor": self._floor,
             "num_updates": self.num_updates,
-            "owed": list(self._owed),
+            "overdue": list(self._overdue),
             "stale": sorted(self._stale),
             "params": state_of(self.masked, self.groups),
         }
@@ -521,7 +521,7 @@ class Pruner(MaskedModel):
         self.level = state["level"]
         self._floor = state["floor"]
         self.num_updates = state["num_updates"]
-        self._owed = tuple(state.get("owed", ()))
+        self._overdue = tuple(state.get("overdue", ()))
         self._stale = set(state["stale"])
 
     def _require_attached(self) -> None:

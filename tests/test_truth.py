@@ -1,13 +1,16 @@
 """What is reported is true of the model: scores, masks, counters and weights agree, whatever happens."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from pl_sparse import Pruner
+from pl_sparse import Pruner, Sparsity
 from pl_sparse.allocation import Allocation, Units, choose
 from pl_sparse.core.registry import build
 from pl_sparse.core.targets import find
@@ -282,3 +285,91 @@ def test_pruned_weights_stay_zero_whatever_their_gradient(
             )
             if values is not None and param.latent is not None:
                 assert torch.equal(param.latent[~param.mask], values[~param.mask])
+
+
+# In a Trainer
+
+
+class Module(LightningModule):
+    """A network, and a target network that follows it outside of any optimizer."""
+
+    def __init__(self, follows: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+        self.target = copy.deepcopy(self.net) if follows else None
+        self.zeros: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.target is not None:
+            with torch.no_grad():
+                for mine, theirs in zip(self.target.parameters(), self.net.parameters(), strict=True):
+                    mine.lerp_(theirs + 0.1, 0.5)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            self.zeros.append(zeros(self))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.net.parameters(), 0.01)
+
+
+def zeros(model: nn.Module) -> float:
+    weights = [weight for weight in model.parameters() if weight.dim() > 1]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def loader() -> DataLoader[Any]:
+    x = torch.randn(80, 6, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 10)
+
+
+def fit(
+    module: LightningModule, *callbacks: Callback, epochs: int = 2, ckpt_path: Any = None, **options: Any
+) -> Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(max_epochs=epochs, callbacks=list(callbacks), **(settings | options))
+    trainer.fit(module, loader(), loader(), ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.parametrize("masking", ["hard", "ste", "frozen"])
+def test_weights_written_outside_of_their_optimizer_are_put_right(masking: str) -> None:
+    module, callback = Module(follows=True), Sparsity(schedule=OneShot(final=0.5), masking=masking, report=False)
+    with pytest.warns(
+        UserWarning,
+        match=r"pruned weights of target.0.weight \(\d+\), target.2.weight \(\d+\) were not zero: no optimizer trains them",
+    ):
+        fit(module, callback, val_check_interval=3)
+    assert len(module.zeros) == 4 * 8 and min(module.zeros) == callback.sparsity == zeros(module) == 0.5
+
+
+def test_an_audit_names_each_weight_once_and_its_cause() -> None:
+    class Writes(Module):
+        def on_validation_epoch_start(self) -> None:
+            with torch.no_grad():
+                self.net[0].weight.add_(0.1)
+
+    module, callback = Writes(), Sparsity(schedule=OneShot(final=0.5), report=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, callback, epochs=3)
+    messages = [str(w.message) for w in caught if "were not zero" in str(w.message)]
+    assert len(messages) == 1 and "net.0.weight" in messages[0] and "outside of the steps" in messages[0]
+    assert set(module.zeros) == {0.5}
+
+
+def test_nothing_is_said_where_weights_and_masks_agree() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Module(), Sparsity(sparsity=0.5, report=False))
+    assert not [w for w in caught if "were not zero" in str(w.message)]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from pl_sparse.callbacks.audit import Audit
 from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.clock import steps_per_epoch, total_steps
@@ -83,6 +84,7 @@ class Sparsity(Callback):
         self._counted: tuple[dict[str, float], float] | None = None
         self._dead: set[str] = set()
         self._seen = 0
+        self._audit = Audit()
 
     @overload
     @staticmethod
@@ -218,14 +220,26 @@ class Sparsity(Callback):
                 counter.other / size,
             )
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._audit.fits(trainer, batch_idx, dataloader_idx):
+            self._check(trainer)
+
+    def _check(self, trainer: Trainer) -> None:
+        """Compare weights with masks, and averaged weights too."""
+        self._audit.check(self.pruner, trainer)
+        self._mask_averages(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check(trainer)
         pl_module.log("sparsity", self.sparsity, sync_dist=True)
         for name, value in self.pruner.scorer.facts(self.pruner.groups).items():
             pl_module.log(name, value, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pruner.after_step()
-        self._mask_averages(trainer)
+        self._check(trainer)
         judged = self._judging is not None and self._judging.judges
         if not self.pruner.at_target:
             target = self.pruner.target
