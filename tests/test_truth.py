@@ -373,3 +373,36 @@ def test_nothing_is_said_where_weights_and_masks_agree() -> None:
         warnings.simplefilter("always")
         fit(Module(), Sparsity(sparsity=0.5, report=False))
     assert not [w for w in caught if "were not zero" in str(w.message)]
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_scores_see_the_gradients_that_the_module_has_cleaned(manual: bool) -> None:
+    class Cleans(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = not manual
+            self.dense = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx) * (float("nan") if batch_idx == 3 else 1.0)
+            if manual:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()  # type: ignore[union-attr]
+                self.manual_backward(loss)
+                optimizer.step()  # type: ignore[union-attr]
+            return loss
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            gradient = self.net[0].weight.grad
+            assert gradient is not None
+            self.dense += int((gradient[self.net[0].weight == 0] != 0).sum())
+            for weight in self.parameters():
+                if weight.grad is not None and not weight.grad.isfinite().all():
+                    weight.grad.zero_()
+
+    module = Cleans()
+    callback = Sparsity(schedule=OneShot(final=0.5, begin=0.5), scorer="taylor", masking="hard", report=False)
+    fit(module, callback, **({} if manual else {"gradient_clip_val": 1e-3}))
+    assert callback.sparsity == zeros(module) == 0.5 and module.dense > 0
+    assert all(bool(param.state["taylor"].isfinite().all()) for param in callback.pruner.params)
+    assert "on_before_optimizer_step" not in vars(module)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from pl_sparse.callbacks.after_module import AfterModule
 from pl_sparse.callbacks.audit import Audit
 from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_of
@@ -85,6 +86,7 @@ class Sparsity(Callback):
         self._dead: set[str] = set()
         self._seen = 0
         self._audit = Audit()
+        self._after_module: AfterModule | None = None
 
     @overload
     @staticmethod
@@ -148,6 +150,9 @@ class Sparsity(Callback):
                 sparsity.pruner.after_step(optimizer)
 
         self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in owners]
+        self._after_module = AfterModule(
+            pl_module, "on_before_optimizer_step", lambda optimizer: self._before_step(trainer, optimizer)
+        )
         probe = Calibration(trainer, pl_module, self.calibration_batches).probe() if pruner.calibrates else None
         pruner.prepare(total_steps(trainer), steps_per_epoch(trainer), probe)
         self._seen = -1
@@ -193,6 +198,10 @@ class Sparsity(Callback):
             self._counter.__enter__()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._after_module is None or not self._after_module.follows:
+            self._before_step(trainer, optimizer)
+
+    def _before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         keeper = optimizer is self._timekeeper
         self.pruner.before_step(
             self.pruner.step if keeper else None,
@@ -269,6 +278,9 @@ class Sparsity(Callback):
             handle.remove()
         self._handles = []
         self._timekeeper = None
+        if self._after_module is not None:
+            self._after_module.release()
+            self._after_module = None
         if self._judging is not None:
             self._judging.release()
             self._judging = None
