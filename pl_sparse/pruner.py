@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pl_sparse.allocation import Allocation
+from pl_sparse.allocation.zeros import mask_zeros
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.group import Group
 from pl_sparse.core.masked_model import MaskedModel
@@ -161,6 +162,43 @@ class Pruner(MaskedModel):
             except ValueError:
                 self.bind([], {})
                 raise
+        else:
+            self._start_from_zeros()
+
+    @torch.no_grad()
+    def _start_from_zeros(self) -> None:
+        """Take up the zeros of a model that is sparse already, where masks only lose weights."""
+        updater = self.updater
+        if updater.fixed_count or updater.needs_training or not updater.targets_sparsity or not self.schedule.final:
+            return
+        if mask_zeros(self.groups, self.structure):
+            self.masking.changed([param for param in self.masked if param.pruned], self.groups)
+            self._floor = self.level = self.sparsity
+
+    @torch.no_grad()
+    def carries_on(self, model: nn.Module) -> bool:
+        """Whether a model is the one that the masks were made for, or is zero where they are, as a copy of it is."""
+        model = getattr(model, "_orig_mod", model)
+        bound = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
+
+        def agrees(param: MaskedParameter) -> bool:
+            weight = bound.get(param.name)
+            if weight is None or weight is param.weight or weight.shape != param.shape or not param.pruned:
+                return weight is param.weight
+            return not bool((weight.detach() != 0).logical_and(~param.mask.to(weight.device)).any())
+
+        return model is self._model or all(agrees(param) for param in self.params)
+
+    def reset(self) -> None:
+        """Forget model, masks and counters, to be attached to another model."""
+        self.bind([], {})
+        self.cuts = {}
+        self._clock = Clock(self.schedule)
+        self._model = self._probe = self._pending = self._counted = None
+        self.restart()
+        self.num_updates = 0
+        self.level = self._floor = 0.0
+        self._overrides, self._open, self._stale, self._sampled = (), {}, set(), False
 
     def _rebind(self, model: nn.Module, example: Any = None) -> None:
         """Carry masks over to a model with the same weights, e.g. a copy."""

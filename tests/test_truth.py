@@ -15,7 +15,7 @@ from pl_sparse.allocation import Allocation, Units, choose
 from pl_sparse.core.registry import build
 from pl_sparse.core.targets import find
 from pl_sparse.network.probe import Probe
-from pl_sparse.schedule import Constant, Linear, OneShot
+from pl_sparse.schedule import Constant, Cubic, Linear, OneShot
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import structure
 from pl_sparse.updater import DropGrow, Reconstruct, Update
@@ -347,7 +347,7 @@ def test_weights_written_outside_of_their_optimizer_are_put_right(masking: str) 
     module, callback = Module(follows=True), Sparsity(schedule=OneShot(final=0.5), masking=masking, report=False)
     with pytest.warns(
         UserWarning,
-        match=r"pruned weights of target.0.weight \(\d+\), target.2.weight \(\d+\) were not zero: no optimizer trains them",
+        match=r"of target.0.weight \(\d+\), target.2.weight \(\d+\) were not zero: no optimizer trains them",
     ):
         fit(module, callback, val_check_interval=3)
     assert len(module.zeros) == 4 * 8 and min(module.zeros) == callback.sparsity == zeros(module) == 0.5
@@ -406,3 +406,75 @@ def test_scores_see_the_gradients_that_the_module_has_cleaned(manual: bool) -> N
     assert callback.sparsity == zeros(module) == 0.5 and module.dense > 0
     assert all(bool(param.state["taylor"].isfinite().all()) for param in callback.pruner.params)
     assert "on_before_optimizer_step" not in vars(module)
+
+
+# Other models
+
+
+def test_a_callback_that_is_used_again_starts_anew_on_another_model() -> None:
+    callback, masks = Sparsity(schedule=Cubic(final=0.5, every=2), report=False), []
+    for seed in range(2):
+        module = Module()
+        torch.manual_seed(seed)
+        for layer in (module.net[0], module.net[2]):
+            layer.reset_parameters()
+        fit(module, callback)
+        assert callback.sparsity == zeros(module) == 0.5 and callback.pruner.step == 16
+        masks.append(torch.cat([param.mask.reshape(-1) for param in callback.pruner.params]))
+        reference = Sparsity(schedule=Cubic(final=0.5, every=2), report=False)
+        again = Module()
+        torch.manual_seed(seed)
+        for layer in (again.net[0], again.net[2]):
+            layer.reset_parameters()
+        fit(again, reference)
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(*masks)
+
+
+def test_a_copy_or_a_state_that_is_loaded_goes_on() -> None:
+    callback, module = Sparsity(schedule=OneShot(final=0.5), report=False), Module()
+    fit(module, callback)
+    masks = [param.mask.clone() for param in callback.pruner.params]
+    fit(copy.deepcopy(module), callback)  # zero where the masks are
+    assert all(torch.equal(p.mask, mask) for p, mask in zip(callback.pruner.params, masks, strict=True))
+    other = Module()
+    with torch.no_grad():
+        other.net[0].weight.copy_(torch.randn(12, 6))
+    callback.load_state_dict(callback.state_dict())
+    fit(other, callback)
+    assert all(torch.equal(p.mask, mask) for p, mask in zip(callback.pruner.params, masks, strict=True))
+    assert zeros(other) == 0.5
+
+
+@pytest.mark.parametrize("name", ["unstructured", "row", "nm24", "channel"])
+@pytest.mark.parametrize("allocation", ["erk", "global"])
+def test_a_model_that_is_sparse_already_starts_from_its_zeros(name: str, allocation: str) -> None:
+    model = net()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight[torch.rand_like(layer.weight) < (0.4 if name == "nm24" else 0.8)] = 0.0
+            layer.weight[:3] = 0.0
+    dead = [layer.weight == 0 for layer in (model[0], model[2], model[4])]
+    start = sum(int(mask.sum()) for mask in dead) / 320
+    final = None if name == "nm24" else 0.9
+    pruner = Pruner(schedule="cubic", structure=name, sparsity=final, allocation=allocation)
+    pruner.attach(model)
+    assert name == "channel" or pruner.sparsity == pruner.level == pytest.approx(start)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for index in range(20):
+        step(model, optimizer, pruner, index, 20)
+        for param, mask in zip(pruner.params, dead, strict=False):
+            kept = mask[:3] if name == "channel" else mask
+            assert not (param.weight[:3] if name == "channel" else param.weight)[kept].any()
+    assert pruner.at_target and (pruner.sparsity >= start or name == "channel")
+    assert name != "unstructured" or pruner.sparsity == 0.9
+
+
+def test_tensors_that_are_initialised_to_zero_are_no_pruned_ones() -> None:
+    model = net()
+    nn.init.zeros_(model[2].weight)
+    with torch.no_grad():
+        model[0].weight[0, 0] = 0.0
+    pruner = Pruner(sparsity=0.5)
+    pruner.attach(model)
+    assert not any(param.pruned for param in pruner.params) and pruner.level == 0

@@ -145,6 +145,8 @@ class Units(LazyScores):
     def assign(self, index: int, chosen: Tensor) -> None:
         """Give the weights of a group, and their companions, the mask that keeps the chosen units."""
         group = self.groups[index]
+        if self.monotone and group.pruned:  # a pattern may ask for more than is left
+            chosen = chosen & self.alive(index)
         for param, layout in (*group.members, *group.companions):
             mask = self.structure.expand(chosen, layout.shape_of(param.former))
             param.set_mask(param.take(layout.write(param.fill(param.mask), mask)))

@@ -86,6 +86,7 @@ class Sparsity(Callback):
         self._dead: set[str] = set()
         self._seen = 0
         self._audit = Audit()
+        self._restored = False  # whether a state was loaded since the last fit began
         self._after_module: AfterModule | None = None
 
     @overload
@@ -121,8 +122,25 @@ class Sparsity(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in `setup`: a module may build its layers in its own `setup` or `configure_model`, which come later.
+        self._start_anew(pl_module)
         self.attach(trainer, pl_module)
+        if self.pruner.level and not self.pruner.num_updates and not self.pruner.step:
+            rank_zero_info(
+                f"the model is sparse already: its zeros, {self.pruner.level:.2%} of its weights, stay pruned"
+            )
         self._judging = BestAtTarget(trainer, lambda: self.pruner.at_target)
+
+    def _start_anew(self, pl_module: LightningModule) -> None:
+        """Forget the model of an earlier fit, unless this one goes on with it or with a state that was loaded."""
+        restored, self._restored = self._restored, False
+        if not self.pruner.attached or restored or self.pruner.carries_on(pl_module):
+            return
+        self.pruner.reset()
+        self.summary, self._counted, self._dead, self._audit = None, None, set(), Audit()
+        rank_zero_info(
+            "the Sparsity callback has pruned another model before: it starts anew, with this one's own masks. To carry "
+            "masks over: sparsity.load_state_dict(sparsity.state_dict()) before fit"
+        )
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bind to the module's weights; a structure that looks at how layers are joined sees a training batch."""
@@ -339,6 +357,7 @@ class Sparsity(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pruner.load_state_dict(state_dict)
+        self._restored = True
 
 
 def _meant(value: object) -> str:
