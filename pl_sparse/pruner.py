@@ -22,13 +22,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pl_sparse.allocation import Allocation
+from pl_sparse.allocation.zeros import mask_zeros
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.group import Group
 from pl_sparse.core.masked_model import MaskedModel
 from pl_sparse.core.optimizers import clear_state, skip_step
-from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parameter import MaskedParameter, zero_pruned
 from pl_sparse.core.registry import Axis, build, name_of
-from pl_sparse.core.state import load_state, state_of
+from pl_sparse.core.state import Masks, load_state, state_of
 from pl_sparse.core.targets import TargetOptions, Targets
 from pl_sparse.masking import Masking, auto
 from pl_sparse.network.probe import Probe
@@ -112,7 +113,7 @@ class Pruner(MaskedModel):
         self._updated = -1  # the step of the last update
         self._overdue: tuple[
             float, ...
-        ] = ()  # levels that were due before, by the newest estimate of training's length
+        ] = ()  # levels that were due before: by a newer estimate, or their update failed
         self._estimates: Mapping[str, Any] | None = None  # of a training that goes on
         self._probe: Probe | None = None
         self._model: nn.Module | None = None
@@ -164,6 +165,43 @@ class Pruner(MaskedModel):
             except ValueError:
                 self.bind([], {})
                 raise
+        else:
+            self._start_from_zeros()
+
+    @torch.no_grad()
+    def _start_from_zeros(self) -> None:
+        """Take up the zeros of a model that is sparse already, where masks only lose weights."""
+        updater = self.updater
+        if updater.fixed_count or updater.needs_training or not updater.targets_sparsity or not self.schedule.final:
+            return
+        if mask_zeros(self.groups, self.structure):
+            self.masking.changed([param for param in self.masked if param.pruned], self.groups)
+            self._floor = self.level = self.sparsity
+
+    @torch.no_grad()
+    def carries_on(self, model: nn.Module) -> bool:
+        """Whether a model is the one that the masks were made for, or is zero where they are, as a copy of it is."""
+        model = getattr(model, "_orig_mod", model)
+        bound = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
+
+        def agrees(param: MaskedParameter) -> bool:
+            weight = bound.get(param.name)
+            if weight is None or weight is param.weight or weight.shape != param.shape or not param.pruned:
+                return weight is param.weight
+            return not bool((weight.detach() != 0).logical_and(~param.mask.to(weight.device)).any())
+
+        return model is self._model or all(agrees(param) for param in self.params)
+
+    def reset(self) -> None:
+        """Forget model, masks and counters, to be attached to another model."""
+        self.bind([], {})
+        self.cuts = {}
+        self._clock = Clock(self.schedule)
+        self._model = self._probe = self._pending = self._counted = None
+        self.restart()
+        self.num_updates = 0
+        self.level = self._floor = 0.0
+        self._overrides, self._open, self._stale, self._sampled = (), {}, set(), False
 
     def _rebind(self, model: nn.Module, example: Any = None) -> None:
         """Carry masks over to a model with the same weights, e.g. a copy."""
@@ -255,6 +293,7 @@ class Pruner(MaskedModel):
         self.step = 0
         self._updated = -1
         self._estimates = None
+        self._overdue = ()
 
     @property
     def at_target(self) -> bool:
@@ -350,7 +389,7 @@ class Pruner(MaskedModel):
         if step is not None:
             self.step = step
             started = self.num_updates > 0
-            if self._update(step) and started and self.updater.replaces_step:
+            if self._update(step, observe) and started and self.updater.replaces_step:
                 live_weights = [param.weight for param in live]
                 skip_step(
                     live_weights if optimizer is None else [w for g in optimizer.param_groups for w in g["params"]]
@@ -389,12 +428,37 @@ class Pruner(MaskedModel):
             if pruned := [param for param in self.params if param.pruned]:
                 self.masking.after_forward(pruned, self.groups)
 
-    def _update(self, step: int) -> bool:
-        """Set the masks that are due; whether any was."""
+    def _update(self, step: int, gradients: bool = True) -> bool:
+        """Set the masks that are due; whether any was.
+
+        Args:
+            gradients: whether the gradients there are can be used.
+        """
         levels = self._clock.levels(step) or self._overdue
         if not levels or step == self._updated:
             return False
+        earlier = Masks(self.masked, self.groups)
+        counters = self.level, self.num_updates
+        try:
+            self._set_masks(levels, step, gradients)
+        except BaseException:
+            self._overdue = levels
+            self.level, self.num_updates = counters
+            earlier.restore()
+            self.masking.changed([param for param in self.masked if param.pruned], self.groups)
+            raise
+        finally:
+            for param in self.params:
+                param.state.pop("calibrated", None)
+            if self._probe is not None:
+                self._probe.release()
         self._updated, self._overdue = step, ()
+        if self.ablation == "reinit":
+            self.reinitialize()
+        return True
+
+    def _set_masks(self, levels: tuple[float, ...], step: int, gradients: bool) -> None:
+        """Set the masks of several levels, one after the other."""
         before = [param.weight.detach().clone() for param in self.params] if self.ablation == "shuffle" else []
         for level in levels:
             level = max(level, self._floor)
@@ -412,6 +476,7 @@ class Pruner(MaskedModel):
                 number=self.num_updates - 1,
                 invert=self.ablation == "invert",
                 probe=self._probe,
+                gradients=gradients,
             )
             if self.scorer.calibrates:
                 assert self._probe is not None
@@ -425,13 +490,6 @@ class Pruner(MaskedModel):
             self.masking.changed(pruned, self.groups)
             if self.masking.clears_state:
                 self._stale |= {param.name for param in pruned}
-        for param in self.params:
-            param.state.pop("calibrated", None)
-        if self._probe is not None:
-            self._probe.release()
-        if self.ablation == "reinit":
-            self.reinitialize()
-        return True
 
     @torch.no_grad()
     def reinitialize(self) -> None:
@@ -492,7 +550,7 @@ class Pruner(MaskedModel):
             if param.pruned:
                 if param.latent is not None and not self.masking.transforms:
                     param.latent.copy_(torch.where(param.mask, param.weight, param.latent))
-                param.weight.mul_(param.factor)
+                zero_pruned([param.weight], [param])
 
     @property
     def group_overrides(self) -> list[tuple[Group, float | None]]:
@@ -524,6 +582,7 @@ class Pruner(MaskedModel):
             "level": self.level,
             "floor": self._floor,
             "num_updates": self.num_updates,
+            "overdue": list(self._overdue),
             "stale": sorted(self._stale),
             "estimates": self._clock.estimates() or self._estimates,
             "params": state_of(self.masked, self.groups),
@@ -550,6 +609,7 @@ class Pruner(MaskedModel):
         self.level = state["level"]
         self._floor = state["floor"]
         self.num_updates = state["num_updates"]
+        self._overdue = tuple(state.get("overdue", ()))
         self._stale = set(state["stale"])
         self._estimates = state.get("estimates")
 

@@ -32,34 +32,17 @@ def choose(units: Units, allocation: Allocation, level: float, overrides: Sequen
     levels = list(overrides) if overrides is not None else [None] * len(units)
     free = [i for i, override in enumerate(levels) if override is None]  # these share the level
     shared = units.among(free) if len(free) < len(units) else units
-    counts = {i: kept(override, units.sizes[i]) for i, override in enumerate(levels) if override is not None}
+    counts = {i: units.least(i, s, kept(s, units.sizes[i])) for i, s in enumerate(levels) if s is not None}
     if free and units.structure.fixed is not None:
         counts |= {i: kept(level, units.sizes[i]) for i in free}
     elif free:
         ranks = allocation.ranks(shared)
-        try:
-            if ranks is not None and len(set(shared.weights)) == 1 and not units.structure.least:
-                # Units of one size: one threshold over all of them is the rule, and no counts are needed.
-                cutoff = threshold(ranks, kept(level, sum(shared.sizes)))
-                for i, chosen in zip(free, cutoff.masks(ranks), strict=True):
-                    units.assign(i, chosen)
-            else:
-                counts |= dict(zip(free, allocation.keep(shared.groups, shared, level), strict=True))
-        except ValueError as error:
-            raise _named(units, error) from None
+        if ranks is not None and len(set(shared.weights)) == 1 and not units.structure.least:
+            # Units of one size: one threshold over all of them is the rule, and no counts are needed.
+            cutoff = threshold(ranks, kept(level, sum(shared.sizes)))
+            for i, chosen in zip(free, cutoff.masks(ranks), strict=True):
+                units.assign(i, chosen)
+        else:
+            counts |= dict(zip(free, allocation.keep(shared.groups, shared, level), strict=True))
     for i, count in sorted(counts.items()):
-        try:
-            units.assign(i, units.structure.select(units[i], count))
-        except ValueError as error:
-            raise _named(units, error) from None
-
-
-def _named(units: Units, error: ValueError) -> ValueError:
-    """The error with the name of the weight whose scores are NaN."""
-    if "NaN" not in str(error):
-        return error
-    bad = [group.name for i, group in enumerate(units.groups) if bool(units[i].isnan().any())]
-    return ValueError(
-        f"the scores of {', '.join(bad[:5])} hold NaN: weights or gradients diverged before they were pruned. "
-        "Lower the learning rate, or clip gradients"
-    )
+        units.assign(i, units.structure.select(units[i], count))

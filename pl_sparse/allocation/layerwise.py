@@ -39,11 +39,11 @@ class ERK(Allocation):
         sizes = [group.numel for group in groups]
         raw = [_erk(group) for group in groups]
         budget = (1 - sparsity) * sum(sizes)
-        if sparsity <= 0:
-            return [1.0] * len(groups)
         dense: set[int] = set()
         while True:  # what became dense took less than its share of the budget, so that something is always left
             rest = [i for i in range(len(groups)) if i not in dense]
+            if budget >= sum(sizes) or not rest:  # 1 - sparsity may be 1 for a sparsity above 0
+                return [1.0] * len(groups)
             left = budget - sum(sizes[i] for i in dense)
             eps = left / sum(raw[i] * sizes[i] for i in rest)
             top = max(raw[i] for i in rest)

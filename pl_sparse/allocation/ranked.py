@@ -84,7 +84,7 @@ def lamp(scores: Tensor) -> Tensor:
     """
     flat = scores.reshape(-1).double()
     dead = flat == torch.finfo(scores.dtype).min
-    squared = flat.masked_fill(dead, 0).square()
+    squared = flat.masked_fill(dead, 0).square().clamp_max(1e200)  # infinite scores have a rank among others too
     order = squared.sort(descending=True, stable=True).indices
     ranked = squared[order]
     total = ranked.cumsum(0)

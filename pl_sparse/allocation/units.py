@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import overload
@@ -14,7 +15,7 @@ from pl_sparse.core.layouts import Layout
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.structure import Structure
 
-__all__ = ["LazyScores", "Units"]
+__all__ = ["LazyScores", "Units", "refuse_nan"]
 
 
 class LazyScores(Sequence[Tensor]):
@@ -82,14 +83,20 @@ class Units(LazyScores):
         self.sizes = [structure.pool(torch.empty(group.shape, device="meta")).numel() for group in groups]
         self.weights = [group.numel // size for group, size in zip(groups, self.sizes, strict=True)]
         self.unfed = self._unfed() if unfed is None else unfed
+        self._checked: set[int] = set()  # groups whose scores hold no NaN; scores are computed anew at each access
 
     def at(self, index: int) -> Tensor:
         group = self.groups[index]
         units = self.unit_scores(group)
         if units is None:
             units = self._mean(group)
+        total = None if id(group) in self._checked else units.sum()  # not finite where a score is NaN
         if self.monotone and group.pruned:  # below all others, but finite: LAMP squares scores
             units = torch.where(self.alive(index), units, torch.finfo(units.dtype).min)
+        if total is not None:
+            if not math.isfinite(float(total)):
+                refuse_nan(group.name, units)
+            self._checked.add(id(group))
         return units
 
     def _mean(self, group: Group) -> Tensor:
@@ -130,10 +137,7 @@ class Units(LazyScores):
         alive: Tensor | None = None
         for param, layout in self.groups[index].members:
             mask = layout.view(param.fill(param.mask))
-            if self.weights[index] > 1:
-                mask = self.structure.pool(mask.to(param.weight.dtype)) > 0  # a mean above 0: some weight is left
-            else:
-                mask = self.structure.pool(mask)
+            mask = self.structure.pool(mask.to(param.weight.dtype)) > 0  # a mean above 0: some weight is left
             alive = mask if alive is None else alive | mask
         assert alive is not None
         return alive
@@ -141,6 +145,8 @@ class Units(LazyScores):
     def assign(self, index: int, chosen: Tensor) -> None:
         """Give the weights of a group, and their companions, the mask that keeps the chosen units."""
         group = self.groups[index]
+        if self.monotone and group.pruned:  # a pattern may ask for more than is left
+            chosen = chosen & self.alive(index)
         for param, layout in (*group.members, *group.companions):
             mask = self.structure.expand(chosen, layout.shape_of(param.former))
             param.set_mask(param.take(layout.write(param.fill(param.mask), mask)))
@@ -155,7 +161,22 @@ class Units(LazyScores):
             for index, (group, size) in enumerate(zip(self.groups, self.sizes, strict=True))
         ]
 
+    def least(self, index: int, sparsity: float, count: int) -> int:
+        """The count, or what the structure keeps of a group in any case below a sparsity of 1."""
+        return max(count, min(self.structure.least, self.sizes[index])) if sparsity < 1 else count
+
     def among(self, indices: Sequence[int]) -> Units:
         """The units of some of the groups."""
         groups = [self.groups[i] for i in indices]
-        return Units(groups, self.structure, self.score, self.monotone, self.unit_scores, self.unfed)
+        units = Units(groups, self.structure, self.score, self.monotone, self.unit_scores, self.unfed)
+        units._checked = self._checked
+        return units
+
+
+def refuse_nan(name: str, scores: Tensor) -> None:
+    """Raise a ValueError that names the weight if a score is NaN, which no order of scores has a place for."""
+    if bool(scores.isnan().any()):
+        raise ValueError(
+            f"the scores of {name} hold NaN: weights or gradients diverged before they were pruned. Lower the learning "
+            "rate, or clip gradients"
+        )

@@ -13,6 +13,8 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 
+from pl_sparse.callbacks.after_module import AfterModule
+from pl_sparse.callbacks.audit import Audit
 from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.clock import epochs_behind, estimates, progress
@@ -82,6 +84,9 @@ class Sparsity(Callback):
         self._counted: tuple[dict[str, float], float] | None = None
         self._dead: set[str] = set()
         self._seen = 0
+        self._audit = Audit()
+        self._restored = False  # whether a state was loaded since the last fit began
+        self._after_module: AfterModule | None = None
 
     @overload
     @staticmethod
@@ -116,8 +121,25 @@ class Sparsity(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in `setup`: a module may build its layers in its own `setup` or `configure_model`, which come later.
+        self._start_anew(pl_module)
         self.attach(trainer, pl_module)
+        if self.pruner.level and not self.pruner.num_updates and not self.pruner.step:
+            rank_zero_info(
+                f"the model is sparse already: its zeros, {self.pruner.level:.2%} of its weights, stay pruned"
+            )
         self._judging = BestAtTarget(trainer, lambda: self.pruner.at_target)
+
+    def _start_anew(self, pl_module: LightningModule) -> None:
+        """Forget the model of an earlier fit, unless this one goes on with it or with a state that was loaded."""
+        restored, self._restored = self._restored, False
+        if not self.pruner.attached or restored or self.pruner.carries_on(pl_module):
+            return
+        self.pruner.reset()
+        self.summary, self._counted, self._dead, self._audit = None, None, set(), Audit()
+        rank_zero_info(
+            "the Sparsity callback has pruned another model before: it starts anew, with this one's own masks. To carry "
+            "masks over: sparsity.load_state_dict(sparsity.state_dict()) before fit"
+        )
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bind to the module's weights; a structure that looks at how layers are joined sees a training batch."""
@@ -137,6 +159,9 @@ class Sparsity(Callback):
             )
         self._hooks = StepHooks(before=self._before_step, after=self._after_step)
         self._hooks.follow(trainer, *trainer.optimizers)
+        self._after_module = AfterModule(
+            pl_module, "on_before_optimizer_step", lambda optimizer: self._before_step(trainer, optimizer)
+        )
         probe = Calibration(trainer, pl_module, self.calibration_batches).probe() if pruner.calibrates else None
         pruner.prepare(*estimates(trainer, pruner.schedule), probe)
         self._seen = -1
@@ -185,7 +210,8 @@ class Sparsity(Callback):
             self._counter.__enter__()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._before_step(trainer, optimizer)
+        if self._after_module is None or not self._after_module.follows:
+            self._before_step(trainer, optimizer)
 
     def _before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         if self._hooks is not None:
@@ -236,17 +262,29 @@ class Sparsity(Callback):
                 "schedule end earlier, or give its times in steps"
             )
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._audit.fits(trainer, batch_idx, dataloader_idx):
+            self._check(trainer)
+
+    def _check(self, trainer: Trainer) -> None:
+        """Compare weights with masks, and averaged weights too."""
+        self._audit.check(self.pruner, trainer)
+        self._mask_averages(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._keep_time(trainer, ended=True)  # an epoch may be left before its last batch
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
+        self._check(trainer)
         pl_module.log("sparsity", self.sparsity, sync_dist=True)
         for name, value in self.pruner.scorer.facts(self.pruner.groups).items():
             pl_module.log(name, value, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pruner.after_step()
-        self._mask_averages(trainer)
+        self._check(trainer)
         judged = self._judging is not None and self._judging.judges
         if not self.pruner.at_target:
             target = self.pruner.target
@@ -276,6 +314,9 @@ class Sparsity(Callback):
             self._hooks.release()
             self._hooks = None
         self._timekeeper = None
+        if self._after_module is not None:
+            self._after_module.release()
+            self._after_module = None
         if self._judging is not None:
             self._judging.release()
             self._judging = None
@@ -334,6 +375,7 @@ class Sparsity(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pruner.load_state_dict(state_dict)
+        self._restored = True
 
 
 def _meant(value: object) -> str:

@@ -25,7 +25,7 @@ def clear_state(optimizer: Optimizer, param: MaskedParameter) -> None:
     """
     for value in optimizer.state.get(param.weight, {}).values():
         if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point():
-            value.mul_(param.factor)
+            value.masked_fill_(~param.mask, 0)
 
 
 def skip_step(weights: Sequence[Tensor]) -> None:

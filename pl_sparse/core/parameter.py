@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.layouts import Plain, Whole
 
-__all__ = ["MaskedParameter"]
+__all__ = ["MaskedParameter", "zero_pruned"]
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
 @dataclass(eq=False)
@@ -42,6 +44,7 @@ class MaskedParameter:
     pruned: bool = False
     cut: Cut | None = None
     _factor: Tensor | None = field(default=None, repr=False)
+    _bits: Tensor | None = field(default=None, repr=False)
 
     @property
     def values(self) -> Tensor:
@@ -94,7 +97,7 @@ class MaskedParameter:
     def shrink(self, cut: Cut) -> None:
         """Take the same out of all that belongs to the weight as was taken out of the weight itself."""
         self.mask = cut.take(self.mask)
-        self._factor = None
+        self._factor = self._bits = None
         if self.latent is not None:
             self.latent = cut.take(self.latent)
         self.state = {
@@ -107,7 +110,7 @@ class MaskedParameter:
         """Take `shrink` back: what was removed is pruned, and zero."""
         if self.cut is not None:
             self.mask = self.cut.fill(self.mask)
-            self._factor = None
+            self._factor = self._bits = None
             left = [n - len(self.cut.removed.get(dim, ())) for dim, n in enumerate(self.cut.shape)]
             self.state = {k: self.cut.fill(v) if list(v.shape) == left else v for k, v in self.state.items()}
             self.cut = None
@@ -117,8 +120,18 @@ class MaskedParameter:
         """Write a new mask in place, so that nothing compiled against the old one is invalid."""
         self.mask.copy_(mask)
         self.pruned = True
-        if self._factor is not None:
-            self._factor.copy_(self.mask)
+        for numbers in (self._factor, self._bits):
+            if numbers is not None:
+                numbers.copy_(self.mask)
+
+    @torch.no_grad()
+    def unset_mask(self) -> None:
+        """Take the first mask back, before it came into force."""
+        if self.latent is not None:
+            self.weight.copy_(self.latent)
+        self.mask.fill_(True)
+        self.latent = self._factor = self._bits = None
+        self.pruned = False
 
     @property
     def factor(self) -> Tensor:
@@ -127,13 +140,21 @@ class MaskedParameter:
             self._factor = self.mask.to(self.weight.dtype)
         return self._factor
 
+    @property
+    def bits(self) -> Tensor:
+        """The mask as integers of as many bytes as the weight's numbers, for `zero_pruned`."""
+        dtype = _INTEGERS[self.weight.element_size()]
+        if self._bits is None or self._bits.dtype != dtype:
+            self._bits = self.mask.to(dtype)
+        return self._bits
+
     @torch.no_grad()
     def to_weight(self) -> None:
         """Move all that belongs to the weight to its device."""
         device = self.weight.device
         if self.mask.device != device:
             self.mask = self.mask.to(device)
-            self._factor = None
+            self._factor = self._bits = None
         if self.latent is not None:
             self.latent = self.latent.to(device)
         self.state = {key: value.to(device) for key, value in self.state.items()}
@@ -155,3 +176,27 @@ class MaskedParameter:
         state = {key: value for key, value in tensors.items() if key.startswith("state.")}
         self.state = {key.removeprefix("state."): value.clone() for key, value in state.items()}
         self.to_weight()
+
+
+@torch.no_grad()
+def zero_pruned(tensors: Sequence[Tensor], params: Sequence[MaskedParameter]) -> None:
+    """Set tensors to zero where weights are pruned, whatever is there.
+
+    0 times infinity is NaN, but 0 times the integer with the same bits is 0, and 1 times it the same number: that is as
+    fast as the product of floats, and masks are exact.
+
+    Args:
+        tensors: of the shapes of the weights: they themselves, or their gradients.
+        params: the weights.
+    """
+    integers, bits = [], []
+    for tensor, param in zip(tensors, params, strict=True):
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == param.weight.dtype and not tensor.is_sparse:
+            integers.append(tensor.view(param.bits.dtype))
+            bits.append(param.bits)
+        elif tensor.is_sparse:
+            tensor.mul_(param.factor)
+        else:
+            tensor.masked_fill_(~param.mask, 0)
+    if integers:
+        torch._foreach_mul_(integers, bits)

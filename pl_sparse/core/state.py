@@ -9,9 +9,32 @@ from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import suggestion
 
-__all__ = ["load_state", "state_of"]
+__all__ = ["Masks", "load_state", "state_of"]
 
 _RENAMED = {"dense": "latent"}  # keys of version 1
+
+
+class Masks:
+    """A copy of the masks, to return to where an update fails on its way.
+
+    Args:
+        params: whose masks they are.
+        groups: whose gates have a level.
+    """
+
+    def __init__(self, params: Sequence[MaskedParameter], groups: Sequence[Group]) -> None:
+        self._masks = [(param, param.mask.clone() if param.pruned else None) for param in params]
+        self._levels = [(group.gate, group.gate.level) for group in groups if group.gate is not None]
+
+    def restore(self) -> None:
+        """Give the weights the masks they had; those that had none are dense again."""
+        for param, mask in self._masks:
+            if mask is not None:
+                param.set_mask(mask)
+            elif param.pruned:
+                param.unset_mask()
+        for gate, level in self._levels:
+            gate.level = level
 
 
 def state_of(params: Sequence[MaskedParameter], groups: Sequence[Group]) -> dict[str, dict[str, Any]]:

@@ -63,7 +63,9 @@ class Threshold:
             mask = score > self.value
             if left:
                 tied = (score == self.value).reshape(-1).nonzero().squeeze(1)[:left]
-                mask.view(-1)[tied] = True
+                flat = mask.reshape(-1)  # a copy where the scores are not contiguous, as those of channels_last are
+                flat[tied] = True
+                mask = flat.view(mask.shape)
                 left -= tied.numel()
             yield mask
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pl_sparse.core.group import Group
-from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parameter import MaskedParameter, zero_pruned
 from pl_sparse.core.registry import Axes, Axis, name_of
 from pl_sparse.scorer import Scorer
 
@@ -98,7 +98,7 @@ class Masking(Axis, ABC):
 
     def write(self, params: Params, groups: Groups) -> None:
         """Turn parameters that hold latent values, or what the optimizer wrote, into the sparse weights."""
-        torch._foreach_mul_(weights(params), factors(params))
+        zero_pruned(weights(params), params)
 
     def refusal(self, axes: Axes) -> str | None:
         if self.rests_on is not None and not isinstance(axes.scorer, self.rests_on):
@@ -136,7 +136,7 @@ def with_gradients(params: Params) -> tuple[list[MaskedParameter], list[Tensor]]
 
 
 def mask_gradients(params: Params) -> None:
-    """Set the gradients of pruned weights to zero."""
+    """Set the gradients of pruned weights to zero, infinite and NaN ones too."""
     ready, gradients = with_gradients(params)
     if gradients:
-        torch._foreach_mul_(gradients, factors(ready))
+        zero_pruned(gradients, ready)

@@ -37,5 +37,9 @@ class Frozen(Masking):
     def shape_gradients(self, params: Params, groups: Groups) -> None:
         mask_gradients(params)
 
+    def after_step(self, params: Params, groups: Groups) -> None:
+        self.write(params, groups)  # first, so that nothing but numbers is stored
+        self.store(params)
+
     def store(self, params: Params) -> None:
         torch._foreach_lerp_(latent(params), weights(params), factors(params))  # latent <- weight where kept

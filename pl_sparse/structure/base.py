@@ -104,8 +104,11 @@ class Structure(Axis, ABC):
 
     @property
     def least(self) -> int:
-        """How many units of each tensor are kept whatever they score, as long as the sparsity is below 1."""
-        return 0
+        """How many units of each tensor are kept whatever they score, as long as the sparsity is below 1.
+
+        Where whole outputs go, one: nothing passes through a layer without any.
+        """
+        return int(self.removes_outputs)
 
     @property
     def removes_outputs(self) -> bool:

@@ -32,6 +32,7 @@ class Update:
         number: how many updates there were before this one.
         invert: keep what scores worst, a sanity check of a scorer.
         probe: the whole model on calibration batches, for updaters that set `calibrates`.
+        gradients: whether gradients are finite; a gradient scaler finds some that are not, and leaves their step out.
     """
 
     level: float
@@ -41,6 +42,7 @@ class Update:
     number: int = 0
     invert: bool = False
     probe: Probe | None = None
+    gradients: bool = True
 
     def units(self, groups: Sequence[Group], scorer: Scorer, structure: Structure) -> Units:
         """The scores of the groups' units."""

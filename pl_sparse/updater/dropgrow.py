@@ -113,22 +113,22 @@ class DropGrow(Updater):
         units = Units(groups, structure, scorer.score, unit_scores=scorer.unit_scores)
         alive = [units.alive(index) for index in range(len(units))]
         counts = [int(mask.sum()) for mask in alive]
-        dropped = [int(self.rate(due.progress) * count) for count in counts]
+        dropped = [min(int(self.rate(due.progress) * n), max(n - structure.least, 0)) for n in counts]
         grown = self._shares(groups, units, counts, dropped) if self.redistribute else dropped
-        growth = Units(groups, structure, lambda param: self._growth(param, due.number))
+        growth = Units(groups, structure, lambda param: self._growth(param, due))
         for index in range(len(units)):
             lowest = torch.finfo(torch.float32).min
             stay = top_k(units[index].float().masked_fill(~alive[index], lowest), counts[index] - dropped[index])
             new = top_k(growth[index].float().masked_fill(stay, lowest), grown[index])
             units.assign(index, stay | new)
 
-    def _growth(self, param: MaskedParameter, number: int) -> Tensor:
+    def _growth(self, param: MaskedParameter, due: Update) -> Tensor:
         """How much each weight wants to grow; indifferent where nothing is known."""
         if self.grow == "momentum":
             return Momentum(self.momentum).score(param)
-        if self.grow == "gradient" and param.grad is not None:
+        if self.grow == "gradient" and due.gradients and param.grad is not None:
             return param.grad.detach().abs()
-        mixed = (self.seed * 0x9E3779B1 + crc32(param.name.encode()) * 0x85EBCA6B + number * 0xC2B2AE35) % 2**63
+        mixed = (self.seed * 0x9E3779B1 + crc32(param.name.encode()) * 0x85EBCA6B + due.number * 0xC2B2AE35) % 2**63
         generator = torch.Generator().manual_seed(mixed)
         return torch.rand(param.shape, generator=generator).to(param.weight.device)
 

@@ -83,10 +83,8 @@ class Threshold(Updater):
             if group.gate is not None:
                 group.gate.level = due.level
             scores = units[index]
-            if bool(scores.isnan().any()):
-                raise ValueError(f"the scores of {group.name} hold NaN: its weights, gradients or gates diverged")
             chosen = scores > self.tau * due.level
-            least = math.ceil(self.minimum * scores.numel())
+            least = max(math.ceil(self.minimum * scores.numel()), min(structure.least, scores.numel()))
             if int(chosen.sum()) < least:
                 chosen |= top_k(scores, least)
             units.assign(index, chosen)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pl_sparse.allocation import Allocation, kept
+from pl_sparse.allocation.units import refuse_nan
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
@@ -93,6 +94,8 @@ class Reconstruct(Updater):
         alive = param.layout.view(param.mask).movedim(1, -1).flatten(1)  # (out, columns)
         weight = last.flatten(1).to(torch.float64, copy=True)  # (out, columns)
         hessian = _hessian(param, weight.shape[1], due.probe)  # (groups, columns, columns)
+        for tensor in (weight, hessian):
+            refuse_nan(param.name, tensor * 0)  # NaN where the tensor is not finite
         width = structure.m if isinstance(structure, NM) else self.block
         rows = len(weight) // len(hessian)  # outputs of each group of a convolution
         chosen = torch.ones_like(alive)

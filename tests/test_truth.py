@@ -1,0 +1,480 @@
+"""What is reported is true of the model: scores, masks, counters and weights agree, whatever happens."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pl_sparse import Pruner, Sparsity
+from pl_sparse.allocation import Allocation, Units, choose
+from pl_sparse.core.registry import build
+from pl_sparse.core.targets import find
+from pl_sparse.network.probe import Probe
+from pl_sparse.schedule import Constant, Cubic, Linear, OneShot
+from pl_sparse.scorer import Magnitude
+from pl_sparse.structure import structure
+from pl_sparse.updater import DropGrow, Reconstruct, Update
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 8))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner, index: int, total: int) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(10, 8, generator=torch.Generator().manual_seed(index))).square().mean().backward()
+    pruner.before_step(index, total, optimizer)
+    optimizer.step()
+    pruner.after_step()
+
+
+# Scores
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk", "global", "lamp"])
+@pytest.mark.parametrize("name", ["unstructured", "row", "nm24", "nm24t", "block4x4", "kernel", "channel", "feature"])
+def test_one_nan_is_refused_with_the_name_of_its_weight(name: str, allocation: str) -> None:
+    model = net()
+    with torch.no_grad():
+        model[2].weight[3, 3] = float("nan")
+    kind = structure(name)
+    try:
+        groups, _ = kind.bind(find(model), model)
+    except ValueError:
+        pytest.skip("no such unit in this model")
+    with pytest.raises(ValueError, match=r"scores of 2.weight hold NaN.*Lower the learning rate"):
+        choose(Units(groups, kind, Magnitude().score), build(Allocation, allocation), 0.5)
+
+
+def test_infinite_scores_have_a_rank() -> None:
+    model = net()
+    with torch.no_grad():
+        model[2].weight[3, 3] = float("inf")
+    groups, _ = structure("unstructured").bind(find(model), model)
+    choose(Units(groups, structure("unstructured"), Magnitude().score), build(Allocation, "lamp"), 0.5)
+    assert groups[1].members[0][0].mask[3, 3] and sum(g.members[0][0].kept for g in groups) == 160
+
+
+def test_growth_of_a_diverged_gradient_is_refused() -> None:
+    model = net()
+    pruner = Pruner(schedule="constant", updater=DropGrow(), sparsity=0.5)
+    pruner.attach(model)
+    pruner.prepare(10)
+    due = Update(0.5, (None,) * 3, monotone=False, progress=0.1)
+    for param in pruner.params:
+        param.weight.grad = torch.full_like(param.weight, float("nan"))
+    arguments = (pruner.groups, pruner.scorer, pruner.structure, pruner.allocation)
+    with pytest.raises(ValueError, match=r"scores of 0.weight hold NaN"):
+        pruner.updater.update(*arguments, due)
+    # where a gradient scaler leaves the step out, nothing is learned from its gradients
+    pruner.updater.update(*arguments, Update(0.5, (None,) * 3, monotone=False, progress=0.1, gradients=False))
+    assert pruner.kept == 128 + 32 + 0
+
+
+def test_reconstruction_of_a_diverged_weight_is_refused() -> None:
+    model = net()
+    pruner = Pruner(schedule="oneshot", updater=Reconstruct(), allocation="uniform", sparsity=0.5)
+    pruner.attach(model)
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("inf")
+    probe = Probe(model, [torch.randn(4, 8)], lambda batch: model(batch).square().mean())
+    with pytest.raises(ValueError, match=r"scores of 0.weight hold NaN"):
+        pruner.prepare(10, probe=probe)
+
+
+def test_a_diverged_training_ends_with_an_error() -> None:
+    model = net()
+    pruner = Pruner(schedule="linear", structure="nm24", sparsity=0.5)
+    pruner.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), 1e20)
+    with pytest.raises(ValueError, match="hold NaN"):
+        for index in range(10):
+            step(model, optimizer, pruner, index, 10)
+    assert pruner.sparsity < 0.5 and not pruner.at_target
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masking", ["hard", "ste"])
+def test_tied_scores_of_weights_that_are_not_contiguous(dtype: torch.dtype, masking: str) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(6, 4, 3)).to(dtype)
+    for layer in model:
+        nn.init.constant_(layer.weight, 0.5)
+    model = model.to(memory_format=torch.channels_last)
+    for allocation in ("uniform", "global"):
+        pruner = Pruner(schedule="oneshot", allocation=allocation, masking=masking, sparsity=0.7)
+        pruner.attach(model)
+        pruner.prepare(10)
+        assert pruner.kept == 130 == sum(int((layer.weight != 0).sum()) for layer in model)
+        for layer in model:
+            nn.init.constant_(layer.weight, 0.5)
+    # the first in the order of the tensor's shape, not of its memory
+    assert pruner.params[0].mask.reshape(-1)[:130].all()
+
+
+@pytest.mark.parametrize("name", ["kernel", "channel", "feature", "block1x1"])
+def test_units_of_one_weight(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 12, 1), nn.Conv2d(12, 1, 1), nn.Flatten(), nn.Linear(1, 10))
+    pruner = Pruner(schedule="linear", structure=name, sparsity=0.5)
+    pruner.attach(model)
+    pruner.prepare(10)
+    for index in range(10):
+        pruner.before_step(index)
+        pruner.after_step()
+    assert pruner.num_updates > 2 and pruner.at_target
+    assert pruner.kept == pytest.approx(pruner.numel / 2, abs=6)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1e-300, 1e-17, 1e-16, 1e-12])
+def test_erk_at_next_to_no_sparsity(sparsity: float) -> None:
+    groups, _ = structure("unstructured").bind(find(net()), net())
+    choose(Units(groups, structure("unstructured"), Magnitude().score), build(Allocation, "erk"), sparsity)
+    assert sum(group.members[0][0].kept for group in groups) == 320
+
+
+def shared_channels() -> nn.Sequential:
+    """The channels of the middle layer score far lower than all others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 4)
+    )
+    with torch.no_grad():
+        model[2].weight.mul_(1e-6)
+    return model
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk", "global", "lamp"])
+@pytest.mark.parametrize("sparsity", [0.6, 0.9, 0.99, 0.9999])
+def test_the_last_output_of_a_layer_stays(allocation: str, sparsity: float) -> None:
+    model = shared_channels()
+    pruner = Pruner(schedule="linear", structure="channel", allocation=allocation, sparsity=sparsity)
+    pruner.attach(model)
+    pruner.prepare(20)
+    for index in range(20):
+        pruner.before_step(index)
+        pruner.after_step()
+    assert all(param.mask.any(dim=1).any() for param in pruner.params)
+
+
+def test_the_last_output_stays_under_overrides_and_thresholds() -> None:
+    pruner = Pruner(schedule="oneshot", structure="channel", sparsity=0.5, overrides={"2": 0.999})
+    pruner.attach(shared_channels())
+    pruner.prepare(20)
+    assert pruner.params[1].kept == 16
+    pruner = Pruner(schedule="oneshot", structure="channel", sparsity=1.0)
+    pruner.attach(shared_channels())
+    pruner.prepare(20)
+    assert pruner.kept == 0  # what was asked for
+
+
+# Updates that fail
+
+
+def failing_at(call: int) -> Any:
+    """`Units.assign`, which raises at its nth call, once."""
+    original, calls = Units.assign, 0
+
+    def assign(self: Units, index: int, chosen: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise RuntimeError("out of memory")
+        original(self, index, chosen)
+
+    return assign
+
+
+@pytest.mark.parametrize("updater", ["prune", "dropgrow"])
+@pytest.mark.parametrize("masking", ["hard", "frozen", "ste"])
+@pytest.mark.parametrize("failing", range(1, 5))
+def test_a_mask_update_that_fails_is_due_again(
+    monkeypatch: pytest.MonkeyPatch, failing: int, masking: str, updater: str
+) -> None:
+    """It fails at the first masks or later ones, within the updater, after none, one or two tensors."""
+    if updater == "dropgrow" and masking != "hard":
+        pytest.skip("needs zeros")
+    model = net()
+    schedule = Constant(final=0.5, every=3) if updater == "dropgrow" else Linear(final=0.5, every=3)
+    pruner = Pruner(schedule=schedule, updater=updater, masking=masking, allocation="uniform")
+    pruner.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    failed = 0
+    for index in range(20):
+        if index == (6 if failing < 4 else 3):
+            monkeypatch.setattr(Units, "assign", failing_at(min(failing, 3)))
+        before = copy.deepcopy(pruner.state_dict())
+        zeros = [param.weight == 0 for param in pruner.params]
+        try:
+            step(model, optimizer, pruner, index, 20)
+        except RuntimeError:
+            failed += 1
+            after = pruner.state_dict()
+            for key in ("updated", "level", "num_updates"):
+                assert after[key] == before[key]
+            for name, tensors in before["params"].items():
+                assert after["params"][name]["pruned"] == tensors["pruned"]
+                assert torch.equal(after["params"][name]["mask"], tensors["mask"])
+                assert ("latent" in after["params"][name]) == ("latent" in tensors)
+            assert all(torch.equal(param.weight == 0, z) for param, z in zip(pruner.params, zeros, strict=True))
+            assert pruner.due and not pruner.at_target
+    assert failed == 1
+    assert pruner.at_target and pruner.sparsity == pytest.approx(0.5)
+
+
+def test_a_last_update_that_fails_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    pruner = Pruner(schedule=Linear(final=0.5, begin=0.0, end=0.5, every=5))
+    pruner.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    pruner.prepare(20)
+    for index in range(12):
+        with monkeypatch.context() as patch:
+            if index == 10:
+                patch.setattr(Units, "assign", lambda *args: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    step(model, optimizer, pruner, index, 20)
+                assert not pruner.at_target and pruner.sparsity < 0.5
+                again = Pruner(schedule=Linear(final=0.5, begin=0.0, end=0.5, every=5))
+                again.load_state_dict(copy.deepcopy(pruner.state_dict()))  # saved on the exception
+                again.attach(model)
+                again.prepare(20)
+                assert not again.at_target and again.due
+                continue
+        step(model, optimizer, pruner, index, 20)
+    assert pruner.at_target and pruner.sparsity == 0.5
+
+
+# Gradients that are not finite
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("masking", ["hard", "frozen"])
+def test_pruned_weights_stay_zero_whatever_their_gradient(
+    masking: str, optimizer: str, value: str, dtype: torch.dtype
+) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(6, 4, 3)).to(dtype, memory_format=torch.channels_last)
+    pruner = Pruner(schedule=OneShot(final=0.7), masking=masking)
+    pruner.attach(model)
+    pruner.prepare(20)
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
+    stepper = kind(model.parameters(), lr=0.01, **({"momentum": 0.9} if optimizer == "sgd" else {}))
+    latent = [None if param.latent is None else param.latent.clone() for param in pruner.params]
+    for index in range(4):
+        for param in pruner.params:
+            gradient = torch.full_like(param.weight, 0.1)
+            param.weight.grad = gradient.masked_fill_(~param.mask, float(value)) if index == 1 else gradient
+        pruner.before_step(index, optimizer=stepper)
+        if index == 2:  # what clips by a norm that is not finite makes every gradient NaN
+            for param in pruner.params:
+                param.weight.grad.fill_(float("nan"))
+        stepper.step()
+        pruner.after_step()
+        for param, values in zip(pruner.params, latent, strict=True):
+            assert (param.weight[~param.mask] == 0).all() and bool(param.weight[param.mask].isfinite().all()) == (
+                index < 2
+            )
+            if values is not None and param.latent is not None:
+                assert torch.equal(param.latent[~param.mask], values[~param.mask])
+
+
+# In a Trainer
+
+
+class Module(LightningModule):
+    """A network, and a target network that follows it outside of any optimizer."""
+
+    def __init__(self, follows: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+        self.target = copy.deepcopy(self.net) if follows else None
+        self.zeros: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.target is not None:
+            with torch.no_grad():
+                for mine, theirs in zip(self.target.parameters(), self.net.parameters(), strict=True):
+                    mine.lerp_(theirs + 0.1, 0.5)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            self.zeros.append(zeros(self))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.net.parameters(), 0.01)
+
+
+def zeros(model: nn.Module) -> float:
+    weights = [weight for weight in model.parameters() if weight.dim() > 1]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def loader() -> DataLoader[Any]:
+    x = torch.randn(80, 6, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 10)
+
+
+def fit(
+    module: LightningModule, *callbacks: Callback, epochs: int = 2, ckpt_path: Any = None, **options: Any
+) -> Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(max_epochs=epochs, callbacks=list(callbacks), **(settings | options))
+    trainer.fit(module, loader(), loader(), ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.parametrize("masking", ["hard", "ste", "frozen"])
+def test_weights_written_outside_of_their_optimizer_are_put_right(masking: str) -> None:
+    module, callback = Module(follows=True), Sparsity(schedule=OneShot(final=0.5), masking=masking, report=False)
+    with pytest.warns(
+        UserWarning,
+        match=r"of target.0.weight \(\d+\), target.2.weight \(\d+\) were not zero: no optimizer trains them",
+    ):
+        fit(module, callback, val_check_interval=3)
+    assert len(module.zeros) == 4 * 8 and min(module.zeros) == callback.sparsity == zeros(module) == 0.5
+
+
+def test_an_audit_names_each_weight_once_and_its_cause() -> None:
+    class Writes(Module):
+        def on_validation_epoch_start(self) -> None:
+            with torch.no_grad():
+                self.net[0].weight.add_(0.1)
+
+    module, callback = Writes(), Sparsity(schedule=OneShot(final=0.5), report=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, callback, epochs=3)
+    messages = [str(w.message) for w in caught if "were not zero" in str(w.message)]
+    assert len(messages) == 1 and "net.0.weight" in messages[0] and "outside of the steps" in messages[0]
+    assert set(module.zeros) == {0.5}
+
+
+def test_nothing_is_said_where_weights_and_masks_agree() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Module(), Sparsity(sparsity=0.5, report=False))
+    assert not [w for w in caught if "were not zero" in str(w.message)]
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_scores_see_the_gradients_that_the_module_has_cleaned(manual: bool) -> None:
+    class Cleans(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = not manual
+            self.dense = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx) * (float("nan") if batch_idx == 3 else 1.0)
+            if manual:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()  # type: ignore[union-attr]
+                self.manual_backward(loss)
+                optimizer.step()  # type: ignore[union-attr]
+            return loss
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            gradient = self.net[0].weight.grad
+            assert gradient is not None
+            self.dense += int((gradient[self.net[0].weight == 0] != 0).sum())
+            for weight in self.parameters():
+                if weight.grad is not None and not weight.grad.isfinite().all():
+                    weight.grad.zero_()
+
+    module = Cleans()
+    callback = Sparsity(schedule=OneShot(final=0.5, begin=0.5), scorer="taylor", masking="hard", report=False)
+    fit(module, callback, **({} if manual else {"gradient_clip_val": 1e-3}))
+    assert callback.sparsity == zeros(module) == 0.5 and module.dense > 0
+    assert all(bool(param.state["taylor"].isfinite().all()) for param in callback.pruner.params)
+    assert "on_before_optimizer_step" not in vars(module)
+
+
+# Other models
+
+
+def test_a_callback_that_is_used_again_starts_anew_on_another_model() -> None:
+    callback, masks = Sparsity(schedule=Cubic(final=0.5, every=2), report=False), []
+    for seed in range(2):
+        module = Module()
+        torch.manual_seed(seed)
+        for layer in (module.net[0], module.net[2]):
+            layer.reset_parameters()
+        fit(module, callback)
+        assert callback.sparsity == zeros(module) == 0.5 and callback.pruner.step == 16
+        masks.append(torch.cat([param.mask.reshape(-1) for param in callback.pruner.params]))
+        reference = Sparsity(schedule=Cubic(final=0.5, every=2), report=False)
+        again = Module()
+        torch.manual_seed(seed)
+        for layer in (again.net[0], again.net[2]):
+            layer.reset_parameters()
+        fit(again, reference)
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(*masks)
+
+
+def test_a_copy_or_a_state_that_is_loaded_goes_on() -> None:
+    callback, module = Sparsity(schedule=OneShot(final=0.5), report=False), Module()
+    fit(module, callback)
+    masks = [param.mask.clone() for param in callback.pruner.params]
+    fit(copy.deepcopy(module), callback)  # zero where the masks are
+    assert all(torch.equal(p.mask, mask) for p, mask in zip(callback.pruner.params, masks, strict=True))
+    other = Module()
+    with torch.no_grad():
+        other.net[0].weight.copy_(torch.randn(12, 6))
+    callback.load_state_dict(callback.state_dict())
+    fit(other, callback)
+    assert all(torch.equal(p.mask, mask) for p, mask in zip(callback.pruner.params, masks, strict=True))
+    assert zeros(other) == 0.5
+
+
+@pytest.mark.parametrize("name", ["unstructured", "row", "nm24", "channel"])
+@pytest.mark.parametrize("allocation", ["erk", "global"])
+def test_a_model_that_is_sparse_already_starts_from_its_zeros(name: str, allocation: str) -> None:
+    model = net()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight[torch.rand_like(layer.weight) < (0.4 if name == "nm24" else 0.8)] = 0.0
+            layer.weight[:3] = 0.0
+    dead = [layer.weight == 0 for layer in (model[0], model[2], model[4])]
+    start = sum(int(mask.sum()) for mask in dead) / 320
+    final = None if name == "nm24" else 0.9
+    pruner = Pruner(schedule="cubic", structure=name, sparsity=final, allocation=allocation)
+    pruner.attach(model)
+    assert name == "channel" or pruner.sparsity == pruner.level == pytest.approx(start)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for index in range(20):
+        step(model, optimizer, pruner, index, 20)
+        for param, mask in zip(pruner.params, dead, strict=False):
+            kept = mask[:3] if name == "channel" else mask
+            assert not (param.weight[:3] if name == "channel" else param.weight)[kept].any()
+    assert pruner.at_target and (pruner.sparsity >= start or name == "channel")
+    assert name != "unstructured" or pruner.sparsity == 0.9
+
+
+def test_tensors_that_are_initialised_to_zero_are_no_pruned_ones() -> None:
+    model = net()
+    nn.init.zeros_(model[2].weight)
+    with torch.no_grad():
+        model[0].weight[0, 0] = 0.0
+    pruner = Pruner(sparsity=0.5)
+    pruner.attach(model)
+    assert not any(param.pruned for param in pruner.params) and pruner.level == 0
