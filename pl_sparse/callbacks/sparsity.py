@@ -136,7 +136,7 @@ class Sparsity(Callback):
             return
         self.pruner.reset()
         self.summary, self._counted, self._dead, self._audit = None, None, set(), Audit()
-        rank_zero_info(
+            "the Sparsity callback has pruned another model before: it starts anew, with masks of this one. To carry "
             "the Sparsity callback has pruned another model before: it starts anew, with this one's own masks. To carry "
             "masks over: sparsity.load_state_dict(sparsity.state_dict()) before fit"
         )
