@@ -481,11 +481,16 @@ class Pruner(MaskedModel):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state; before `attach`, it is kept until then.
 
+        A state that was saved before `attach` has no weights: a tuner of the Trainer, or a checkpoint after a
+        validation, writes such a one. It changes nothing.
+
         Raises:
             ValueError: it is of another version or another model; nothing has changed then.
         """
         if state.get("version") not in _READABLE:
             raise ValueError(f"the pruning state has version {state.get('version')!r}, this is version {_VERSION}")
+        if not state["params"]:
+            return
         if self.attached:
             self._restore(state)
         else:

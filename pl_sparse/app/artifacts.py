@@ -20,6 +20,7 @@ from pl_sparse.app.instantiate import network
 from pl_sparse.app.parts import Parts
 from pl_sparse.callbacks import Quantize
 from pl_sparse.core.files import replacing, write_csv, write_text
+from pl_sparse.core.optional import nice_to_have
 from pl_sparse.quantize import integers
 from pl_sparse.results.figures import plot_layers, plot_training
 from pl_sparse.results.summary import Summary, layer_rows, summary_table
@@ -144,10 +145,13 @@ def write_reports(
     metrics = figures(cfg, parts, trainer, folder, summary, {**logged, **scores})
     metrics |= {"sparsity_requested": parts.sparsity.pruner.target, "epoch_best": best_epoch}
     title = f"{metrics['method']}, {metrics['structure']}, sparsity {metrics['sparsity']:.4f}"
-    write_csv(folder / "layers.csv", layer_rows(summary))
+    with nice_to_have("layers.csv"):
+        write_csv(folder / "layers.csv", layer_rows(summary))
     if rows:
-        plot_training(rows, folder / "training.png", title)
-    plot_layers(summary, folder / "layers.png", title)
+        with nice_to_have("training.png"):
+            plot_training(rows, folder / "training.png", title)
+    with nice_to_have("layers.png"):
+        plot_layers(summary, folder / "layers.png", title)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     return metrics, summary
 

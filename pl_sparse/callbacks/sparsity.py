@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from typing import Any, Literal, Unpack, overload
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.data import extract_batch_size
 from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
@@ -18,10 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.clock import steps_per_epoch, total_steps
+from pl_sparse.callbacks.mac_count import MacCount
+from pl_sparse.core.optional import nice_to_have
 from pl_sparse.core.registry import Axis, names
 from pl_sparse.core.targets import Patterns
-from pl_sparse.core.upstream import averaged_models, compiled, found_infinite_gradients
-from pl_sparse.network.macs import MacCounter, macs
+from pl_sparse.core.upstream import averaged_models, found_infinite_gradients
 from pl_sparse.pruner import Pruner, PrunerOptions
 from pl_sparse.results.summary import Summary, summarize, summary_table
 from pl_sparse.schedule import Schedule
@@ -79,8 +78,7 @@ class Sparsity(Callback):
         self._timekeeper: Optimizer | None = None
         self._handles: list[RemovableHandle] = []
         self._judging: BestAtTarget | None = None
-        self._counter: MacCounter | None = None
-        self._counted: tuple[dict[str, float], float] | None = None
+        self._macs = MacCount()
         self._dead: set[str] = set()
         self._seen = 0
 
@@ -162,13 +160,13 @@ class Sparsity(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.pruner.before_forward()
-        self._count(pl_module)
+        self._macs.start(pl_module)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.pruner.attached:
-            self._count(pl_module)
+            self._macs.start(pl_module)
 
     def on_test_batch_end(
         self,
@@ -179,16 +177,8 @@ class Sparsity(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._counts(batch)
-
-    def _count(self, pl_module: LightningModule) -> None:
-        """Count the multiplications of the first batch."""
-        if self._counted is None and self._counter is None:
-            if compiled(pl_module):
-                self._counted = {}, 0.0
-                return
-            self._counter = MacCounter(pl_module)
-            self._counter.__enter__()
+        loaders = trainer.test_dataloaders
+        self._macs.finish(batch, loaders[dataloader_idx] if isinstance(loaders, list) else loaders, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         keeper = optimizer is self._timekeeper
@@ -206,17 +196,7 @@ class Sparsity(Callback):
         self.pruner.after_step()  # where a gradient scaler skipped the step, its hook did not run; ends a sample
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
-        self._counts(batch)
-
-    def _counts(self, batch: Any) -> None:
-        if self._counter is not None:
-            counter, self._counter = self._counter, None
-            counter.__exit__(None, None, None)
-            size = extract_batch_size(batch)
-            self._counted = (
-                {name: uses / size for name, uses in counter.positions.items()},
-                counter.other / size,
-            )
+        self._macs.finish(batch, trainer.train_dataloader, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.log("sparsity", self.sparsity, sync_dist=True)
@@ -239,7 +219,8 @@ class Sparsity(Callback):
         self._release()
         self.summary = self.summarize(pl_module)
         if self.report and trainer.is_global_zero:
-            Console().print(summary_table(self.summary))
+            with nice_to_have("the table of the layers"):
+                Console().print(summary_table(self.summary))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # An interruption between opening and closing a step must not leave latent values in the model that is saved.
@@ -258,9 +239,7 @@ class Sparsity(Callback):
         if self._judging is not None:
             self._judging.release()
             self._judging = None
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self._counter = None
+        self._macs.release()
 
     # What is told
 
@@ -270,14 +249,7 @@ class Sparsity(Callback):
         Args:
             prefix: cut from the names, e.g. "net.".
         """
-        counted = None
-        if self._counted is not None and self._counted[0]:
-            counter = MacCounter(model)
-            counter.positions, counter.other = dict(self._counted[0]), self._counted[1]
-            masks = {param.name: param.mask for param in self.pruner.params if param.pruned}
-            sizes = {name: math.prod(cut.shape) for name, cut in self.pruner.cuts.items()}
-            counted = macs(model, counter, masks, sizes=sizes)
-        return summarize(self.pruner, model, counted, prefix)
+        return summarize(self.pruner, model, self._macs.macs(model, self.pruner), prefix)
 
     def _look(self, trainer: Trainer) -> None:
         """After masks changed: log the sparsity, mask averaged weights, warn of layers that died."""

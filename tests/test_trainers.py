@@ -1,0 +1,244 @@
+"""Sparsity beside what else a Trainer does: tuners, other batches, other modules, metrics by any name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.tuner import Tuner
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pl_sparse import Pruner, Sparsity
+from pl_sparse.callbacks.mac_count import sample_count
+
+X = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
+Y = X[:, :3].argmax(1)
+
+
+class Net(LightningModule):
+    """A small classifier whose loaders are its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+        self.batch_size, self.lr = 16, 1e-3
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), self.lr)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(X, Y), self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(X, Y), 48)
+
+
+def make_trainer(folder: Path, *callbacks: Callback, epochs: int = 2, **options: Any) -> Trainer:
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    quiet |= {"accelerator": "cpu", "enable_checkpointing": False, "default_root_dir": folder}
+    return Trainer(max_epochs=epochs, callbacks=list(callbacks), **(quiet | options))
+
+
+def make_net(kind: type[Net] = Net) -> Net:
+    seed_everything(0, verbose=False)
+    return kind()
+
+
+def zeros(module: nn.Module, pruner: Pruner) -> float:
+    """The fraction of the prunable weights that are zero, counted in the module."""
+    weights = dict(module.named_parameters())
+    return sum(int((weights[param.name] == 0).sum()) for param in pruner.params) / pruner.numel
+
+
+def sparse(**options: Any) -> Sparsity:
+    return Sparsity(**({"sparsity": 0.75, "schedule": "oneshot", "report": False} | options))
+
+
+class EveryEpoch(LearningRateFinder):
+    """Looks for a learning rate at the start of each epoch but the first."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch:
+            self.lr_find(trainer, pl_module)
+
+
+# Tuners
+
+
+def finder() -> Callback:
+    return LearningRateFinder(num_training_steps=12, update_attr=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("schedule", ["oneshot", "cubic"])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_finder_of_the_learning_rate_leaves_no_trace(tmp_path: Path, first: bool, schedule: str) -> None:
+    plain, alone = make_net(), sparse(schedule=schedule)
+    make_trainer(tmp_path, alone).fit(plain)
+    tuned, sparsity = make_net(), sparse(schedule=schedule)
+    make_trainer(tmp_path, *((finder(), sparsity) if first else (sparsity, finder()))).fit(tuned)
+    assert sparsity.pruner.step == alone.pruner.step == 12
+    assert zeros(tuned, sparsity.pruner) == 0.75
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), tuned.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_finder_of_the_batch_size_leaves_no_trace(tmp_path: Path) -> None:
+    for first in (True, False):
+        net, sparsity = make_net(), sparse()
+        size = BatchSizeFinder(max_trials=1, steps_per_trial=2, init_val=8)
+        make_trainer(tmp_path, *((size, sparsity) if first else (sparsity, size))).fit(net)
+        assert sparsity.pruner.step == 2 * len(net.train_dataloader())
+        assert zeros(net, sparsity.pruner) == 0.75
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tune", ["lr_find", "scale_batch_size"])
+def test_a_tuner_prunes_nothing_and_training_follows(tmp_path: Path, tune: str) -> None:
+    net, sparsity = make_net(), sparse()
+    trainer = make_trainer(tmp_path, sparsity)
+    options: dict[str, Any] = {"num_training": 12} if tune == "lr_find" else {"max_trials": 1, "steps_per_trial": 2}
+    getattr(Tuner(trainer), tune)(net, **options)
+    assert not any(bool((weight == 0).any()) for weight in net.parameters() if weight.dim() > 1)
+    trainer.fit(net)
+    assert zeros(net, sparsity.pruner) == 0.75
+    assert sparsity.pruner.step == 2 * len(net.train_dataloader())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_search_in_the_middle_of_training_keeps_masks(tmp_path: Path) -> None:
+    net, sparsity = make_net(), sparse(masking="ste")
+    make_trainer(tmp_path, sparsity, EveryEpoch(num_training_steps=6, update_attr=True), epochs=3).fit(net)
+    assert zeros(net, sparsity.pruner) == 0.75
+
+
+def test_a_checkpoint_saved_before_training_loads(tmp_path: Path) -> None:
+    net, path = make_net(), tmp_path / "validated.ckpt"
+    trainer = make_trainer(tmp_path, sparse())
+    trainer.validate(net, verbose=False)
+    trainer.save_checkpoint(path)
+    other, sparsity = make_net(), sparse()
+    make_trainer(tmp_path, sparsity).fit(other, ckpt_path=path, weights_only=True)
+    assert zeros(other, sparsity.pruner) == 0.75
+    attached = Pruner(sparsity=0.5)
+    attached.attach(nn.Linear(4, 4))
+    attached.load_state_dict(Pruner(sparsity=0.5).state_dict())  # saved before there were weights
+    assert attached.numel == 16
+
+
+# What is only nice to know
+
+
+class Graph:
+    """One object with tensors, as batches of graphs are."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.x, self.y = (torch.stack(column) for column in zip(*rows, strict=True))
+
+    def to(self, *args: Any, **kwargs: Any) -> Graph:
+        return self
+
+
+class GraphNet(Net):
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch.x), batch.y)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(list(zip(X, Y, strict=True)), 20, collate_fn=Graph)
+
+
+class Detector(Net):
+    """Takes tuples of images and tuples of boxes."""
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        losses = [
+            nn.functional.cross_entropy(self.net(image.flatten()[None]), boxes["labels"][:1])
+            for image, boxes in zip(*batch, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+    def train_dataloader(self) -> Any:
+        rows = [(x.view(1, 2, 4), {"labels": y.repeat(2)}) for x, y in zip(X, Y, strict=True)]
+        return DataLoader(rows, 8, collate_fn=lambda rows: tuple(zip(*rows, strict=True)))
+
+
+class Batches:
+    """A loader that is no DataLoader."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+class UnknownLoader(Detector):
+    def train_dataloader(self) -> Any:
+        return Batches(super().train_dataloader())
+
+
+MACS = 8 * 32 + 32 * 3
+
+
+@pytest.mark.parametrize(("kind", "dense"), [(Net, MACS), (GraphNet, MACS), (Detector, MACS), (UnknownLoader, 0)])
+def test_macs_are_of_one_sample_or_left_out(tmp_path: Path, kind: type[Net], dense: int) -> None:
+    sparsity = sparse()
+    make_trainer(tmp_path, sparsity, epochs=1).fit(make_net(kind))
+    assert sparsity.summary is not None and sparsity.summary.macs_dense == dense
+    assert sparsity.sparsity == 0.75
+
+
+def test_samples_of_a_batch() -> None:
+    six = torch.zeros(6, 2)
+    assert sample_count({"x": six, "y": six[:, 0], "temperature": torch.tensor(1.0)}) == 6
+    assert sample_count([[six, six], six[:, 0], ["a name"] * 6]) == 6
+    assert sample_count([six, six[:2]]) is None
+    assert sample_count([six] * 5) is None  # five samples, or five inputs
+    assert sample_count(object()) is None
+    loader = DataLoader(TensorDataset(torch.zeros(10, 1)), 4)
+    assert [sample_count(object(), loader, index) for index in range(4)] == [4, 4, 2, None]
+
+
+def test_a_scripted_part_and_a_failing_count_end_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make_net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        net.net[1] = torch.jit.script(nn.ReLU())
+    sparsity = sparse()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        make_trainer(tmp_path, sparsity, epochs=1).fit(net)
+    assert zeros(net, sparsity.pruner) == 0.75
+    monkeypatch.setattr("pl_sparse.network.macs.MacCounter._add", lambda *args: 1 / 0)
+    sparsity = sparse()
+    with pytest.warns(UserWarning, match="the count of MACs is left out: ZeroDivisionError"):
+        make_trainer(tmp_path, sparsity, epochs=1).fit(make_net())
+    assert sparsity.sparsity == 0.75
+
+
+def test_a_table_that_fails_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError("no terminal\nat all")
+
+    monkeypatch.setattr("pl_sparse.callbacks.sparsity.summary_table", fail)
+    with pytest.warns(UserWarning, match="the table of the layers is left out: OSError: no terminal$"):
+        make_trainer(tmp_path, sparse(report=True), epochs=1).fit(make_net())
