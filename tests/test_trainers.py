@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Pruner, Sparsity
+from pl_sparse.app.checkpoints import is_plain
+from pl_sparse.app.hydra_api import composition
+from pl_sparse.app.instantiate import make_module
+from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.training import train
 from pl_sparse.callbacks.mac_count import sample_count
 
 X = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
@@ -242,3 +252,140 @@ def test_a_table_that_fails_ends_no_training(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("pl_sparse.callbacks.sparsity.summary_table", fail)
     with pytest.warns(UserWarning, match="the table of the layers is left out: OSError: no terminal$"):
         make_trainer(tmp_path, sparse(report=True), epochs=1).fit(make_net())
+
+
+# pytorch_lightning
+
+
+USER = """
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks.early_stopping import EarlyStopping
+from pytorch_lightning.utilities.types import STEP_OUTPUT
+
+class Lit(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(8, 3))
+"""
+
+
+def test_one_name_space_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(USER)
+    code = """
+import pl_sparse.app.command as command
+command.run = lambda cfg, train: None
+command._entry = command.unify
+assert command.main()
+import lightning.pytorch as pl
+import user
+import lightning.pytorch.callbacks.early_stopping as early_stopping
+assert issubclass(user.Lit, pl.LightningModule) and user.EarlyStopping is early_stopping.EarlyStopping
+assert early_stopping.__spec__.name == "lightning.pytorch.callbacks.early_stopping" and pl.__name__ == pl.__spec__.name
+"""
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)
+
+
+def test_a_module_that_trains_itself_is_no_network() -> None:
+    class Other(nn.Linear):
+        def training_step(self, batch: Any) -> None: ...
+
+    cfg = OmegaConf.create({"model": {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 2}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pl_sparse.app.instantiate._built_with", lambda *args: Other(2, 2))
+        with pytest.raises(ConfigError, match="has a training_step, but is no LightningModule"):
+            make_module(cfg, None)
+        Other.__module__ = "pytorch_lightning.core"
+        with pytest.raises(ConfigError, match="is a module of pytorch_lightning"):
+            make_module(cfg, None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_of_pytorch_lightning(tmp_path: Path) -> None:
+    pl = pytest.importorskip("pytorch_lightning")
+    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+
+    body = {name: vars(Net)[name] for name in vars(Net) if name.endswith(("_step", "loader", "optimizers"))}
+    kind: Any = type("Old", (pl.LightningModule,), body)
+    net = kind()
+    net.net, net.batch_size, net.lr = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)), 16, 1e-3
+    sparsity, best = sparse(schedule="cubic"), ModelCheckpoint(tmp_path, monitor="val_acc", mode="max", save_top_k=1)
+    trainer = pl.Trainer(
+        max_epochs=3,
+        callbacks=[sparsity, best, EarlyStopping("val_acc", mode="max", patience=1)],
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(net)
+    assert zeros(net, sparsity.pruner) == 0.75
+    saved = torch.load(best.best_model_path, weights_only=True)
+    assert float((saved["state_dict"]["net.0.weight"] == 0).float().mean()) > 0.5  # judged at the target alone
+
+
+# Checkpoints of a run
+
+
+def test_a_run_reads_its_own_pickled_checkpoints_alone(tmp_path: Path) -> None:
+    own, plain = tmp_path / "run" / "checkpoints" / "last.ckpt", tmp_path / "plain.ckpt"
+    own.parent.mkdir(parents=True)
+    torch.save({"hyper_parameters": {"net": nn.Linear(2, 2)}, "weight": torch.zeros(3)}, own)
+    torch.save({"weight": torch.zeros(3), "rate": 0.1}, plain)
+    assert is_plain(plain, tmp_path / "run")
+    assert not is_plain(own, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"torch\.nn\.modules\.linear\.Linear"):
+        is_plain(own, tmp_path / "another")
+
+
+def run(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Train on digits for two epochs, by the application."""
+    settings = ["trainer.max_epochs=2", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+    with composition():
+        cfg = hydra.compose("train", [*settings, f"output_dir={folder}", *overrides])
+    return train(cfg)
+
+
+@pytest.fixture
+def template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The settings for a module whose network and optimizer are hyperparameters."""
+    (tmp_path / "template.py").write_text(TEMPLATE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return [
+        "model._target_=template.Lit",
+        "+model.net={_target_: torch.nn.Linear, in_features: 64, out_features: 10}",
+        "+model.optimizer={_target_: torch.optim.Adam, _partial_: true, lr: 0.001}",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of")
+def test_hyperparameters_that_are_networks(tmp_path: Path, template: list[str]) -> None:
+    first = run(tmp_path / "run", *template)
+    assert first["epochs"] == 2 and first["sparsity"] == 0.9
+    last = f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt"
+    assert run(tmp_path / "run", *template, last, "trainer.max_epochs=3")["epochs"] == 3
+    with pytest.raises(ConfigError, match="holds pickled objects"):
+        run(tmp_path / "another", *template, last, "trainer.max_epochs=4")
+
+
+TEMPLATE = """
+import lightning.pytorch as pl
+import torch
+
+class Lit(pl.LightningModule):
+    def __init__(self, net: torch.nn.Module, optimizer):
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.net = net
+
+    def training_step(self, batch, index):
+        return torch.nn.functional.cross_entropy(self.net(batch[0].flatten(1)), batch[1])
+
+    def validation_step(self, batch, index):
+        self.log("val/acc", (self.net(batch[0].flatten(1)).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return self.hparams.optimizer(params=self.parameters())
+"""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from pl_sparse.core.upstream import last_checkpoint_is_due, saving_best, skipping_checks
+from pl_sparse.core.upstream import last_checkpoint_is_due, of_kind, saving_best, skipping_checks
 
 __all__ = ["BestAtTarget"]
 
@@ -27,9 +27,9 @@ class BestAtTarget:
         self.ready = ready
         self._undo: list[Callable[[], None]] = []
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping):
+            if of_kind(callback, EarlyStopping):
                 self._undo.append(skipping_checks(callback, lambda: not self.ready()))
-            elif isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            elif of_kind(callback, ModelCheckpoint) and callback.monitor is not None:
                 self._undo.append(saving_best(callback, self._saving(callback)))
 
     @property

@@ -29,6 +29,7 @@ __all__ = [
     "is_read_by_attention",
     "last_checkpoint_is_due",
     "logs_this_step",
+    "of_kind",
     "overridden",
     "override",
     "padding_of",
@@ -71,6 +72,18 @@ def overridden(obj: Any, name: str, function: Callable[..., Any]) -> Iterator[No
 
 
 # Lightning
+
+
+def of_kind(obj: Any, kind: type) -> bool:
+    """`isinstance`, where `pytorch_lightning` and `lightning.pytorch` are two name spaces of one thing.
+
+    Args:
+        kind: a class of `lightning.pytorch`.
+    """
+    if isinstance(obj, kind):
+        return True
+    other = kind.__module__.replace("lightning.pytorch", "pytorch_lightning", 1), kind.__qualname__
+    return any((base.__module__, base.__qualname__) == other for base in type(obj).__mro__)
 
 
 def averaged_models(trainer: Any) -> Iterator[nn.Module]:
