@@ -30,6 +30,7 @@ from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import Axis, build, name_of
 from pl_sparse.core.state import load_state, state_of
 from pl_sparse.core.targets import TargetOptions, Targets
+from pl_sparse.core.upstream import unwrapped
 from pl_sparse.masking import Masking, auto
 from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Schedule
@@ -140,7 +141,7 @@ class Pruner(MaskedModel):
             ValueError: a pattern matches nothing, a weight does not fit the structure, or a loaded state is another
                 model's.
         """
-        model = getattr(model, "_orig_mod", model)  # torch.compile
+        model = unwrapped(model)
         if self.attached:
             bound = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
             if not all(bound.get(param.name) is param.weight for param in self.params):

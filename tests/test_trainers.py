@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -14,7 +16,7 @@ import hydra
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -27,6 +29,10 @@ from pl_sparse.app.instantiate import make_module
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.training import train
 from pl_sparse.callbacks.mac_count import sample_count
+from pl_sparse.callbacks.monitored import MissingMetricError
+from pl_sparse.network.dropout import without_dropout
+from pl_sparse.network.probe import Probe
+from pl_sparse.schedule import OneShot
 
 X = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
 Y = X[:, :3].argmax(1)
@@ -389,3 +395,120 @@ class Lit(pl.LightningModule):
     def configure_optimizers(self):
         return self.hparams.optimizer(params=self.parameters())
 """
+
+
+# Metrics by any name
+
+
+@pytest.mark.parametrize("judge", [ModelCheckpoint, EarlyStopping])
+def test_a_metric_that_is_not_logged_is_named_at_the_first_validation(tmp_path: Path, judge: Any) -> None:
+    late = sparse(schedule=OneShot(final=0.75, begin=0.9))
+    judging = judge(monitor="val/acc", mode="max")
+    trainer = make_trainer(tmp_path, late, judging, epochs=4, enable_checkpointing=judge is ModelCheckpoint)
+    with pytest.raises(MissingMetricError, match=r"did you mean 'val_acc'\? There are"):
+        trainer.fit(make_net())
+    assert trainer.current_epoch == 0
+    right = judge(monitor="val_acc", mode="max")
+    trainer = make_trainer(tmp_path, late, right, epochs=4, enable_checkpointing=judge is ModelCheckpoint)
+    trainer.fit(make_net())
+    assert trainer.current_epoch == 4
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of")
+def test_a_run_shows_what_the_module_logs(
+    tmp_path: Path, template: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "template.py"
+    path.write_text(path.read_text().replace("val/acc", "valid_f1").replace("class Lit", "class Other"))
+    template[0] = "model._target_=template.Other"
+    sys.modules.pop("template", None)
+    message = r"objective=val/acc: ModelCheckpoint monitors 'val/acc'.*There are .*valid_f1"
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "wrong", *template)
+    metrics = run(tmp_path / "right", *template, "objective=valid_f1")
+    printed = capsys.readouterr().out
+    assert f"valid_f1 {metrics['valid_f1']:.4f} (best at the target" in printed.replace("\n", " ")
+    assert re.search(r"epoch 1/2  sparsity 0\.\d+  valid_f1 0\.\d+", printed)
+    assert (tmp_path / "right" / "training.png").is_file()
+
+
+# Calibration
+
+
+class Passing(Net):
+    """Its batches need both hooks of a transfer, and every other one has no loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(1, nn.BatchNorm1d(32))
+        self.net.append(nn.Dropout(0.9))
+        self.norms_trained = True
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {"x": batch[0], "y": batch[1]}
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {**batch, "x": 2 * batch["x"]}
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        if torch.equal(batch["x"][0], 2 * X[0].to(batch["x"])):
+            return None
+        self.norms_trained &= self.net[1].training
+        out = nn.functional.dropout(self.net(batch["x"]), 0.5, self.training)
+        return nn.functional.cross_entropy(out, batch["y"])
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`.*")
+@pytest.mark.parametrize("scorer", ["snip", "grasp", "wanda"])
+def test_calibration_sees_what_training_sees(tmp_path: Path, scorer: str) -> None:
+    def loss(batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(net.net[:-1](2 * batch[0]), batch[1])
+
+    sparsity = sparse(scorer=scorer, calibration_batches=2)
+    net = make_net(Passing)
+    reference, plain = copy.deepcopy(net), Pruner(scorer, "oneshot", sparsity=0.75)
+    make_trainer(tmp_path, sparsity, epochs=1, limit_val_batches=0).fit(net)
+    net = reference
+    plain.attach(net)
+    batches = list(net.train_dataloader())[1:3]
+    plain.prepare(12, probe=Probe(net, batches, loss))
+    for mine, other in zip(sparsity.pruner.params, plain.params, strict=True):
+        assert torch.equal(mine.mask, other.mask)
+
+
+def test_dropout_is_off_wherever_it_stands() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+    net = nn.ModuleList([nn.LSTM(8, 8, 2, dropout=0.5, batch_first=True), layer, nn.Dropout(0.9), nn.BatchNorm1d(5)])
+    x = torch.randn(3, 5, 8)
+
+    def forward() -> Tensor:
+        y: Tensor = net[3](net[2](net[1](net[0](x)[0])))
+        y = nn.functional.scaled_dot_product_attention(y, y, y, None, 0.5)
+        return nn.functional.dropout(y, 0.5)
+
+    with without_dropout(net):
+        assert net[3].training and torch.equal(forward(), forward())
+    assert net[0].dropout == 0.5 and not torch.equal(forward(), forward())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("scorer", ["snip", "taylor", "movement"])
+def test_other_precisions(tmp_path: Path, precision: Any, scorer: str) -> None:
+    net, sparsity = make_net(), sparse(scorer=scorer, schedule="cubic")
+    make_trainer(tmp_path, sparsity, precision=precision).fit(net)
+    assert zeros(net, sparsity.pruner) == 0.75
+
+
+# Several callbacks
+
+
+def test_two_callbacks_share_no_weight(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"two Sparsity callbacks prune net\.2\.weight"):
+        make_trainer(tmp_path, sparse(), sparse(include=["net.2"])).fit(make_net())
+    one, two = sparse(include=["net.0"]), sparse(include=["net.2"], sparsity=0.5)
+    trainer = make_trainer(tmp_path, one, two)
+    trainer.fit(make_net())
+    assert trainer.callback_metrics["sparsity/net.0.weight"] == 0.75
+    assert trainer.callback_metrics["sparsity/net.2.weight"] == 0.5
+    assert "sparsity" not in trainer.callback_metrics

@@ -139,7 +139,7 @@ def write_reports(
     folder, rows = parts.folder, parts.history.rows
     best = [row for row in rows if best_epoch is not None and int(row["epoch"]) == best_epoch]
     row = (best or rows[-1:] or [{}])[0]
-    logged = {name: value for name, value in row.items() if name.startswith(("val", "train"))}
+    logged = {name: value for name, value in row.items() if name.startswith(("val", "train")) or name == cfg.objective}
     save_weights(parts, folder)
     summary = parts.sparsity.summarize(parts.module, parts.prefix)
     metrics = figures(cfg, parts, trainer, folder, summary, {**logged, **scores})
@@ -200,7 +200,9 @@ def print_report(folder: Path, summary: Summary, metrics: Mapping[str, Any], lev
         for row in levels:
             table.add_row(*(f"{row[name]:.4f}" if row[name] <= 1 else f"{row[name]:,.0f}" for name in names))
         console.print(table)
-    scores = [(name, metrics[name]) for name in ("val/acc", "test/acc", "test/loss") if name in metrics]
+    usual = [name for name in ("val/acc", "test/acc", "test/loss") if name in metrics]
+    logged = [name for name in metrics if name.startswith(("val", "test"))]
+    scores = [(name, metrics[name]) for name in usual or logged]
     line = ", ".join(f"{name} {value:.4f}" for name, value in scores)
     epoch = metrics["epoch_best"]
     source = f"best at the target: epoch {epoch + 1}" if epoch is not None else "last epoch"

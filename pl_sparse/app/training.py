@@ -21,6 +21,7 @@ from pl_sparse.app.sweep.identity import run_fingerprint
 from pl_sparse.app.sweep.prefix import shared_prefix
 from pl_sparse.app.trainer import make_trainer
 from pl_sparse.callbacks import Shrink
+from pl_sparse.callbacks.monitored import MissingMetricError
 from pl_sparse.callbacks.run.prefix import Prefix
 from pl_sparse.callbacks.run.publish import closing, publish
 from pl_sparse.core.files import write_json
@@ -75,6 +76,10 @@ def _fit(cfg: DictConfig, parts: Parts, trainer: Trainer, shared: Prefix | None)
     try:
         plain = checkpoint is None or is_plain(checkpoint, parts.folder)
         trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=plain)
+    except MissingMetricError as error:
+        raise ConfigError(
+            f"objective={cfg.objective}: {error}" if cfg.objective in str(error) else str(error)
+        ) from error
     except (ValueError, MisconfigurationException, RuntimeError) as error:
         other_model = isinstance(error, RuntimeError) and "loading state_dict" in str(error)
         if parts.history.started or (isinstance(error, RuntimeError) and not other_model):

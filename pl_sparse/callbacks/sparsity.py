@@ -17,6 +17,7 @@ from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.clock import steps_per_epoch, total_steps
 from pl_sparse.callbacks.mac_count import MacCount
+from pl_sparse.callbacks.several import log_names, shared_weight
 from pl_sparse.core.optional import nice_to_have
 from pl_sparse.core.registry import Axis, names
 from pl_sparse.core.targets import Patterns
@@ -79,6 +80,7 @@ class Sparsity(Callback):
         self._handles: list[RemovableHandle] = []
         self._judging: BestAtTarget | None = None
         self._macs = MacCount()
+        self._log_name = "sparsity"
         self._dead: set[str] = set()
         self._seen = 0
 
@@ -116,7 +118,20 @@ class Sparsity(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in `setup`: a module may build its layers in its own `setup` or `configure_model`, which come later.
         self.attach(trainer, pl_module)
+        self._join(trainer)
         self._judging = BestAtTarget(trainer, lambda: self.pruner.at_target)
+
+    def _join(self, trainer: Trainer) -> None:
+        """Refuse a weight that another Sparsity callback prunes, and take a name of its own beside others."""
+        all_callbacks = [callback for callback in trainer.callbacks if isinstance(callback, Sparsity)]  # type: ignore[attr-defined]
+        others = [callback.pruner for callback in all_callbacks if callback is not self]
+        if (name := shared_weight(self.pruner, others)) is not None:
+            raise ValueError(f"two Sparsity callbacks prune {name}: set them apart by include and exclude")
+        if all(other.attached for other in others):  # the last one to attach names them all
+            for callback, log_name in zip(
+                all_callbacks, log_names([callback.pruner for callback in all_callbacks]), strict=True
+            ):
+                callback._log_name = log_name
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bind to the module's weights; a structure that looks at how layers are joined sees a training batch."""
@@ -199,7 +214,7 @@ class Sparsity(Callback):
         self._macs.finish(batch, trainer.train_dataloader, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log("sparsity", self.sparsity, sync_dist=True)
+        pl_module.log(self._log_name, self.sparsity, sync_dist=True)
         for name, value in self.pruner.scorer.facts(self.pruner.groups).items():
             pl_module.log(name, value, sync_dist=True)
 
@@ -257,7 +272,7 @@ class Sparsity(Callback):
         kept = {param.name: param.kept for param in self.pruner.params}
         self.sparsity = 1 - sum(kept.values()) / self.pruner.numel
         for logger in trainer.loggers:
-            logger.log_metrics({"sparsity": self.sparsity}, step=trainer.global_step)
+            logger.log_metrics({self._log_name: self.sparsity}, step=trainer.global_step)
         self._mask_averages(trainer)
         died = [name for name, count in kept.items() if count == 0 and name not in self._dead]
         if died and self.pruner.level < 1:
