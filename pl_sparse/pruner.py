@@ -31,6 +31,7 @@ from pl_sparse.core.parameter import MaskedParameter, zero_pruned
 from pl_sparse.core.registry import Axis, build, name_of
 from pl_sparse.core.state import Masks, load_state, state_of
 from pl_sparse.core.targets import TargetOptions, Targets
+from pl_sparse.core.upstream import unwrapped
 from pl_sparse.masking import Masking, auto
 from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Schedule
@@ -145,7 +146,7 @@ class Pruner(MaskedModel):
             ValueError: a pattern matches nothing, a weight does not fit the structure, or a loaded state is another
                 model's.
         """
-        model = getattr(model, "_orig_mod", model)  # torch.compile
+        model = unwrapped(model)
         if self.attached:
             bound = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
             if not all(bound.get(param.name) is param.weight for param in self.params):
@@ -591,11 +592,16 @@ class Pruner(MaskedModel):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state; before `attach`, it is kept until then.
 
+        A state that was saved before `attach` has no weights: a tuner of the Trainer, or a checkpoint after a
+        validation, writes such a one. It changes nothing.
+
         Raises:
             ValueError: it is of another version or another model; nothing has changed then.
         """
         if state.get("version") not in _READABLE:
             raise ValueError(f"the pruning state has version {state.get('version')!r}, this is version {_VERSION}")
+        if not state["params"]:
+            return
         if self.attached:
             self._restore(state)
         else:

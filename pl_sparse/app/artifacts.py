@@ -20,6 +20,7 @@ from pl_sparse.app.instantiate import network
 from pl_sparse.app.parts import Parts
 from pl_sparse.callbacks import Quantize
 from pl_sparse.core.files import replacing, write_csv, write_text
+from pl_sparse.core.optional import nice_to_have
 from pl_sparse.quantize import integers
 from pl_sparse.results.figures import plot_layers, plot_training
 from pl_sparse.results.summary import Summary, layer_rows, summary_table
@@ -138,16 +139,19 @@ def write_reports(
     folder, rows = parts.folder, parts.history.rows
     best = [row for row in rows if best_epoch is not None and int(row["epoch"]) == best_epoch]
     row = (best or rows[-1:] or [{}])[0]
-    logged = {name: value for name, value in row.items() if name.startswith(("val", "train"))}
+    logged = {name: value for name, value in row.items() if name.startswith(("val", "train")) or name == cfg.objective}
     save_weights(parts, folder)
     summary = parts.sparsity.summarize(parts.module, parts.prefix)
     metrics = figures(cfg, parts, trainer, folder, summary, {**logged, **scores})
     metrics |= {"sparsity_requested": parts.sparsity.pruner.target, "epoch_best": best_epoch}
     title = f"{metrics['method']}, {metrics['structure']}, sparsity {metrics['sparsity']:.4f}"
-    write_csv(folder / "layers.csv", layer_rows(summary))
+    with nice_to_have("layers.csv"):
+        write_csv(folder / "layers.csv", layer_rows(summary))
     if rows:
-        plot_training(rows, folder / "training.png", title)
-    plot_layers(summary, folder / "layers.png", title)
+        with nice_to_have("training.png"):
+            plot_training(rows, folder / "training.png", title)
+    with nice_to_have("layers.png"):
+        plot_layers(summary, folder / "layers.png", title)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     return metrics, summary
 
@@ -196,7 +200,9 @@ def print_report(folder: Path, summary: Summary, metrics: Mapping[str, Any], lev
         for row in levels:
             table.add_row(*(f"{row[name]:.4f}" if row[name] <= 1 else f"{row[name]:,.0f}" for name in names))
         console.print(table)
-    scores = [(name, metrics[name]) for name in ("val/acc", "test/acc", "test/loss") if name in metrics]
+    usual = [name for name in ("val/acc", "test/acc", "test/loss") if name in metrics]
+    logged = [name for name in metrics if name.startswith(("val", "test"))]
+    scores = [(name, metrics[name]) for name in usual or logged]
     line = ", ".join(f"{name} {value:.4f}" for name, value in scores)
     epoch = metrics["epoch_best"]
     source = f"best at the target: epoch {epoch + 1}" if epoch is not None else "last epoch"

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
 from pl_sparse.app.hydra_api import composition, entry
+from pl_sparse.app.namespaces import unify
 from pl_sparse.app.plugins import provide_options
 from pl_sparse.app.settings import CONF, ConfigError
 from pl_sparse.app.sweep.job import run
@@ -32,6 +33,7 @@ __all__ = ["main", "sweep"]
 
 @entry
 def _entry(cfg: DictConfig) -> float | tuple[float, ...] | None:
+    unify()  # here too: jobs of a sweep may have processes of their own
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data in memory needs none
@@ -50,6 +52,7 @@ def _entry(cfg: DictConfig) -> float | tuple[float, ...] | None:
 def main() -> float | None:
     """`python train.py ...` and `pl-sparse ...`: one run, or a sweep with -m; the objective is what it returns."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are printed in a few lines
+    unify()
     provide_hydra_callbacks()
     try:
         provide_options()

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from pl_sparse.app.hydra_api import instantiate
+from pl_sparse.app.namespaces import belongs_to_the_other
 from pl_sparse.app.settings import ConfigError, target
 from pl_sparse.tasks.classifier import Classifier
 
@@ -59,18 +60,33 @@ def make_module(cfg: DictConfig, data: LightningDataModule | None) -> tuple[Ligh
         the module, and the prefix of its weights' names that files and reports leave out.
 
     Raises:
-        ConfigError: the model is no LightningModule, and the data has no classes.
+        ConfigError: the model is no LightningModule, and the data has no classes; or it trains itself, and is the
+            LightningModule of another package.
     """
     facts = {key: getattr(data, key) for key in ("shape", "classes") if hasattr(data, key)}
     model = _built_with(cfg, "model", facts)
     if isinstance(model, LightningModule):
         return model, ""
+    _refuse_other_modules(model, cfg.model._target_)
     if "classes" not in facts:
         raise ConfigError(
             f"model={cfg.model._target_} is no LightningModule, and data has no `classes` to train it as a classifier"
         )
     optimizer, lr_schedule = built(cfg, "optimizer"), built(cfg, "lr_schedule")
     return Classifier(model, facts["classes"], optimizer, lr_schedule, cfg.label_smoothing), "net."
+
+
+def _refuse_other_modules(model: Any, name: str) -> None:
+    """Refuse a model that has a training of its own which `lightning.pytorch` does not take."""
+    if belongs_to_the_other(model):
+        raise ConfigError(
+            f"model={name} is a module of pytorch_lightning, and the Trainer is one of lightning.pytorch: import "
+            "lightning.pytorch as pl, or call pl_sparse.app.namespaces.unify() before it is imported"
+        )
+    if callable(getattr(model, "training_step", None)):
+        raise ConfigError(
+            f"model={name} has a training_step, but is no LightningModule of lightning.pytorch: derive it from that"
+        )
 
 
 def _built_with(cfg: DictConfig, key: str, facts: dict[str, Any]) -> Any:

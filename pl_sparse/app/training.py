@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.aliases import current_targets
 from pl_sparse.app.artifacts import figures, integer_network, print_report, save_weights, write_reports
+from pl_sparse.app.checkpoints import is_plain
 from pl_sparse.app.deploy import deploy, merged
 from pl_sparse.app.parts import Parts, assemble
 from pl_sparse.app.settings import ConfigError, check
@@ -20,6 +21,7 @@ from pl_sparse.app.sweep.identity import run_fingerprint
 from pl_sparse.app.sweep.prefix import shared_prefix
 from pl_sparse.app.trainer import make_trainer
 from pl_sparse.callbacks import Shrink
+from pl_sparse.callbacks.monitored import MissingMetricError
 from pl_sparse.callbacks.run.prefix import Prefix
 from pl_sparse.callbacks.run.publish import closing, publish
 from pl_sparse.core.files import write_json
@@ -72,7 +74,12 @@ def _fit(cfg: DictConfig, parts: Parts, trainer: Trainer, shared: Prefix | None)
         if steps:
             parts.status.share(steps)
     try:
-        trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+        plain = checkpoint is None or is_plain(checkpoint, parts.folder)
+        trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=plain)
+    except MissingMetricError as error:
+        raise ConfigError(
+            f"objective={cfg.objective}: {error}" if cfg.objective in str(error) else str(error)
+        ) from error
     except (ValueError, MisconfigurationException, RuntimeError) as error:
         other_model = isinstance(error, RuntimeError) and "loading state_dict" in str(error)
         if parts.history.started or (isinstance(error, RuntimeError) and not other_model):
@@ -158,7 +165,7 @@ def _load_best(parts: Parts, trainer: Trainer) -> int | None:
 
 def _load(path: str | Path, parts: Parts, trainer: Trainer) -> Mapping[str, Any]:
     """Load weights, masks and ranges of a checkpoint, which is returned."""
-    checkpoint: Mapping[str, Any] = trainer.strategy.load_checkpoint(path, weights_only=True)
+    checkpoint: Mapping[str, Any] = trainer.strategy.load_checkpoint(path, weights_only=is_plain(path, parts.folder))
     if (shrink := Shrink.of(trainer)) is not None:
         shrink.load(trainer, parts.module, checkpoint)
     parts.module.load_state_dict(checkpoint["state_dict"])

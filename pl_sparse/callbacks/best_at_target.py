@@ -7,13 +7,16 @@ from collections.abc import Callable
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from pl_sparse.core.upstream import last_checkpoint_is_due, saving_best, skipping_checks
+from pl_sparse.callbacks.monitored import require
+from pl_sparse.core.upstream import last_checkpoint_is_due, of_kind, saving_best, skipping_checks, validation_has_run
 
 __all__ = ["BestAtTarget"]
 
 
 class BestAtTarget:
     """Holds `EarlyStopping` and the monitoring `ModelCheckpoint`s of a trainer back while `ready()` is False.
+
+    What they monitor has to be logged: that is checked at the first time that they look, ready or not.
 
     A ModelCheckpoint goes on saving its last checkpoint, and all checkpoints with `save_top_k=-1`, but remembers none
     of them as its best.
@@ -27,9 +30,9 @@ class BestAtTarget:
         self.ready = ready
         self._undo: list[Callable[[], None]] = []
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping):
-                self._undo.append(skipping_checks(callback, lambda: not self.ready()))
-            elif isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            if of_kind(callback, EarlyStopping):
+                self._undo.append(skipping_checks(callback, self._skipping(callback, trainer)))
+            elif of_kind(callback, ModelCheckpoint) and callback.monitor is not None:
                 self._undo.append(saving_best(callback, self._saving(callback)))
 
     @property
@@ -43,10 +46,22 @@ class BestAtTarget:
             undo()
         self._undo = []
 
+    def _skipping(self, callback: EarlyStopping, trainer: Trainer) -> Callable[[], bool]:
+        """Whether an EarlyStopping leaves its check out."""
+
+        def skips() -> bool:
+            if callback.strict:
+                _require(callback, trainer)
+            return not self.ready()
+
+        return skips
+
     def _saving(self, callback: ModelCheckpoint) -> Callable[[Callable[[], None], Trainer], None]:
         """What a ModelCheckpoint does in place of saving its best."""
 
         def save(saves: Callable[[], None], trainer: Trainer) -> None:
+            if callback.save_top_k != 0:
+                _require(callback, trainer)
             if self.ready():
                 saves()
             elif callback.save_top_k == -1:
@@ -58,3 +73,14 @@ class BestAtTarget:
                 last_checkpoint_is_due(callback, trainer)
 
         return save
+
+
+def _require(callback: EarlyStopping | ModelCheckpoint, trainer: Trainer) -> None:
+    """Check that what a callback monitors is logged, once validation has been run.
+
+    Raises:
+        MissingMetricError: it is not.
+    """
+    if not trainer.sanity_checking and validation_has_run(trainer):
+        assert callback.monitor is not None
+        require(callback.monitor, trainer.callback_metrics, type(callback).__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -13,29 +13,39 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
-from pl_sparse.core.upstream import forgets_metrics, overridden, training_loader
+from pl_sparse.core.upstream import forgets_metrics, overridden, passed_on, training_loader
+from pl_sparse.network.hooks import undisturbed
 from pl_sparse.network.probe import Probe
 
 __all__ = ["Calibration", "example_of", "first_batches"]
 
 
+_TRIES = 20
+
+
 def first_batches(trainer: Trainer, count: int) -> list[Any]:
-    """The first training batches, on the device of training.
+    """The first training batches, as `training_step` gets them.
 
     Args:
         trainer: of a training that has started.
         count: how many, if there are so many.
     """
+    return list(islice(_batches(trainer), count))
+
+
+def _batches(trainer: Trainer) -> Iterator[Any]:
+    """The training batches from the first on, as `training_step` gets them."""
     loader: Any = trainer.train_dataloader
     if isinstance(loader, Mapping | list | tuple):
         source = (batch for batch, *_ in CombinedLoader(loader))
     else:
         source = iter(copy.copy(loader))  # a loader that counts its batches must not count these
-    return [trainer.strategy.batch_to_device(batch) for batch in islice(source, count)]
+    for batch in source:
+        yield passed_on(trainer, batch)
 
 
 class Calibration:
-    """Losses by the module's own `training_step`, on the first batches of its training data.
+    """Losses by the module's own `training_step`, on the first batches of its training data for which it returns one.
 
     What `training_step` logs is dropped, and the metrics that it updates are set back.
 
@@ -67,9 +77,24 @@ class Calibration:
         return Probe(self.module, self._batches, self._loss, mean if self.trainer.world_size > 1 else None)
 
     def _batches(self) -> list[Any]:
-        return first_batches(self.trainer, self.count)
+        batches: list[Any] = []
+        for batch in islice(_batches(self.trainer), self.count * _TRIES):
+            with undisturbed(self.module), torch.enable_grad():
+                if self._step(batch) is not None:
+                    batches.append(batch)
+            if len(batches) == self.count:
+                break
+        if not batches:
+            raise ValueError("training_step returned no loss for a calibration batch: there are none with a loss")
+        return batches
 
     def _loss(self, batch: Any) -> Tensor:
+        loss = self._step(batch)
+        if loss is None:
+            raise ValueError("training_step returned a loss for a calibration batch at first, and then none")
+        return loss
+
+    def _step(self, batch: Any) -> Tensor | None:
         arguments = inspect.signature(self.module.training_step).parameters
         if "dataloader_iter" in arguments:
             raise ValueError("a training_step(dataloader_iter) cannot be called for calibration: take a batch instead")
@@ -77,6 +102,8 @@ class Calibration:
         with forgets_metrics(self.module), silent, self.trainer.precision_plugin.train_step_context():
             out = self.module.training_step(batch, 0) if len(arguments) > 1 else self.module.training_step(batch)
         loss = out.get("loss") if isinstance(out, Mapping) else out
+        if loss is None:
+            return None
         if not isinstance(loss, Tensor):
             raise ValueError(f"training_step returned {type(out).__name__} and no loss for a calibration batch")
         return loss
@@ -98,7 +125,7 @@ def example_of(trainer: Trainer, module: LightningModule) -> Any:
     Raises:
         ValueError: there are none.
     """
-    example = module.example_input_array
+    example: Any = module.example_input_array
     if example is None:
         loader = training_loader(trainer)
         generator = getattr(loader, "generator", None)
@@ -108,6 +135,7 @@ def example_of(trainer: Trainer, module: LightningModule) -> Any:
                 batch = next(iter(CombinedLoader(loader)))[0]
             else:
                 batch = next(iter(copy.copy(loader)), None)
+            batch = None if batch is None else passed_on(trainer, batch)
         if isinstance(generator, torch.Generator) and state is not None:
             generator.set_state(state)
         if isinstance(batch, Mapping):

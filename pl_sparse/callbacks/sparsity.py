@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, Unpack, overload
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.data import extract_batch_size
 from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
@@ -18,11 +16,13 @@ from pl_sparse.callbacks.audit import Audit
 from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.clock import epochs_behind, estimates, progress
+from pl_sparse.callbacks.mac_count import MacCount
+from pl_sparse.callbacks.several import log_names, shared_weight
 from pl_sparse.callbacks.steps import StepHooks
+from pl_sparse.core.optional import nice_to_have
 from pl_sparse.core.registry import Axis, names
 from pl_sparse.core.targets import Patterns
-from pl_sparse.core.upstream import averaged_models, compiled, found_infinite_gradients
-from pl_sparse.network.macs import MacCounter, macs
+from pl_sparse.core.upstream import averaged_models, found_infinite_gradients
 from pl_sparse.pruner import Pruner, PrunerOptions
 from pl_sparse.results.summary import Summary, summarize, summary_table
 from pl_sparse.schedule import Schedule
@@ -80,8 +80,8 @@ class Sparsity(Callback):
         self._timekeeper: Optimizer | None = None  # the first that steps in a batch
         self._hooks: StepHooks | None = None
         self._judging: BestAtTarget | None = None
-        self._counter: MacCounter | None = None
-        self._counted: tuple[dict[str, float], float] | None = None
+        self._macs = MacCount()
+        self._log_name = "sparsity"
         self._dead: set[str] = set()
         self._seen = 0
         self._audit = Audit()
@@ -123,6 +123,7 @@ class Sparsity(Callback):
         # Not in `setup`: a module may build its layers in its own `setup` or `configure_model`, which come later.
         self._start_anew(pl_module)
         self.attach(trainer, pl_module)
+        self._join(trainer)
         if self.pruner.level and not self.pruner.num_updates and not self.pruner.step:
             rank_zero_info(
                 f"the model is sparse already: its zeros, {self.pruner.level:.2%} of its weights, stay pruned"
@@ -135,11 +136,22 @@ class Sparsity(Callback):
         if not self.pruner.attached or restored or self.pruner.carries_on(pl_module):
             return
         self.pruner.reset()
-        self.summary, self._counted, self._dead, self._audit = None, None, set(), Audit()
+        self.summary, self._macs, self._dead, self._audit = None, MacCount(), set(), Audit()
+        rank_zero_info(
             "the Sparsity callback has pruned another model before: it starts anew, with masks of this one. To carry "
-            "the Sparsity callback has pruned another model before: it starts anew, with this one's own masks. To carry "
             "masks over: sparsity.load_state_dict(sparsity.state_dict()) before fit"
         )
+
+    def _join(self, trainer: Trainer) -> None:
+        """Refuse a weight that another Sparsity callback prunes, and take a name of its own beside others."""
+        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, Sparsity)]  # type: ignore[attr-defined]
+        others = [callback.pruner for callback in callbacks if callback is not self]
+        if (name := shared_weight(self.pruner, others)) is not None:
+            raise ValueError(f"two Sparsity callbacks prune {name}: set them apart by include and exclude")
+        if all(other.attached for other in others):  # the last one to attach names them all
+            log_name_of_each = log_names([callback.pruner for callback in callbacks])
+            for callback, log_name in zip(callbacks, log_name_of_each, strict=True):
+                callback._log_name = log_name
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bind to the module's weights; a structure that looks at how layers are joined sees a training batch."""
@@ -181,13 +193,13 @@ class Sparsity(Callback):
         if self._hooks is not None:
             self._hooks.follow(trainer, *trainer.optimizers)
         self.pruner.before_forward()
-        self._count(pl_module)
+        self._macs.start(pl_module)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.pruner.attached:
-            self._count(pl_module)
+            self._macs.start(pl_module)
 
     def on_test_batch_end(
         self,
@@ -198,16 +210,8 @@ class Sparsity(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._counts(batch)
-
-    def _count(self, pl_module: LightningModule) -> None:
-        """Count the multiplications of the first batch."""
-        if self._counted is None and self._counter is None:
-            if compiled(pl_module):
-                self._counted = {}, 0.0
-                return
-            self._counter = MacCounter(pl_module)
-            self._counter.__enter__()
+        loaders = trainer.test_dataloaders
+        self._macs.finish(batch, loaders[dataloader_idx] if isinstance(loaders, list) else loaders, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._after_module is None or not self._after_module.follows:
@@ -236,17 +240,7 @@ class Sparsity(Callback):
         self._keep_time(trainer)
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
-        self._counts(batch)
-
-    def _counts(self, batch: Any) -> None:
-        if self._counter is not None:
-            counter, self._counter = self._counter, None
-            counter.__exit__(None, None, None)
-            size = extract_batch_size(batch)
-            self._counted = (
-                {name: uses / size for name, uses in counter.positions.items()},
-                counter.other / size,
-            )
+        self._macs.finish(batch, trainer.train_dataloader, batch_idx)
 
     def _keep_time(self, trainer: Trainer, ended: bool = False) -> None:
         """Let the schedule follow what is behind of training, and reach its last level before training ends."""
@@ -278,7 +272,7 @@ class Sparsity(Callback):
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
         self._check(trainer)
-        pl_module.log("sparsity", self.sparsity, sync_dist=True)
+        pl_module.log(self._log_name, self.sparsity, sync_dist=True)
         for name, value in self.pruner.scorer.facts(self.pruner.groups).items():
             pl_module.log(name, value, sync_dist=True)
 
@@ -298,7 +292,8 @@ class Sparsity(Callback):
         self._release()
         self.summary = self.summarize(pl_module)
         if self.report and trainer.is_global_zero:
-            Console().print(summary_table(self.summary))
+            with nice_to_have("the table of the layers"):
+                Console().print(summary_table(self.summary))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # An interruption between opening and closing a step must not leave latent values in the model that is saved.
@@ -320,9 +315,7 @@ class Sparsity(Callback):
         if self._judging is not None:
             self._judging.release()
             self._judging = None
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self._counter = None
+        self._macs.release()
 
     # What is told
 
@@ -332,14 +325,7 @@ class Sparsity(Callback):
         Args:
             prefix: cut from the names, e.g. "net.".
         """
-        counted = None
-        if self._counted is not None and self._counted[0]:
-            counter = MacCounter(model)
-            counter.positions, counter.other = dict(self._counted[0]), self._counted[1]
-            masks = {param.name: param.mask for param in self.pruner.params if param.pruned}
-            sizes = {name: math.prod(cut.shape) for name, cut in self.pruner.cuts.items()}
-            counted = macs(model, counter, masks, sizes=sizes)
-        return summarize(self.pruner, model, counted, prefix)
+        return summarize(self.pruner, model, self._macs.macs(model, self.pruner), prefix)
 
     def _look(self, trainer: Trainer) -> None:
         """After masks changed: log the sparsity, mask averaged weights, warn of layers that died."""
@@ -347,7 +333,7 @@ class Sparsity(Callback):
         kept = {param.name: param.kept for param in self.pruner.params}
         self.sparsity = 1 - sum(kept.values()) / self.pruner.numel
         for logger in trainer.loggers:
-            logger.log_metrics({"sparsity": self.sparsity}, step=trainer.global_step)
+            logger.log_metrics({self._log_name: self.sparsity}, step=trainer.global_step)
         self._mask_averages(trainer)
         died = [name for name, count in kept.items() if count == 0 and name not in self._dead]
         if died and self.pruner.level < 1:

@@ -29,9 +29,11 @@ __all__ = [
     "is_read_by_attention",
     "last_checkpoint_is_due",
     "logs_this_step",
+    "of_kind",
     "overridden",
     "override",
     "padding_of",
+    "passed_on",
     "path_of",
     "place_in_training",
     "plain_name",
@@ -41,7 +43,9 @@ __all__ = [
     "skipping_checks",
     "steps_directly",
     "training_loader",
+    "unwrapped",
     "use_fused_attention",
+    "validation_has_run",
     "without_fused_layer",
 ]
 
@@ -73,6 +77,18 @@ def overridden(obj: Any, name: str, function: Callable[..., Any]) -> Iterator[No
 
 
 # Lightning
+
+
+def of_kind(obj: Any, kind: type) -> bool:
+    """`isinstance`, where `pytorch_lightning` and `lightning.pytorch` are two name spaces of one thing.
+
+    Args:
+        kind: a class of `lightning.pytorch`.
+    """
+    if isinstance(obj, kind):
+        return True
+    other = kind.__module__.replace("lightning.pytorch", "pytorch_lightning", 1), kind.__qualname__
+    return any((base.__module__, base.__qualname__) == other for base in type(obj).__mro__)
 
 
 def averaged_models(trainer: Any) -> Iterator[nn.Module]:
@@ -116,6 +132,17 @@ def training_loader(trainer: Any) -> Any:
     return trainer.fit_loop._data_source.dataloader() if loader is None else loader
 
 
+def passed_on(trainer: Any, batch: Any) -> Any:
+    """A batch of the training's loader as `training_step` gets it, through Lightning's own path of a batch.
+
+    It is converted to the precision's type and goes through `on_before_batch_transfer`, the transfer to the device and
+    `on_after_batch_transfer`, of the module or its data module.
+    """
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
 def logs_this_step(trainer: Any) -> bool:
     """Whether the step in progress is one of those that are logged, by `log_every_n_steps`."""
     return bool(trainer._logger_connector.should_update_logs)
@@ -147,10 +174,26 @@ def saving_best(checkpoint: Any, save: Callable[[Callable[[], None], Any], None]
     return lambda: restore(checkpoint, "_save_topk_checkpoint")
 
 
+def validation_has_run(trainer: Any) -> bool:
+    """Whether this training has come to a validation, the sanity check apart."""
+    return bool(trainer.fit_loop.epoch_loop.val_loop._has_run)
+
+
 def last_checkpoint_is_due(checkpoint: Any, trainer: Any) -> None:
     """Let a `ModelCheckpoint` write its last checkpoint at this step, which it does only after another one."""
     checkpoint._last_global_step_saved = trainer.global_step
     checkpoint._last_checkpoint_saved = ""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within what torch.compile, Fabric and data parallelism put around it, whose names are the user's."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "_forward_module", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def compiled(module: nn.Module) -> bool:

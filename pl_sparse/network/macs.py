@@ -57,7 +57,12 @@ class MacCounter:
         self._fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        self._handles = [module.register_forward_hook(self._count, with_kwargs=True) for module in self.model.modules()]
+        try:
+            for module in self.model.modules():
+                self._handles.append(module.register_forward_hook(self._count, with_kwargs=True))
+        except BaseException:  # a scripted module takes no hook
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(

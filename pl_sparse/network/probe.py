@@ -17,6 +17,7 @@ from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.targets import find
 from pl_sparse.core.upstream import padding_of
 from pl_sparse.network.attention import keeps_inputs_first
+from pl_sparse.network.dropout import without_dropout
 from pl_sparse.network.hooks import evaluated, hooked, undisturbed
 
 __all__ = ["NORMS", "Probe"]
@@ -199,14 +200,14 @@ class Probe:
 
     @contextmanager
     def _calibrating(self, temperature: float) -> Iterator[None]:
-        """Training mode; the outputs of the last layer, the logits, divided by `temperature`."""
+        """Training mode without dropout; the outputs of the last layer, the logits, divided by `temperature`."""
         last = [find(self.model)[-1].module] if temperature != 1 else []
         with (
             hooked(last, post=lambda module, args, kwargs, out: out / temperature),
             undisturbed(self.model),
             torch.enable_grad(),
+            without_dropout(self.model),
         ):
-            self.model.train()
             yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 from matplotlib.artist import Artist
@@ -22,34 +23,36 @@ def plot_training(history: Sequence[Mapping[str, float | None]], path: str | os.
     """Draw loss above accuracy over the epochs, the sparsity as an area behind both, and write it to `path`.
 
     Args:
-        history: rows with any of the keys epoch, sparsity, train/loss, val/loss, train/acc and val/acc; a value
-            that is missing, None or not finite is skipped, a missing epoch is the row's place. Without accuracies
-            there is one panel.
+        history: rows with any of the keys epoch, sparsity, train/loss, val/loss, train/acc and val/acc, in whatever
+            spelling (valid_loss); a value that is missing, None or not finite is skipped, a missing epoch is the row's
+            place. Without accuracies the second panel is of another metric, and without one there is one panel.
         path: the picture; its suffix gives the format.
         title: above the figure; "" for none.
 
     Raises:
         ValueError: there is nothing to draw.
     """
-    keys = ("sparsity", "train/loss", "val/loss", "train/acc", "val/acc")
+    panels = {"loss": _splits(history, ["loss"]), "accuracy": _splits(history, ["acc", "accuracy"])}
+    if not panels["accuracy"]:
+        panels["metric"] = _splits(history, [])
+    panels = {label: splits for label, splits in panels.items() if splits} or {"loss": {}}
+    keys = ["sparsity", *(key for splits in panels.values() for key in splits.values())]
     curves = {key: points for key in keys if (points := _points(history, key))}
     if not curves:
         raise ValueError("the training history holds no loss, accuracy or sparsity to draw")
-    names = {"loss": "loss", "acc": "accuracy"}
-    panels = [kind for kind in names if f"train/{kind}" in curves or f"val/{kind}" in curves] or ["loss"]
 
     figure = Figure(figsize=(8, 1.0 + 2.7 * len(panels)), layout="constrained")
     handles: dict[str, Artist] = {}
     axes: list[Axes] = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0])
-    for axis, kind in zip(axes, panels, strict=True):
+    for axis, (label, splits) in zip(axes, panels.items(), strict=True):
         for split, colour, style in (("train", BLUE, "-"), ("val", VERMILION, "--")):
-            points = curves.get(f"{split}/{kind}", [])
+            points = curves.get(splits.get(split, ""), [])
             if points:
                 marker = "o" if len(points) <= 40 else ""
                 (handles[split],) = axis.plot(
                     *zip(*points, strict=True), style, color=colour, marker=marker, markersize=3.5
                 )
-        axis.set_ylabel(names[kind])
+        axis.set_ylabel(label if label != "metric" else splits.get("val", label))
         remove_frame(axis)
         if "sparsity" in curves:
             handles["sparsity"] = _sparsity_behind(axis, curves["sparsity"])
@@ -177,6 +180,36 @@ def plot_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str], title:
     for axis in panels[len(masks) :]:
         axis.set_visible(False)
     save(figure, path, title)
+
+
+def _splits(history: Sequence[Mapping[str, float | None]], kinds: Sequence[str]) -> dict[str, str]:
+    """The key of a metric in training ("train") and in validation ("val").
+
+    Args:
+        kinds: words of which the metric's name has one; none for the first metric of validation that is no loss.
+
+    >>> _splits([{"train/loss": 1, "valid_loss": 1, "valid_f1": 1}], ["loss"])
+    {'val': 'valid_loss', 'train': 'train/loss'}
+    >>> _splits([{"train/loss": 1, "valid_loss": 1, "valid_f1": 1}], [])
+    {'val': 'valid_f1'}
+    """
+    keys = [key for key in dict.fromkeys(key for row in history for key in row) if not key.endswith("_step")]
+    words = {
+        key: [word for word in re.split(r"[^a-z0-9]+", key.lower()) if word] for key in keys if _points(history, key)
+    }
+    splits: dict[str, str] = {}
+    for split in ("val", "train"):
+        of_split = [key for key, (first, *_) in words.items() if first.startswith(split)]
+        if kinds:
+            fitting = [key for key in of_split if set(kinds) & set(words[key])]
+            fitting.sort(key=lambda key: key != f"{split}/{kinds[0]}")
+        elif split == "val":
+            fitting = [key for key in of_split if "loss" not in words[key]]
+        else:
+            fitting = [key for key in of_split if "val" in splits and words[key][1:] == words[splits["val"]][1:]]
+        if fitting:
+            splits[split] = fitting[0]
+    return splits
 
 
 def _points(history: Sequence[Mapping[str, float | None]], key: str) -> list[tuple[float, float]]:

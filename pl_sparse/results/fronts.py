@@ -222,12 +222,17 @@ def of_method(all_series: Sequence[Series], label: str) -> list[Series]:
 
 
 def metric(all_series: Sequence[Series]) -> str:
-    """The accuracy that most of the models have: of the test data before that of the validation data."""
-    counts = {
-        key: sum(math.isfinite(point.value(key)) for series in all_series for point in series.points)
-        for key in ("test/acc", "val/acc")
-    }
-    return max(counts, key=lambda key: counts[key])
+    """The accuracy that most of the models have: of the test data before that of the validation data.
+
+    Where no model has one, the metric of test or validation that most have and that is no loss.
+    """
+    points = [point for series in all_series for point in series.points]
+    logged = dict.fromkeys(key for point in points for key in point.metrics if key.startswith(("test", "val")))
+    for keys in (("test/acc", "val/acc"), tuple(key for key in logged if "loss" not in key)):
+        counts = {key: sum(math.isfinite(point.value(key)) for point in points) for key in keys}
+        if any(counts.values()):
+            return max(counts, key=lambda key: counts[key])
+    return "test/acc"
 
 
 # Comparing

@@ -12,7 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.core.files import write_csv
 
-__all__ = ["History"]
+__all__ = ["BOOKKEEPING", "History"]
+
+BOOKKEEPING = ("epoch", "step", "sparsity", "lr", "seconds")
+"""The columns that the module has not logged."""
 
 
 class History(Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,9 +70,13 @@ class Prefix(Callback):
         if not cached:
             return checkpoint, 0
         epochs = cached[-1]
-        if checkpoint is not None and _epochs(torch.load(checkpoint, map_location="cpu", weights_only=True)) >= epochs:
+        try:
+            own = None if checkpoint is None else torch.load(checkpoint, map_location="cpu", weights_only=True)
+            state = torch.load(self._state(epochs), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # a stage of another run with pickled objects is not read: train it anew
             return checkpoint, 0
-        state = torch.load(self._state(epochs), map_location="cpu", weights_only=True)
+        if own is not None and _epochs(own) >= epochs:
+            return checkpoint, 0
         for key in [key for key in state["callbacks"] if key.startswith("ModelCheckpoint")]:
             del state["callbacks"][key]  # what a run has saved, and where, is its own affair
         if epochs not in self.pruned:

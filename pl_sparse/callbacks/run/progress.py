@@ -5,9 +5,11 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from pl_sparse.callbacks.run.history import History
+from pl_sparse.callbacks.run.history import BOOKKEEPING, History
 
 __all__ = ["ProgressLines"]
+
+_MOST = 8
 
 
 class ProgressLines(Callback):
@@ -33,7 +35,18 @@ class ProgressLines(Callback):
 
 @rank_zero_only
 def _print(row: dict[str, float], epoch: int, epochs: int) -> None:
-    shown = ("sparsity", "train/loss", "train/acc", "val/loss", "val/acc")
-    values = "  ".join(f"{name} {row[name]:.4f}" for name in shown if name in row)
+    values = "  ".join(f"{name} {row[name]:.4f}" for name in _shown(row))
     of = f"/{epochs}" if epochs > 0 else ""
     print(f"epoch {epoch}{of}  {values}  {row['seconds']:.1f} s", flush=True)
+
+
+def _shown(row: dict[str, float]) -> list[str]:
+    """The names that a line shows: those of the package's own tasks first, then whatever a module logs.
+
+    >>> _shown({"epoch": 0, "lr": 0.1, "sparsity": 0.5, "valid_f1": 0.9, "train/loss": 1.0, "train/loss_step": 1.0})
+    ['sparsity', 'train/loss', 'valid_f1']
+    """
+    first = [name for name in ("sparsity", "train/loss", "train/acc", "val/loss", "val/acc") if name in row]
+    others = [name for name in row if name not in {*first, *BOOKKEEPING} and not name.endswith("_step")]
+    of_a_split = [name for name in others if name.startswith(("train", "val"))]
+    return [*first, *(of_a_split or others * (len(first) < 2))][:_MOST]

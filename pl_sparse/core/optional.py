@@ -1,0 +1,33 @@
+"""Work that is only nice to have: where it fails, a warning of one line takes its place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["first_line", "nice_to_have"]
+
+
+def first_line(error: BaseException, length: int = 160) -> str:
+    """The kind of an error, and how its message begins."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:length]}".rstrip(": ")
+
+
+@contextmanager
+def nice_to_have(result: str) -> Iterator[None]:
+    """An exception within the block becomes a warning, and the program goes on after the block.
+
+    Args:
+        result: what is missing where the block fails, as the beginning of a sentence.
+
+    >>> with warnings.catch_warnings(record=True, action="always") as caught, nice_to_have("the picture"):
+    ...     raise OSError("disk full")
+    >>> str(caught[0].message)
+    'the picture is left out: OSError: disk full'
+    """
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"{result} is left out: {first_line(error)}", stacklevel=4)

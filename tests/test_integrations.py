@@ -1,0 +1,93 @@
+"""The examples of other loops run, and what they promise holds."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def zeros(tensors: dict[str, torch.Tensor], names: list[str]) -> float:
+    count = sum(tensors[name].numel() for name in names)
+    return sum(int((tensors[name] == 0).sum()) for name in names) / count
+
+
+def test_a_plain_loop_resumes_exactly() -> None:
+    whole, resumed, pruner = example("plain_loop").main()
+    assert zeros(resumed.state_dict(), [param.name for param in pruner.params]) == pytest.approx(0.8, abs=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fabric_has_the_model_s_own_names(tmp_path: Path) -> None:
+    pruner = example("fabric").main(tmp_path)
+    state = torch.load(tmp_path / "state.ckpt", weights_only=True)
+    names = [param.name for param in pruner.params]
+    assert names == ["0.weight", "2.weight"] == list(state["pruner"]["params"])
+    assert zeros(state["model"], names) == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_s_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    hugging_face = example("hugging_face")
+    trainer, sparsity = hugging_face.make_trainer(str(tmp_path))
+    trainer.train()
+    names = [param.name for param in sparsity.pruner.params]
+    whole = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert zeros(whole, names) == pytest.approx(0.8, abs=1e-3) and sparsity.pruner.step == 16
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = type(trainer.model).from_pretrained(tmp_path / "saved")
+    assert zeros(saved.state_dict(), names) == pytest.approx(0.8, abs=1e-3)
+    resumed, again = hugging_face.make_trainer(str(tmp_path))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert again.pruner.step == 16
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.model.state_dict().items())
+    (tmp_path / "checkpoint-8" / "pl_sparse.pt").unlink()
+    with pytest.raises(ValueError, match="SparsityCallback"):
+        hugging_face.make_trainer(str(tmp_path))[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accelerate_resumes_exactly(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    main = example("accelerate_loop").main
+    whole, pruner = main(tmp_path / "whole")
+    main(tmp_path / "half", 0, 10)
+    resumed, _ = main(tmp_path / "half", 10)
+    names = [param.name for param in pruner.params]
+    assert zeros(resumed.state_dict(), names) == pytest.approx(0.8, abs=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("yaml", [False, True])
+def test_lightning_s_command_line(tmp_path: Path, yaml: bool) -> None:
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    settings = ["--trainer.callbacks+=pl_sparse.Sparsity", "--trainer.callbacks.sparsity=0.8"]
+    settings += ["--trainer.callbacks.include=['net.0']"]
+    if yaml:
+        callback = "{class_path: pl_sparse.Sparsity, init_args: {sparsity: 0.8, include: [net.0], structure: block4x4}}"
+        (tmp_path / "settings.yaml").write_text(f"trainer:\n  callbacks: [{callback}]\n")
+        settings = [f"--config={tmp_path}/settings.yaml"]
+    quiet = [f"--trainer.{name}=false" for name in ("logger", "enable_checkpointing", "enable_progress_bar")]
+    arguments = ["fit", *settings, *quiet, "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+    arguments += [f"--trainer.default_root_dir={tmp_path}"]
+    cli = LightningCLI(example("lightning_cli").Net, args=arguments, save_config_callback=None)
+    assert zeros(cli.model.state_dict(), ["net.0.weight"]) == pytest.approx(0.8, abs=0.01)
+    assert zeros(cli.model.state_dict(), ["net.2.weight"]) == 0
