@@ -29,7 +29,7 @@ from pl_sparse.core.masked_model import MaskedModel
 from pl_sparse.core.optimizers import clear_state, skip_step
 from pl_sparse.core.parameter import MaskedParameter, zero_pruned
 from pl_sparse.core.registry import Axis, build, name_of
-from pl_sparse.core.state import Masks, load_state, state_of
+from pl_sparse.core.state import Masks, load_state, refuse_other_settings, settings_of, state_of
 from pl_sparse.core.targets import TargetOptions, Targets
 from pl_sparse.core.upstream import unwrapped
 from pl_sparse.masking import Masking, auto
@@ -586,6 +586,7 @@ class Pruner(MaskedModel):
             "overdue": list(self._overdue),
             "stale": sorted(self._stale),
             "estimates": self._clock.estimates() or self._estimates,
+            "settings": settings_of(self),
             "params": state_of(self.masked, self.groups),
         }
 
@@ -596,12 +597,14 @@ class Pruner(MaskedModel):
         validation, writes such a one. It changes nothing.
 
         Raises:
-            ValueError: it is of another version or another model; nothing has changed then.
+            ValueError: it is of another version, another model, or was made with other settings; nothing has changed
+                then.
         """
         if state.get("version") not in _READABLE:
             raise ValueError(f"the pruning state has version {state.get('version')!r}, this is version {_VERSION}")
         if not state["params"]:
             return
+        refuse_other_settings(state, self)
         if self.attached:
             self._restore(state)
         else:

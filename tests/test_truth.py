@@ -2,11 +2,13 @@
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -478,3 +480,42 @@ def test_tensors_that_are_initialised_to_zero_are_no_pruned_ones() -> None:
     pruner = Pruner(sparsity=0.5)
     pruner.attach(model)
     assert not any(param.pruned for param in pruner.params) and pruner.level == 0
+
+
+# Settings of a state
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"masking": "frozen"}, "masking=hard there, frozen here"),
+        ({"masking": "ste"}, "masking=hard there, ste here"),
+        ({"scorer": "random"}, "scorer=magnitude there, random here"),
+        ({"structure": "nm24"}, "structure=Unstructured.* there, NM.n=2, m=4. here"),
+        ({"updater": "dropgrow", "schedule": "constant"}, "updater=prune there, dropgrow here"),
+        ({"schedule": Constant(final=0.0), "sparsity": None}, "a sparsity of 0.5 there, none here"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(options: dict[str, Any], message: str) -> None:
+    pruner = Pruner(schedule="oneshot", sparsity=0.5)
+    pruner.attach(net())
+    early = pruner.state_dict()
+    pruner.prepare(10)
+    state = pruner.state_dict()
+    other = Pruner(**({"schedule": "oneshot", "sparsity": 0.5} | options))
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+    other.load_state_dict(early)  # nothing was pruned yet
+    other.load_state_dict({key: value for key, value in state.items() if key != "settings"})
+    Pruner(schedule="cubic", sparsity=0.9, allocation="global").load_state_dict(state)
+
+
+def test_a_checkpoint_of_another_exclude_is_refused(tmp_path: Path) -> None:
+    fit(
+        Module(),
+        Sparsity(schedule=OneShot(final=0.5), exclude=["net.2"], report=False),
+        ModelCheckpoint(tmp_path, save_last=True),
+        enable_checkpointing=True,
+    )
+    with pytest.raises(ValueError, match=r"other include or exclude: .*net.2"):
+        fit(Module(), Sparsity(schedule=OneShot(final=0.5), report=False), epochs=3, ckpt_path=tmp_path / "last.ckpt")

@@ -138,8 +138,8 @@ class Sparsity(Callback):
         self.pruner.reset()
         self.summary, self._macs, self._dead, self._audit = None, MacCount(), set(), Audit()
         rank_zero_info(
-            "the Sparsity callback has pruned another model before: it starts anew, with masks of this one. To carry "
-            "masks over: sparsity.load_state_dict(sparsity.state_dict()) before fit"
+            "the Sparsity callback has pruned another model before: it starts anew, with this one's own masks. To "
+            "carry masks over: sparsity.load_state_dict(sparsity.state_dict()) before fit"
         )
 
     def _join(self, trainer: Trainer) -> None:
@@ -358,6 +358,15 @@ class Sparsity(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return self.pruner.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = [key for key in checkpoint.get("callbacks", {}) if key.startswith("Sparsity{")]
+        callbacks = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        if trainer.state.fn == "fit" and self.state_key not in saved and (others := set(saved) - callbacks):
+            raise ValueError(
+                f"the checkpoint was pruned with other include or exclude: {', '.join(sorted(others))} there, "
+                f"{self.state_key} here. Train with the same ones, or start from the weights alone"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pruner.load_state_dict(state_dict)

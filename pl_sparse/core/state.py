@@ -7,9 +7,9 @@ from typing import Any
 
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
-from pl_sparse.core.registry import suggestion
+from pl_sparse.core.registry import Axes, name_of, suggestion
 
-__all__ = ["Masks", "load_state", "state_of"]
+__all__ = ["Masks", "load_state", "refuse_other_settings", "settings_of", "state_of"]
 
 _RENAMED = {"dense": "latent"}  # keys of version 1
 
@@ -82,3 +82,27 @@ def load_state(
             group.gate.to(group.members[0][0].weight.device)
     for param in params:
         param.load(saved[param.name])
+
+
+def settings_of(axes: Axes) -> dict[str, str]:
+    """What the meaning of masks and latent values rests on, by axis."""
+    named = {axis: name_of(getattr(axes, axis)) for axis in ("scorer", "updater", "masking")}
+    return {**named, "structure": repr(axes.structure)}
+
+
+def refuse_other_settings(state: Mapping[str, Any], axes: Axes) -> None:
+    """Raise a ValueError if a state was made by other axes, whose masks and latent values mean something else.
+
+    A state in which nothing was pruned fits all of them, and so does one of a release that did not keep its settings.
+    """
+    saved = state.get("settings")
+    if not saved or not state["num_updates"]:
+        return
+    differ = [f"{k}={saved[k]} there, {v} here" for k, v in settings_of(axes).items() if saved.get(k, v) != v]
+    if state["level"] > 0 and not axes.schedule.final:
+        differ.append(f"a sparsity of {state['level']:g} there, none here")
+    if differ:
+        raise ValueError(
+            f"the pruning state was made with other settings: {'; '.join(differ)}. Train with the same ones, start "
+            "from the weights alone, or take the state up all the same without its entry 'settings'"
+        )
