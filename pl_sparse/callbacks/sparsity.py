@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.clock import steps_per_epoch, total_steps
+from pl_sparse.callbacks.coverage import report_coverage
 from pl_sparse.core.registry import Axis, names
 from pl_sparse.core.targets import Patterns
 from pl_sparse.core.upstream import averaged_models, compiled, found_infinite_gradients
@@ -155,8 +156,9 @@ class Sparsity(Callback):
                 f"structure={pruner.structure.label} prescribes a sparsity of {pruner.structure.fixed:g}; "
                 f"the schedule's {pruner.schedule.final:g} shapes only the way there"
             )
-        for name, reason in pruner.skipped.items():
+        for name, reason in pruner.misfits.items():
             rank_zero_info(f"{name} stays dense: {reason}")
+        report_coverage(pruner)
 
     # Steps
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.layouts import Plain, Whole
 
-__all__ = ["MaskedParameter"]
+__all__ = ["MaskedParameter", "living"]
 
 
 @dataclass(eq=False)
@@ -21,7 +21,7 @@ class MaskedParameter:
 
     Attributes:
         name: the first name of the weight in `model.named_parameters()`.
-        module: the module that holds it.
+        module: the layer that it is a weight of.
         weight: the parameter; between optimizer steps it *is* `mask * values`.
         mask: bool, the weight's shape, True = kept.
         latent: the values behind the mask, for methods that remember pruned weights, else None.
@@ -30,6 +30,8 @@ class MaskedParameter:
         pruned: whether the mask was ever set; until then it is all True and masking has nothing to do.
         cut: what shrinking took out of the weight, else None. Scores and masks are compared in the former shape, as
             if it were still there.
+        norm_dim: the dimension of the weight whose slices are divided by their norms, so that each keeps a weight
+            (weight_norm: 0 / 0 is no number); -1: all of the weight is; None: none is.
     """
 
     name: str
@@ -41,6 +43,7 @@ class MaskedParameter:
     layout: Whole = field(default_factory=Plain)
     pruned: bool = False
     cut: Cut | None = None
+    norm_dim: int | None = None
     _factor: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -115,6 +118,8 @@ class MaskedParameter:
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
         """Write a new mask in place, so that nothing compiled against the old one is invalid."""
+        if self.norm_dim is not None:
+            mask = living(mask, self.values, self.norm_dim)
         self.mask.copy_(mask)
         self.pruned = True
         if self._factor is not None:
@@ -155,3 +160,28 @@ class MaskedParameter:
         state = {key: value for key, value in tensors.items() if key.startswith("state.")}
         self.state = {key.removeprefix("state."): value.clone() for key, value in state.items()}
         self.to_weight()
+
+
+def living(mask: Tensor, values: Tensor, dim: int) -> Tensor:
+    """A mask with as many weights in which each slice along a dimension keeps one: its largest.
+
+    What it keeps more there, it takes from the smallest weights that are not the last of their slice.
+
+    Args:
+        mask: bool, True = kept.
+        values: of the mask's shape. Where all of a slice is zero, its first weight is kept.
+        dim: the dimension; -1 for a single slice, all of the tensor.
+    """
+    shape = mask.shape if dim < 0 else mask.movedim(dim, 0).shape
+    rows = (mask if dim < 0 else mask.movedim(dim, 0)).reshape(1 if dim < 0 else shape[0], -1)
+    dead = ~rows.any(1)
+    count = int(dead.sum())
+    if not count:
+        return mask
+    sizes = (values if dim < 0 else values.movedim(dim, 0)).abs().reshape(rows.shape)
+    largest = torch.where(dead, sizes.argmax(1), sizes.masked_fill(~rows, -1).argmax(1))
+    only = torch.zeros_like(rows).scatter_(1, largest.unsqueeze(1), True)
+    spare = sizes.masked_fill(~rows | only, torch.inf).flatten()
+    gone = spare.argsort(stable=True)[: min(count, int((rows & ~only).sum()))]
+    rows = (rows | only).flatten().index_fill(0, gone, False).reshape(shape)
+    return rows if dim < 0 else rows.movedim(0, dim)
