@@ -152,12 +152,13 @@ class Pruner(MaskedModel):
             if not all(bound.get(param.name) is param.weight for param in self.params):
                 self._rebind(model, example)
             return
-        params = self.targets.find(model, self.structure.removes_outputs)
-        groups, skipped = self.structure.bind(params, model, example, self.targets.misfit)
+        masks = () if self._pending is None else self._pending["params"]
+        choice = self.targets.choose(model, self.structure.removes_outputs, trained=masks)
+        groups, misfits = self.structure.bind(choice.params, model, example, self.targets.misfit)
         self.allocation.start(groups, model, example)
         self._model = model
         self._overrides = self.targets.overrides_of(model, groups)
-        self.bind(groups, skipped)
+        self.bind(groups, misfits, choice)
         self.scorer.start(groups, self.structure)
         if self._pending is not None:
             pending, self._pending = self._pending, None

@@ -15,7 +15,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pl_sparse.app.settings import CONF
 
-__all__ = ["OPTIONS", "TARGETS", "current_options", "current_targets", "former_targets", "provide_hydra_callbacks"]
+__all__ = [
+    "ADDED",
+    "OPTIONS",
+    "TARGETS",
+    "current_options",
+    "current_targets",
+    "former_targets",
+    "provide_hydra_callbacks",
+]
 
 TARGETS = {
     "pl_sparse.hardware.Hardware": "pl_sparse.export.hardware.Hardware",
@@ -31,17 +39,23 @@ TARGETS = {
 """Classes that a configuration of 0.1.0 may name, and where they are."""
 OPTIONS = {"masking=shrunk": "masking=softthresholded"}
 """Options of groups, and what they are called."""
+ADDED: dict[str, Any] = {"frozen": "skip", "layouts": {}}
+"""Settings that a configuration of 0.1.0 does not have, with their defaults."""
 _HYDRA = ("pl_sparse.hooks.Overview", "pl_sparse.sweep.monitor.Sweep")
 _announced: set[str] = set()
 
 
 def current_targets(cfg: DictConfig) -> DictConfig:
-    """A copy of a configuration in which each `_target_` has its current name.
+    """A copy of a configuration in which each `_target_` has its current name, with the settings added since 0.1.0.
 
     A line on stderr says each new name, once per process. A name stays as it is where the new one does not exist.
     """
     cfg = cfg.copy()
     _rename(cfg)
+    if "misfit" in cfg:  # it is composed from train.yaml
+        OmegaConf.set_struct(cfg, False)
+        for key, default in ADDED.items():
+            cfg.setdefault(key, default)
     return cfg
 
 

@@ -106,6 +106,7 @@ def figures(
         "sparsity_requested": pruner.target if pruner.at_target else pruner.level,
         "sparsity": 1 - (nonzero + unread) / count,
         "sparsity_model": summary.sparsity_model,
+        "coverage": summary.coverage,
         "at_target": pruner.at_target,
         **pruner.scorer.facts(pruner.groups),
         "params_total": summary.params_total,

@@ -35,6 +35,8 @@ _TOP: dict[str, Any] = {
     "last": bool | None,
     "overrides": dict[str, float],
     "misfit": typing.Literal["error", "dense"],
+    "frozen": typing.Literal["skip", "prune", "error"],
+    "layouts": dict[str, typing.Literal["out_in", "in_out", "out_in_kernel", "in_out_kernel"]],
     "ablation": typing.Literal["shuffle", "reinit", "invert"] | None,
     "calibration_batches": int,
     "shrink_every": int | None,

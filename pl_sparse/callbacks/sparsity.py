@@ -16,6 +16,7 @@ from pl_sparse.callbacks.audit import Audit
 from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.clock import epochs_behind, estimates, progress
+from pl_sparse.callbacks.coverage import report_coverage
 from pl_sparse.callbacks.mac_count import MacCount
 from pl_sparse.callbacks.several import log_names, shared_weight
 from pl_sparse.callbacks.steps import StepHooks
@@ -183,8 +184,9 @@ class Sparsity(Callback):
                 f"structure={pruner.structure.label} prescribes a sparsity of {pruner.structure.fixed:g}; "
                 f"the schedule's {pruner.schedule.final:g} shapes only the way there"
             )
-        for name, reason in pruner.skipped.items():
+        for name, reason in pruner.misfits.items():
             rank_zero_info(f"{name} stays dense: {reason}")
+        report_coverage(pruner)
 
     # Steps
 

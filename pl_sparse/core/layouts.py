@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Heads", "InputsFirst", "Layout", "Plain", "Rows", "Whole"]
+__all__ = ["Blocks", "Heads", "InputsFirst", "Layout", "Matrices", "Plain", "Rows", "Unoriented", "Whole"]
 
 
 class Layout(ABC):
@@ -87,6 +87,31 @@ class InputsFirst(Whole):
     def restore(self, viewed: Tensor, shape: torch.Size) -> Tensor:
         split = viewed.unflatten(0, (self.groups, -1))  # (groups, out / groups, in / groups, *kernel)
         return split.transpose(1, 2).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Unoriented(Plain):
+    """Of a module that is not known: as it is kept, which of its dimensions are outputs is not known."""
+
+
+@dataclass(frozen=True)
+class Matrices(Whole):
+    """A matrix, or a batch of them, such as the experts of a mixture: (..., out, in), seen as (outputs of all, in).
+
+    Args:
+        inputs_first: whether they are kept as (..., in, out).
+    """
+
+    inputs_first: bool = False
+
+    def view(self, tensor: Tensor) -> Tensor:
+        matrices = tensor.mT if self.inputs_first else tensor  # (..., out, in)
+        return matrices.flatten(0, -2)
+
+    def restore(self, viewed: Tensor, shape: torch.Size) -> Tensor:
+        if not self.inputs_first:
+            return viewed.reshape(shape)
+        return viewed.reshape(*shape[:-2], shape[-1], shape[-2]).mT
 
 
 @dataclass(frozen=True)

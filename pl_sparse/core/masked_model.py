@@ -12,6 +12,7 @@ from pl_sparse.core.cut import Cut
 from pl_sparse.core.group import Group
 from pl_sparse.core.optimizers import owned_by
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.targets import Choice
 
 __all__ = ["MaskedModel"]
 
@@ -24,7 +25,8 @@ class MaskedModel:
         companions: what is masked along with them without being counted: biases and norms of coupled channels.
         groups: what is pruned together.
         cuts: what was taken out of parameters and buffers, by name.
-        skipped: why a weight that was asked for is not pruned, by name.
+        misfits: why a weight that was asked for is not pruned by the structure, by name.
+        choice: what targets chose, and left out.
     """
 
     def __init__(self) -> None:
@@ -32,13 +34,15 @@ class MaskedModel:
         self.companions: list[MaskedParameter] = []
         self.groups: list[Group] = []
         self.cuts: dict[str, Cut] = {}
-        self.skipped: dict[str, str] = {}
+        self.misfits: dict[str, str] = {}
+        self.choice = Choice()
         # What each optimizer owned when it was asked last, by its identity, with the lists that it was asked of.
         self._owned: dict[int, tuple[Optimizer, list[tuple[list[Tensor], int]], list[MaskedParameter]]] = {}
 
-    def bind(self, groups: list[Group], skipped: dict[str, str]) -> None:
+    def bind(self, groups: list[Group], misfits: dict[str, str], choice: Choice | None = None) -> None:
         """Take up the weights of these groups."""
-        self.groups, self.skipped, self._owned = groups, skipped, {}
+        self.groups, self.misfits, self._owned = groups, misfits, {}
+        self.choice = Choice() if choice is None else choice
         self.params = list(dict.fromkeys(param for group in groups for param, _ in group.members))
         self.companions = list(dict.fromkeys(param for group in groups for param, _ in group.companions))
 
@@ -46,6 +50,29 @@ class MaskedModel:
     def attached(self) -> bool:
         """Whether the weights of a model are bound."""
         return bool(self.params)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why a weight that no pattern excludes is not pruned, by name: frozen ones, look-up tables, misfits."""
+        return {**self.choice.left_out, **self.misfits}
+
+    @property
+    def dense(self) -> dict[str, str]:
+        """`skipped`, by the name of an earlier release."""
+        return self.skipped
+
+    @property
+    def coverage(self) -> float:
+        """The pruned weights over the weights there are: all parameters with two or more dimensions but look-up tables
+        and the like, frozen and excluded ones included."""
+        total = sum(self.choice.sizes.values())
+        pruned = sum(self.choice.sizes.get(param.name, 0) for param in self.params)
+        return pruned / total if total else 1.0
+
+    @property
+    def uncovered(self) -> dict[str, str]:
+        """The part of `skipped` that `coverage` is reduced by."""
+        return {name: reason for name, reason in self.skipped.items() if name in self.choice.sizes}
 
     @property
     def masked(self) -> list[MaskedParameter]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.layouts import Plain, Whole
 
-__all__ = ["MaskedParameter", "zero_pruned"]
+__all__ = ["MaskedParameter", "living", "zero_pruned"]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
@@ -23,7 +23,7 @@ class MaskedParameter:
 
     Attributes:
         name: the first name of the weight in `model.named_parameters()`.
-        module: the module that holds it.
+        module: the layer that it is a weight of.
         weight: the parameter; between optimizer steps it *is* `mask * values`.
         mask: bool, the weight's shape, True = kept.
         latent: the values behind the mask, for methods that remember pruned weights, else None.
@@ -32,6 +32,8 @@ class MaskedParameter:
         pruned: whether the mask was ever set; until then it is all True and masking has nothing to do.
         cut: what shrinking took out of the weight, else None. Scores and masks are compared in the former shape, as
             if it were still there.
+        norm_dim: the dimension of the weight whose slices are divided by their norms, so that each keeps a weight
+            (weight_norm: 0 / 0 is no number); -1: all of the weight is; None: none is.
     """
 
     name: str
@@ -43,6 +45,7 @@ class MaskedParameter:
     layout: Whole = field(default_factory=Plain)
     pruned: bool = False
     cut: Cut | None = None
+    norm_dim: int | None = None
     _factor: Tensor | None = field(default=None, repr=False)
     _bits: Tensor | None = field(default=None, repr=False)
 
@@ -118,6 +121,8 @@ class MaskedParameter:
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
         """Write a new mask in place, so that nothing compiled against the old one is invalid."""
+        if self.norm_dim is not None:
+            mask = living(mask, self.values, self.norm_dim)
         self.mask.copy_(mask)
         self.pruned = True
         for numbers in (self._factor, self._bits):
@@ -200,3 +205,28 @@ def zero_pruned(tensors: Sequence[Tensor], params: Sequence[MaskedParameter]) ->
             tensor.masked_fill_(~param.mask, 0)
     if integers:
         torch._foreach_mul_(integers, bits)
+
+
+def living(mask: Tensor, values: Tensor, dim: int) -> Tensor:
+    """A mask with as many weights in which each slice along a dimension keeps one: its largest.
+
+    What it keeps more there, it takes from the smallest weights that are not the last of their slice.
+
+    Args:
+        mask: bool, True = kept.
+        values: of the mask's shape. Where all of a slice is zero, its first weight is kept.
+        dim: the dimension; -1 for a single slice, all of the tensor.
+    """
+    shape = mask.shape if dim < 0 else mask.movedim(dim, 0).shape
+    rows = (mask if dim < 0 else mask.movedim(dim, 0)).reshape(1 if dim < 0 else shape[0], -1)
+    dead = ~rows.any(1)
+    count = int(dead.sum())
+    if not count:
+        return mask
+    sizes = (values if dim < 0 else values.movedim(dim, 0)).abs().reshape(rows.shape)
+    largest = torch.where(dead, sizes.argmax(1), sizes.masked_fill(~rows, -1).argmax(1))
+    only = torch.zeros_like(rows).scatter_(1, largest.unsqueeze(1), True)
+    spare = sizes.masked_fill(~rows | only, torch.inf).flatten()
+    gone = spare.argsort(stable=True)[: min(count, int((rows & ~only).sum()))]
+    rows = (rows | only).flatten().index_fill(0, gone, False).reshape(shape)
+    return rows if dim < 0 else rows.movedim(0, dim)

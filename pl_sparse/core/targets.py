@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, TypedDict
@@ -10,51 +10,17 @@ from typing import Literal, TypedDict
 import torch
 from torch import nn
 
+from pl_sparse.core.candidates import CONVOLUTIONS, LAYOUTS, Candidate, candidates
 from pl_sparse.core.group import Group
-from pl_sparse.core.layouts import InputsFirst, Plain, Whole
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import near_misses
+from pl_sparse.core.upstream import plain_name
 
-__all__ = ["Patterns", "TargetOptions", "Targets", "find", "select"]
+__all__ = ["Choice", "Patterns", "TargetOptions", "Targets", "find", "select"]
 
 Patterns = Sequence["str | type"]
 """Types (`nn.Conv2d`), names of types ("Conv2d"), or globs on the name of a weight or of its module, in full or from
 any dot on ("encoder.*", "fc1", "blocks.0.*.weight")."""
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, Whole, bool]]:
-    """Every weight that could be pruned: name, module, parameter, layout, and whether it is pruned by default."""
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for short, layout, default in _weights(module):
-            weight = getattr(module, short, None)
-            if not isinstance(weight, nn.Parameter) or id(weight) in seen:
-                continue
-            seen.add(id(weight))
-            name = f"{path}.{short}" if path else short
-            yield name.replace("_orig_mod.", ""), module, weight, layout, default  # torch.compile adds a level
-
-
-def _weights(module: nn.Module) -> Iterator[tuple[str, Whole, bool]]:
-    if isinstance(module, (nn.Linear, *_CONVS)):
-        yield "weight", Plain(), True
-    elif isinstance(module, _TRANSPOSED):
-        yield "weight", InputsFirst(module.groups), True
-    elif isinstance(module, nn.MultiheadAttention):
-        for name in _ATTENTION:
-            yield name, Plain(), True
-    elif isinstance(module, nn.RNNBase):
-        for name, _ in module.named_parameters(recurse=False):
-            if name.startswith("weight_"):
-                yield name, Plain(), True
-    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        yield "weight", Plain(), False
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer keeps (in, out)
-        yield "weight", InputsFirst(), True
 
 
 def _matches(pattern: str | type, name: str, module: nn.Module) -> bool:
@@ -66,16 +32,29 @@ def _matches(pattern: str | type, name: str, module: nn.Module) -> bool:
     return any(fnmatchcase(text, p) for text in (name, path) for p in (pattern, f"*.{pattern}", f"{pattern}.*"))
 
 
-def _refuse_unmatched(what: str, pattern: str | type, weights: Sequence[tuple[str, nn.Module]]) -> None:
-    if any(_matches(pattern, name, module) for name, module in weights):
+def _refuse_unmatched(what: str, pattern: str | type, model: nn.Module, weights: Sequence[Candidate]) -> None:
+    """Refuse a pattern that matches nothing, and say what is there of that name, or of one like it."""
+    if any(_matches(pattern, *name) for weight in weights for name in weight.names):
         return
     text = pattern.__name__ if isinstance(pattern, type) else pattern
-    names = {name for name, _ in weights} | {name.rpartition(".")[0] for name, _ in weights}
-    tails = {name.rpartition(".")[0].rpartition(".")[2] for name, _ in weights} | {type(m).__name__ for _, m in weights}
+    for path, module in model.named_modules():
+        for short, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            name = plain_name(f"{path}.{short}" if path else short)
+            if _matches(pattern, name, module) and text in (name, name.rpartition(".")[0]):
+                kind = "a parameter" if isinstance(tensor, nn.Parameter) else "a buffer"
+                raise ValueError(
+                    f"{what} {text!r} matches no prunable weight: {name} is {kind} with {tensor.dim()} dimensions, and "
+                    "only parameters with two or more are pruned"
+                )
+    listed = [weight.name for weight in weights if weight.role is None and weight.refusal is None]
+    names = {name for weight in weights for name, _ in weight.names}
+    names |= {name.rpartition(".")[0] for name in names}
+    tails = {name.rpartition(".")[2] for name in names if not name.endswith(".weight")}
+    tails |= {type(module).__name__ for weight in weights for _, module in weight.names}
     close = near_misses(text, (names | tails) - {""})
     hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    listed = ", ".join(name for name, _ in weights[:12]) + (", ..." if len(weights) > 12 else "")
-    raise ValueError(f"{what} {text!r} matches no prunable weight. {hint} The prunable weights are: {listed}".strip())
+    shown = ", ".join(listed[:12]) + (", ..." if len(listed) > 12 else "")
+    raise ValueError(f"{what} {text!r} matches no prunable weight. {hint} The prunable weights are: {shown}".strip())
 
 
 def select(model: nn.Module, patterns: Patterns, what: str = "pattern") -> list[str]:
@@ -87,10 +66,44 @@ def select(model: nn.Module, patterns: Patterns, what: str = "pattern") -> list[
     Raises:
         ValueError: a pattern matches nothing.
     """
-    named = [(name, module) for name, module, *_ in _candidates(model)]
+    weights = candidates(model)
     for pattern in patterns:
-        _refuse_unmatched(what, pattern, named)
-    return [name for name, module in named if any(_matches(pattern, name, module) for pattern in patterns)]
+        _refuse_unmatched(what, pattern, model, weights)
+    return [weight.name for weight in weights if any(_selects(pattern, weight, weights) for pattern in patterns)]
+
+
+def _selects(pattern: str | type, weight: Candidate, weights: Sequence[Candidate]) -> bool:
+    """Whether a pattern means a weight.
+
+    What is no weight of a sum of products, and a further name of a tied weight, is meant by a pattern that matches
+    nothing else: "encoder.*" does not mean the encoder's class token.
+    """
+    plain = weight.role is None or isinstance(weight.module, (nn.Embedding, nn.EmbeddingBag))
+    if plain and _matches_first(pattern, weight):
+        return True
+    if not any(_matches(pattern, *other) for other in weight.names):
+        return False
+    return not any(_matches_first(pattern, other) for other in weights if other.role is None)
+
+
+def _matches_first(pattern: str | type, weight: Candidate) -> bool:
+    """Whether a pattern matches a weight by a name that it has in its own layer, the first of a tied weight's."""
+    return any(_matches(pattern, name, module) for name, module in weight.names if module is weight.module)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a model is pruned.
+
+    Attributes:
+        params: the weights, in the model's order, each with a mask of ones.
+        left_out: why a weight stays dense that no pattern excludes, by name.
+        sizes: how many elements each weight of a sum of products has, and all else that is pruned, by name.
+    """
+
+    params: list[MaskedParameter] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 def find(
@@ -99,57 +112,38 @@ def find(
     exclude: Patterns = (),
     first: bool = True,
     last: bool = True,
+    frozen: str = "skip",
 ) -> list[MaskedParameter]:
     """The weights to prune, in the model's order, tied weights once, each with a mask of ones.
 
-    Linear, Conv and ConvTranspose weights, attention projections and recurrent weights are pruned; biases and norms
-    never; embeddings only when `include` names them.
+    Every parameter with two or more dimensions is pruned by default but look-up tables, positions, tokens and scales,
+    which `include` names. Biases and other vectors never are.
 
     Args:
         include: patterns; only what one of them matches is pruned. None: all weights that are pruned by default.
         exclude: patterns; what one of them matches stays dense.
         first: whether the first convolution (of a model that has any) is pruned.
         last: whether the last prunable layer (the classifier, as a rule) is pruned.
+        frozen: "skip", "prune" or "error": what is done with weights that are not trained (`requires_grad=False`).
 
     Raises:
         ValueError: a pattern matches nothing, a weight is not materialised, or nothing is left to prune.
     """
-    candidates = list(_candidates(model))
-    named = [(name, module) for name, module, *_ in candidates]
-    for what, patterns in (("include", include or ()), ("exclude", exclude)):
-        if isinstance(patterns, (str, type)):
-            raise ValueError(f"{what} must be a list of patterns, got {patterns!r} alone: write [{patterns!r}]")
-        for pattern in patterns:
-            _refuse_unmatched(what, pattern, named)
-    spared = _spared([(name, module) for name, module, _, _, default in candidates if default], first, last)
-    params = []
-    for name, module, weight, layout, default in candidates:
-        wanted = default if include is None else any(_matches(pattern, name, module) for pattern in include)
-        if not wanted or name in spared or any(_matches(pattern, name, module) for pattern in exclude):
-            continue
-        if isinstance(weight, nn.UninitializedParameter):
-            raise ValueError(f"{name} is a lazy parameter without a shape yet: run one batch through the model first")
-        if not weight.is_floating_point():
-            raise ValueError(f"{name} is {weight.dtype}: only floating-point weights are pruned. Add it to `exclude`")
-        mask = torch.ones_like(weight, dtype=torch.bool, requires_grad=False)
-        params.append(MaskedParameter(name, module, weight, mask, layout=layout))
-    if not params:
-        raise ValueError(
-            "nothing to prune: "
-            + (
-                "include, exclude, first and last leave none of " + ", ".join(name for name, _ in named)
-                if named
-                else f"{type(model).__name__} has no Linear, convolution, attention or recurrent weight"
-            )
-        )
-    return params
+    return Targets(include, exclude, first, last, frozen=frozen).choose(model).params
 
 
-def _spared(weights: Sequence[tuple[str, nn.Module]], first: bool, last: bool) -> set[str]:
+def _checked(what: str, patterns: Patterns, model: nn.Module, weights: Sequence[Candidate]) -> None:
+    if isinstance(patterns, (str, type)):
+        raise ValueError(f"{what} must be a list of patterns, got {patterns!r} alone: write [{patterns!r}]")
+    for pattern in patterns:
+        _refuse_unmatched(what, pattern, model, weights)
+
+
+def _spared(weights: Sequence[Candidate], first: bool, last: bool) -> set[str]:
     """The names of the first convolution and of the last layer, where these are not to be pruned."""
-    convolutions = [name for name, module in weights if isinstance(module, _CONVS + _TRANSPOSED)]
+    convolutions = [weight.name for weight in weights if isinstance(weight.module, CONVOLUTIONS)]
     spared = set() if first else set(convolutions[:1])
-    return spared if last or not weights else spared | {weights[-1][0]}
+    return spared if last or not weights else spared | {weights[-1].name}
 
 
 @dataclass(frozen=True)
@@ -164,6 +158,11 @@ class Targets:
         overrides: sparsities of single weights by pattern. They are outside of the budget that the others share; the
             first pattern that matches counts. Before the schedule ends they are scaled as its level is.
         misfit: "error", or "dense" to leave weights dense whose shape the structure does not divide.
+        frozen: what is done with weights that are not trained (`requires_grad=False`): "skip" leaves them as they are
+            and does not count them, "prune" prunes them, "error" refuses them.
+        layouts: how weights of classes that are not known are kept, by pattern: "out_in" or "in_out", the last two
+            dimensions of a matrix or of a batch of them (experts); "out_in_kernel" or "in_out_kernel", the first two.
+            Structures that tell outputs from inputs ask for it.
 
     Raises:
         ValueError: a value that makes no sense.
@@ -175,10 +174,17 @@ class Targets:
     last: bool | None = None
     overrides: Mapping[str, float] = field(default_factory=dict)
     misfit: str = "error"
+    frozen: str = "skip"
+    layouts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.misfit not in ("error", "dense"):
             raise ValueError(f"misfit={self.misfit!r} is neither 'error' nor 'dense'")
+        if self.frozen not in ("skip", "prune", "error"):
+            raise ValueError(f"frozen={self.frozen!r} is none of 'skip', 'prune', 'error'")
+        for pattern, layout in self.layouts.items():
+            if layout not in LAYOUTS:
+                raise ValueError(f"layouts: {pattern}={layout!r} is none of {', '.join(map(repr, LAYOUTS))}")
         for pattern, sparsity in self.overrides.items():
             if not 0 <= sparsity <= 1:
                 raise ValueError(f"overrides: {pattern}={sparsity!r} must be a sparsity in [0, 1]")
@@ -192,8 +198,87 @@ class Targets:
         Raises:
             ValueError: as the function `find` does.
         """
+        return self.choose(model, removes_outputs).params
+
+    def choose(self, model: nn.Module, removes_outputs: bool = False, trained: Collection[str] = ()) -> Choice:
+        """What of the model is pruned, and why other weights are not.
+
+        Args:
+            removes_outputs: whether whole outputs of a layer go, which the last one cannot spare by default.
+            trained: names of weights that are not taken for frozen.
+
+        Raises:
+            ValueError: as the function `find` does.
+        """
+        weights = candidates(model)
+        include = self.include
+        _checked("include", include or (), model, weights)
+        _checked("exclude", self.exclude, model, weights)
+        self._lay_out(model, weights)
         last = not removes_outputs if self.last is None else self.last
-        return find(model, self.include, self.exclude, self.first, last)
+        spared = _spared([w for w in weights if w.role is None and w.refusal is None], self.first, last)
+        choice = Choice()
+        for weight in weights:
+            if weight.role is None:
+                choice.sizes[weight.name] = weight.numel
+            excluded = any(_matches(pattern, *name) for pattern in self.exclude for name in weight.names)
+            if weight.name in spared or excluded:
+                continue
+            if include is None:
+                reason = weight.role and f"{weight.role}, no weight of a sum of products; `include` takes it in"
+            elif any(_selects(pattern, weight, weights) for pattern in include):
+                reason = None
+            else:
+                continue
+            reason = weight.refusal if weight.refusal is not None and reason is None else reason
+            named = any(pattern in [name for name, _ in weight.names] for pattern in include or ())
+            if reason is None and not weight.weight.requires_grad and weight.name not in trained:
+                reason = self._frozen(weight.name)
+            if reason is not None:
+                if named:
+                    raise ValueError(f"include names {weight.name}, which cannot be pruned: {reason}")
+                choice.left_out[weight.name] = reason
+                continue
+            if weight.unmade:
+                what = "on the meta device" if weight.weight.is_meta else "a lazy parameter without a shape yet"
+                raise ValueError(f"{weight.name} is {what}: run one batch through the model first, or exclude it")
+            mask = torch.ones_like(weight.weight, dtype=torch.bool, requires_grad=False)
+            choice.sizes[weight.name] = weight.numel
+            choice.params.append(
+                MaskedParameter(
+                    weight.name, weight.module, weight.weight, mask, layout=weight.layout, norm_dim=weight.norm_dim
+                )
+            )
+        if not choice.params:
+            raise ValueError("nothing to prune: " + self._nothing(model, weights, choice))
+        return choice
+
+    def _frozen(self, name: str) -> str | None:
+        """Why a weight that is not trained is left out."""
+        if self.frozen == "error":
+            raise ValueError(
+                f"{name} is frozen (requires_grad=False): unfreeze it, exclude it, or give frozen='skip' to leave such "
+                "weights as they are, frozen='prune' to prune them"
+            )
+        return "it is frozen (requires_grad=False); frozen='prune' prunes it" if self.frozen == "skip" else None
+
+    def _lay_out(self, model: nn.Module, weights: Sequence[Candidate]) -> None:
+        """Give weights the layouts that are declared for them; the first pattern that matches counts."""
+        declared: set[str] = set()
+        for pattern, layout in self.layouts.items():
+            _refuse_unmatched("layouts", pattern, model, weights)
+            for weight in weights:
+                if weight.name not in declared and any(_matches(pattern, *name) for name in weight.names):
+                    declared.add(weight.name)
+                    weight.layout = LAYOUTS[layout]
+
+    @staticmethod
+    def _nothing(model: nn.Module, weights: Sequence[Candidate], choice: Choice) -> str:
+        if choice.left_out:
+            return "; ".join(f"{name}: {reason}" for name, reason in list(choice.left_out.items())[:5])
+        if weights:
+            return "include, exclude, first and last leave none of " + ", ".join(weight.name for weight in weights)
+        return f"{type(model).__name__} has no Linear, convolution or other parameter of two or more dimensions"
 
     def overrides_of(self, model: nn.Module, groups: Sequence[Group]) -> tuple[float | None, ...]:
         """The sparsity of each group that has one of its own, else None.
@@ -221,3 +306,5 @@ class TargetOptions(TypedDict, total=False):
     last: bool | None
     overrides: Mapping[str, float]
     misfit: Literal["error", "dense"]
+    frozen: Literal["skip", "prune", "error"]
+    layouts: Mapping[str, str]

@@ -120,7 +120,7 @@ class MacCounter:
                 self._add(module, name, steps)
 
     def _add(self, module: nn.Module, weight: str, uses: float) -> None:
-        name = self._names.get(id(getattr(module, weight)))
+        name = self._names.get(id(module._parameters.get(weight)))  # reading a parametrized weight may change it
         if name is not None:
             self.positions[name] = self.positions.get(name, 0.0) + uses
 

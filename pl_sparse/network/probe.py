@@ -201,7 +201,7 @@ class Probe:
     @contextmanager
     def _calibrating(self, temperature: float) -> Iterator[None]:
         """Training mode without dropout; the outputs of the last layer, the logits, divided by `temperature`."""
-        last = [find(self.model)[-1].module] if temperature != 1 else []
+        last = [find(self.model, frozen="prune")[-1].module] if temperature != 1 else []
         with (
             hooked(last, post=lambda module, args, kwargs, out: out / temperature),
             undisturbed(self.model),

@@ -130,7 +130,7 @@ def penalized_groups(
 ) -> list[Group]:
     """The groups of a structure, if it divides all the weights."""
     for param in params:
-        reason = structure.misfit(param.layout.shape_of(param.shape))
+        reason = structure.unfit(param)
         if reason is not None:
             raise ValueError(
                 f"{param.name} cannot be penalized by structure={structure.label}: {reason}. Leave it out by "

@@ -71,6 +71,8 @@ class Summary:
         bytes_dense: size of the stored model, dense.
         bytes_compressed: size of the stored model, compressed.
         params_left: number of parameters after channels were removed (0: not counted).
+        coverage: prunable weights over all weights there are, 0..1; None: not counted.
+        left_out: names of the weights that coverage lacks and no pattern excludes.
     """
 
     layers: tuple[LayerRow, ...]
@@ -82,6 +84,8 @@ class Summary:
     bytes_dense: int | None = None
     bytes_compressed: int | None = None
     params_left: int = 0
+    coverage: float | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -136,8 +140,8 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
             stored = int(torch.count_nonzero(masked[name].mask))
             # pruned values are not stored, and each element has a bit
             compressed -= (weight.numel() - stored) * weight.element_size() - -(-weight.numel() // 8)
-        elif name in pruner.skipped:
-            kept, note, structure = weight.numel(), f"dense: {pruner.skipped[name]}", "dense"
+        elif name in pruner.misfits:
+            kept, note, structure = weight.numel(), f"dense: {pruner.misfits[name]}", "dense"
         else:
             continue
         rows.append(
@@ -162,6 +166,8 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
         macs_sparse=counted.sparse if counted is not None else 0.0,
         bytes_dense=size,
         bytes_compressed=compressed,
+        coverage=pruner.coverage,
+        left_out=tuple(name.removeprefix(prefix) for name in pruner.uncovered),
     )
 
 
@@ -261,6 +267,11 @@ def _totals(summary: Summary) -> str:
         f"all parameters: {percent(summary.sparsity_model)} zero "
         f"({summary.params_nonzero:,} of {summary.params_total:,} left)",
     ]
+    if summary.coverage is not None:
+        names = ", ".join(summary.left_out[:3]) + (", ..." if len(summary.left_out) > 3 else "")
+        lines.append(
+            escape(f"coverage: {percent(summary.coverage)} of the weights" + (f", without {names}" * bool(names)))
+        )
     if summary.macs_dense:
         share = percent(summary.macs_sparse / summary.macs_dense)
         lines.append(f"MACs a sample: {_scaled(summary.macs_dense)} -> {_scaled(summary.macs_sparse)} ({share})")

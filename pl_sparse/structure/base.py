@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.group import Group
+from pl_sparse.core.layouts import Unoriented
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parametrized import WHOLE
 from pl_sparse.core.registry import Axis
 from pl_sparse.core.topk import top_k
 
@@ -39,6 +41,26 @@ class Structure(Axis, ABC):
     @abstractmethod
     def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
         """The mask of shape (out, in, *kernel) that keeps the chosen units; it may be a broadcast view."""
+
+    def unfit(self, param: MaskedParameter) -> str | None:
+        """Why a weight cannot be pruned so, or None."""
+        if self.oriented and isinstance(param.layout, Unoriented):
+            return (
+                "which of its dimensions are outputs is not known: declare it by "
+                f"layouts={{{param.name!r}: 'out_in'}} or 'in_out' (out_in_kernel and in_out_kernel for convolutions)"
+            )
+        if param.norm_dim not in (None, WHOLE) and not self.spares(param):
+            return "it is divided by the norms of its parts, and 0 / 0 is no number where all of a part is pruned"
+        return self.misfit(param.layout.shape_of(param.shape))
+
+    def spares(self, param: MaskedParameter) -> bool:
+        """Whether each slice along a normalized weight's `norm_dim` can keep a weight, whatever is pruned."""
+        return False
+
+    @property
+    def oriented(self) -> bool:
+        """Whether it tells the outputs of a weight from its inputs."""
+        return True
 
     # The hooks below have a meaning for some structures only.
 
@@ -69,7 +91,7 @@ class Structure(Axis, ABC):
         """
         skipped: dict[str, str] = {}
         for param in params:
-            reason = self.misfit(param.layout.shape_of(param.shape))
+            reason = self.unfit(param)
             if reason is not None:
                 skipped[param.name] = reason
         fitting = [param for param in params if param.name not in skipped]

@@ -75,6 +75,13 @@ class Channel(Structure):
         return self.coupled
 
     @property
+    def oriented(self) -> bool:
+        return not self.coupled  # which looks for channels by itself
+
+    def spares(self, param: MaskedParameter) -> bool:
+        return self.coupled
+
+    @property
     def removes_outputs(self) -> bool:
         return True
 

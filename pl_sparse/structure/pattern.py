@@ -8,6 +8,7 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
+from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
 from pl_sparse.structure.base import Structure
 
@@ -47,6 +48,9 @@ class NM(Structure):
     @property
     def label(self) -> str:
         return f"{self.n}:{self.m}"
+
+    def spares(self, param: MaskedParameter) -> bool:
+        return param.norm_dim == param.layout.output_dim
 
     def misfit(self, shape: torch.Size) -> str | None:
         if shape[1] % self.m:
@@ -103,6 +107,9 @@ class Transposable(Structure):
     @property
     def label(self) -> str:
         return f"{self.n}:{self.m} transposable"
+
+    def spares(self, param: MaskedParameter) -> bool:
+        return param.norm_dim in (0, 1)
 
     def misfit(self, shape: torch.Size) -> str | None:
         for what, size in (("input", shape[1]), ("output", shape[0])):

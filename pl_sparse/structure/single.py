@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
 from pl_sparse.core.topk import top_k
 from pl_sparse.structure.base import Structure
@@ -18,6 +19,13 @@ __all__ = ["Row", "Unstructured"]
 @dataclass(frozen=True)
 class Unstructured(Structure):
     """Every weight is a unit of its own."""
+
+    @property
+    def oriented(self) -> bool:
+        return False
+
+    def spares(self, param: MaskedParameter) -> bool:
+        return True
 
     def pool(self, scores: Tensor) -> Tensor:
         return scores
@@ -37,6 +45,9 @@ class Row(Structure):
     >>> Row().select(torch.tensor([[4.0, 3.0], [2.0, 1.0]]), keep=2).tolist()
     [[True, False], [True, False]]
     """
+
+    def spares(self, param: MaskedParameter) -> bool:
+        return param.norm_dim == param.layout.output_dim
 
     def pool(self, scores: Tensor) -> Tensor:
         return scores

@@ -43,6 +43,13 @@ class Head(Structure):
     empty: bool = False
 
     @property
+    def oriented(self) -> bool:
+        return False  # it takes layers that it recognises alone
+
+    def spares(self, param: MaskedParameter) -> bool:
+        return True
+
+    @property
     def least(self) -> int:
         return 0 if self.empty else 1
 
@@ -100,6 +107,13 @@ class Hybrid(Structure):
 
     h: int = 32
     w: int = 32
+
+    @property
+    def oriented(self) -> bool:
+        return False  # it takes layers that it recognises alone
+
+    def spares(self, param: MaskedParameter) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         if self.h < 1 or self.w < 1:

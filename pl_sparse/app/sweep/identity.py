@@ -16,7 +16,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from pl_sparse.app.aliases import former_targets
+from pl_sparse.app.aliases import ADDED, former_targets
 from pl_sparse.callbacks.run.status import read_status
 
 __all__ = ["code", "data", "digest", "fingerprint", "run_fingerprint", "settings"]
@@ -34,6 +34,9 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     for key in _BESIDE:
         plain.pop(key, None)
+    for key, default in ADDED.items():  # with its default it is a run of 0.1.0
+        if plain.get(key) == default:
+            plain.pop(key)
     plain["trainer"].pop("enable_progress_bar", None)
     return plain
 
