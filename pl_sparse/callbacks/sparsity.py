@@ -19,7 +19,7 @@ from pl_sparse.callbacks.clock import epochs_behind, estimates, progress
 from pl_sparse.callbacks.steps import StepHooks
 from pl_sparse.core.registry import Axis, names
 from pl_sparse.core.targets import Patterns
-from pl_sparse.core.upstream import averaged_models, compiled, found_infinite_gradients
+from pl_sparse.core.upstream import averaged_models, compiled, found_infinite_gradients, unscale_gradients
 from pl_sparse.network.macs import MacCounter, macs
 from pl_sparse.pruner import Pruner, PrunerOptions
 from pl_sparse.results.summary import Summary, summarize, summary_table
@@ -185,6 +185,7 @@ class Sparsity(Callback):
             self._counter.__enter__()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        unscale_gradients(trainer, optimizer)
         self._before_step(trainer, optimizer)
 
     def _before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
