@@ -1,6 +1,7 @@
 """The schedule against the Trainer's clock: which optimizers step, how often, and where training ends."""
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pl_sparse import Pruner, Sparsity
+from pl_sparse.callbacks import Regularize
+from pl_sparse.regularizer import L1
 from pl_sparse.schedule import Cubic, OneShot
 
 BATCHES = 8
@@ -387,3 +391,43 @@ def test_a_total_that_changes_in_a_plain_loop() -> None:
         pruner.after_step(optimizer)
         levels.append(pruner.sparsity)
     assert levels[14] < 0.75 and levels[15:] == [0.75] * 5
+
+
+# Gradient scalers
+
+
+@pytest.mark.parametrize("masking", ["hard", "srste"])
+def test_fused_optimizers_under_a_scaler(masking: str) -> None:
+    """Scores, decay and penalty see the gradients themselves, and infinite ones are left out."""
+
+    class Adam(Net):
+        fused = False
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), 0.01, fused=self.fused)
+
+    class Explode(Callback):
+        def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+            if trainer.global_step == 5:
+                pl_module.head.weight.grad[0, 0] = float("inf")
+
+    ended = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        module = Adam()
+        module.fused = fused
+        sparsity = Sparsity(scorer="taylor", sparsity=0.75, masking=masking, allocation="uniform", report=False)
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+        precision.autocast_context_manager = nullcontext  # type: ignore[method-assign,assignment]
+        fit(
+            module,
+            Explode(),
+            Regularize(L1(strength=1e-3, proximal=False)),
+            sparsity,
+            EachBatch(sparsity),
+            plugins=[precision],
+        )
+        scores = [param.state["taylor"] for param in sparsity.pruner.params]
+        assert all(bool(torch.isfinite(score).all()) for score in scores)
+        ended.append([*scores, *module.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*ended, strict=True))

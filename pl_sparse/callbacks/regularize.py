@@ -16,6 +16,7 @@ from pl_sparse.callbacks.clock import current_step, steps_per_epoch, total_steps
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.core.group import Group
 from pl_sparse.core.targets import Patterns, find
+from pl_sparse.core.upstream import unscale_gradients
 from pl_sparse.regularizer import Regularizer
 from pl_sparse.schedule import OneShot, Time
 
@@ -141,6 +142,7 @@ class Regularize(Callback):
         self._step = current_step(trainer)
         if not self._active:
             return
+        unscale_gradients(trainer, optimizer)
         with torch.no_grad():
             if not self._started:
                 self.regularizer.start(self.groups)

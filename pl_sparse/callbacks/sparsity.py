@@ -23,7 +23,7 @@ from pl_sparse.callbacks.steps import StepHooks
 from pl_sparse.core.optional import nice_to_have
 from pl_sparse.core.registry import Axis, names
 from pl_sparse.core.targets import Patterns
-from pl_sparse.core.upstream import averaged_models, found_infinite_gradients
+from pl_sparse.core.upstream import averaged_models, found_infinite_gradients, unscale_gradients
 from pl_sparse.pruner import Pruner, PrunerOptions
 from pl_sparse.results.summary import Summary, summarize, summary_table
 from pl_sparse.schedule import Schedule
@@ -216,6 +216,7 @@ class Sparsity(Callback):
         self._macs.finish(batch, loaders[dataloader_idx] if isinstance(loaders, list) else loaders, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        unscale_gradients(trainer, optimizer)
         if self._after_module is None or not self._after_module.follows:
             self._before_step(trainer, optimizer)
 

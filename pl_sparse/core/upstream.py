@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "steps_directly",
     "training_loader",
     "unwrapped",
+    "unscale_gradients",
     "use_fused_attention",
     "validation_has_run",
     "without_fused_layer",
@@ -115,6 +117,20 @@ def steps_directly(trainer: Any) -> bool:
         return False
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
     return bool(progress.ready == progress.completed)
+
+
+def unscale_gradients(trainer: Any, optimizer: Optimizer) -> None:
+    """Unscale the gradients of an optimizer that would do so within its step (fused ones, in mixed precision); to be
+    asked before the step, which then leaves them as they are.
+
+    Lightning unscales those of all others before.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return
+    unscaled = scaler._per_optimizer_states[id(optimizer)]["stage"] is not OptState.READY
+    if not unscaled and any(w.grad is not None for group in optimizer.param_groups for w in group["params"]):
+        scaler.unscale_(optimizer)
 
 
 def place_in_training(trainer: Any) -> tuple[int, int, bool]:
