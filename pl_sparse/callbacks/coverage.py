@@ -18,7 +18,7 @@ _NAMED = 8
 def report_coverage(model: MaskedModel) -> None:
     """Report the coverage, and what is left out with its reason; as a warning where that is more than 5 %.
 
-    What the user excludes lowers the coverage, but is no reason for a warning.
+    What the user excludes, or the structure does not fit, lowers the coverage, but is no reason for a warning.
     """
     sizes = model.choice.sizes
     total = sum(sizes.values())
@@ -26,7 +26,7 @@ def report_coverage(model: MaskedModel) -> None:
     for reason, names in _by_reason(model.choice.left_out).items():
         rank_zero_info(f"{names}: left out, {reason}")
     uncovered = model.uncovered
-    if sum(sizes[name] for name in uncovered) > (1 - _ENOUGH) * total:
+    if sum(sizes[name] for name in uncovered if name not in model.misfits) > (1 - _ENOUGH) * total:
         parts = "; ".join(f"{names}: {reason}" for reason, names in _by_reason(uncovered).items())
         rank_zero_warn(
             f"coverage: only {model.coverage:.2%} of the weights are pruned, and sparsity is that of these alone. "
