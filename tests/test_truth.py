@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Pruner, Sparsity
 from pl_sparse.allocation import Allocation, Units, choose
+from pl_sparse.callbacks import Rewind
 from pl_sparse.core.registry import build
 from pl_sparse.core.targets import find
 from pl_sparse.network.probe import Probe
-from pl_sparse.schedule import Constant, Cubic, Linear, OneShot
+from pl_sparse.schedule import Constant, Cubic, Cyclic, Iterative, Linear, OneShot, Tickets
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import structure
 from pl_sparse.updater import DropGrow, Reconstruct, Update
@@ -519,3 +520,72 @@ def test_a_checkpoint_of_another_exclude_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"other include or exclude: .*net.2"):
         fit(Module(), Sparsity(schedule=OneShot(final=0.5), report=False), epochs=3, ckpt_path=tmp_path / "last.ckpt")
+
+
+# Rules that a small change would break in silence
+
+
+def test_the_extra_unit_of_a_row_goes_to_the_best_one() -> None:
+    scores = torch.tensor([[1.0, 2.0, 0.5], [6.0, 5.0, 4.0], [3.0, 2.5, 2.0]])
+    assert structure("row").select(scores, 4).sum(1).tolist() == [1, 2, 1]
+    assert structure("row").select(scores, 5).sum(1).tolist() == [1, 2, 2]
+
+
+def test_momentum_is_forgotten_also_if_training_is_resumed_before_the_step() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    pruner = Pruner(schedule=OneShot(final=0.5, begin=0.5))
+    pruner.attach(model)
+    for index in range(5):
+        step(model, optimizer, pruner, index, 10)
+    assert pruner.advance()
+    resumed = Pruner(schedule=OneShot(final=0.5, begin=0.5))
+    resumed.load_state_dict(copy.deepcopy(pruner.state_dict()))
+    resumed.attach(model)
+    step(model, optimizer, resumed, 5, 10)
+    for param in resumed.params:
+        assert not param.weight[~param.mask].any()
+        assert not optimizer.state[param.weight]["momentum_buffer"][~param.mask].any()
+
+
+def test_pruned_weights_return_where_the_level_falls() -> None:
+    pruner = Pruner(schedule=Cyclic(final=0.8, begin=0.0, end="8 steps", cycles=1), masking="hard")
+    pruner.attach(net())
+    pruner.prepare(20)
+    levels = []
+    for index in range(10):
+        pruner.before_step(index)
+        pruner.after_step()
+        levels.append(round(pruner.sparsity, 2))
+    assert levels == [0.8] * 4 + [0.0] * 4 + [0.8] * 2
+
+
+def test_phases_that_fall_on_one_step_end_with_the_last() -> None:
+    schedule = Cyclic(final=0.9, begin=0.0, end="2 steps", cycles=3)
+    assert [schedule.levels(index, 10) for index in range(4)] == [(0.0,), (0.9,), (0.9,), ()]
+
+
+def test_rounds_come_at_the_nearest_step_and_not_before_their_time() -> None:
+    schedule = Iterative(final=0.488, rate=0.2, begin=0.0, end="11 steps")
+    assert [index for index in range(20) if schedule.levels(index, 20)] == [0, 6, 11]
+    assert [round(schedule.curve(x), 3) for x in (0.0, 0.4, 0.5, 0.9, 1.0)] == [0.2, 0.2, 0.36, 0.36, 0.488]
+
+
+def test_a_ticket_rewinds_the_learning_rate(tmp_path: Path) -> None:
+    class Decays(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rates: list[float] = []
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            if args[2] == 0:
+                self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+    module = Decays()
+    schedule = Tickets(final=0.5, rate=0.3, to=0.0)
+    fit(module, Sparsity(schedule=schedule, report=False), Rewind("rewind"), epochs=9, default_root_dir=tmp_path)
+    assert module.rates == pytest.approx([0.1, 0.05, 0.025] * 3)
