@@ -14,7 +14,7 @@ A plain training loop needs no more than this:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar, Unpack
 
 import torch
@@ -153,13 +153,8 @@ class Pruner(MaskedModel):
                 self._rebind(model, example)
             return
         masks = () if self._pending is None else self._pending["params"]
-        choice = self.targets.choose(model, self.structure.removes_outputs, trained=masks)
-        groups, misfits = self.structure.bind(choice.params, model, example, self.targets.misfit)
-        self.allocation.start(groups, model, example)
         self._model = model
-        self._overrides = self.targets.overrides_of(model, groups)
-        self.bind(groups, misfits, choice)
-        self.scorer.start(groups, self.structure)
+        self._bind_weights(example, trained=masks)
         if self._pending is not None:
             pending, self._pending = self._pending, None
             try:
@@ -169,6 +164,46 @@ class Pruner(MaskedModel):
                 raise
         else:
             self._start_from_zeros()
+
+    def _bind_weights(self, example: Any, trained: Collection[str]) -> None:
+        """Choose the weights of the model, group and bind them.
+
+        Args:
+            trained: names of weights that are not taken for frozen.
+        """
+        assert self._model is not None
+        choice = self.targets.choose(self._model, self.structure.removes_outputs, trained=trained)
+        groups, misfits = self.structure.bind(choice.params, self._model, example, self.targets.misfit)
+        self.allocation.start(groups, self._model, example)
+        self._overrides = self.targets.overrides_of(self._model, groups)
+        self.bind(groups, misfits, choice)
+        self.scorer.start(groups, self.structure)
+
+    @property
+    def thaws(self) -> bool:
+        """Whether a weight that was frozen when the model was attached is trained by now."""
+        return any(weight.requires_grad for weight in self.choice.frozen.values())
+
+    @torch.no_grad()
+    def thaw(self, example: Any = None) -> list[str]:
+        """Let weights join that are no longer frozen. Call it between two steps.
+
+        Masks and all that goes with them stay. The level that is in force is set anew at the next step, among all
+        weights, so that the sparsity is that of the model again.
+
+        Args:
+            example: inputs that the model can be called with, for a structure that looks at how layers are joined.
+
+        Returns:
+            The names of the weights that joined.
+        """
+        before = state_of(self.masked, self.groups)
+        self._bind_weights(example, trained=before)
+        new = [param for param in self.masked if param.name not in before]
+        load_state(self.masked, self.groups, {**state_of(new, []), **before})
+        if self.level:
+            self._overdue, self._updated = self._overdue or (self.level,), -1
+        return [param.name for param in new]
 
     @torch.no_grad()
     def _start_from_zeros(self) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from pl_sparse import Pruner, Sparsity
 from pl_sparse.callbacks import Regularize
 from pl_sparse.regularizer import L1
-from pl_sparse.schedule import Cubic, OneShot
+from pl_sparse.schedule import Constant, Cubic, OneShot
 
 BATCHES = 8
 
@@ -431,3 +431,28 @@ def test_fused_optimizers_under_a_scaler(masking: str) -> None:
         assert all(bool(torch.isfinite(score).all()) for score in scores)
         ended.append([*scores, *module.parameters()])
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*ended, strict=True))
+
+
+@pytest.mark.parametrize("updater", ["prune", "dropgrow"])
+def test_weights_that_thaw_join_with_the_level_in_force(updater: str) -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    net[0].requires_grad_(False)
+    frozen = net[0].weight.detach().clone()
+    schedule = Constant(final=0.5, every=100) if updater == "dropgrow" else OneShot(final=0.5)
+    pruner = Pruner(schedule=schedule, updater=updater, allocation="uniform")
+    pruner.attach(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for step in range(6):
+        if step == 3:
+            assert torch.equal(net[0].weight, frozen) and not pruner.thaws
+            mask = pruner.params[0].mask.clone()
+            net[0].requires_grad_(True)
+            assert pruner.thaws and pruner.thaw() == ["0.weight"] and not pruner.thaws
+            assert torch.equal(pruner.params[1].mask, mask) and pruner.sparsity == pytest.approx(32 / 192)
+        optimizer.zero_grad()
+        net(torch.randn(5, 8)).square().sum().backward()
+        pruner.before_step(step, 6, optimizer)
+        optimizer.step()
+        pruner.after_step()
+    assert pruner.sparsity == 0.5 and int((net[0].weight == 0).sum()) == 64 and int((net[2].weight == 0).sum()) == 32
+    assert torch.equal(pruner.params[1].mask, mask) or updater == "prune"

@@ -194,6 +194,9 @@ class Sparsity(Callback):
         self._timekeeper = None
         if self._hooks is not None:
             self._hooks.follow(trainer, *trainer.optimizers)
+        if self.pruner.thaws:
+            example = example_of(trainer, pl_module) if self.pruner.structure.needs_example else None
+            rank_zero_info(f"{', '.join(self.pruner.thaw(example))}: no longer frozen, pruned from here on")
         self.pruner.before_forward()
         self._macs.start(pl_module)
 

@@ -99,11 +99,13 @@ class Choice:
         params: the weights, in the model's order, each with a mask of ones.
         left_out: why a weight stays dense that no pattern excludes, by name.
         sizes: how many elements each weight of a sum of products has, and all else that is pruned, by name.
+        frozen: the weights that are left out only because they are not trained, by name.
     """
 
     params: list[MaskedParameter] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    frozen: dict[str, nn.Parameter] = field(default_factory=dict)
 
 
 def find(
@@ -234,6 +236,8 @@ class Targets:
             named = any(pattern in [name for name, _ in weight.names] for pattern in include or ())
             if reason is None and not weight.weight.requires_grad and weight.name not in trained:
                 reason = self._frozen(weight.name)
+                if reason is not None and not named:
+                    choice.frozen[weight.name] = weight.weight
             if reason is not None:
                 if named:
                     raise ValueError(f"include names {weight.name}, which cannot be pruned: {reason}")

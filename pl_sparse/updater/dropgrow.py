@@ -106,9 +106,10 @@ class DropGrow(Updater):
     def update(
         self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update
     ) -> None:
-        if not all(param.pruned for group in groups for param, _ in group.members):
-            start = Random(self.seed)
-            choose(Units(groups, structure, start.score, due.monotone), allocation, due.level, due.overrides)
+        unmasked = [i for i, group in enumerate(groups) if not all(param.pruned for param, _ in group.members)]
+        if unmasked:  # all of them at first, later those that were frozen before
+            units = Units([groups[i] for i in unmasked], structure, Random(self.seed).score, due.monotone)
+            choose(units, allocation, due.level, [due.overrides[i] for i in unmasked])
             return
         units = Units(groups, structure, scorer.score, unit_scores=scorer.unit_scores)
         alive = [units.alive(index) for index in range(len(units))]

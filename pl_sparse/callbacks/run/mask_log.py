@@ -56,6 +56,8 @@ class Track(Callback):
         if pruner.num_updates == self._seen:
             return
         self._seen, self._logged = pruner.num_updates, trainer.global_step
+        if len(self._masks) != len(pruner.params):  # weights joined: nothing to compare theirs with
+            self._masks = [param.mask.clone() for param in pruner.params]
         counts = torch.stack(  # (weights, 3): kept before, kept now, kept both times
             [
                 torch.stack([before.sum(), param.mask.sum(), (before & param.mask).sum()]).cpu()
