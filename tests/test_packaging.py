@@ -115,7 +115,8 @@ import hydra
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 
-VERSION = {} if hasattr(hydra.utils, "execution_whitelist") else {"version_base": "1.3"}
+NEW = hasattr(hydra.utils, "execution_whitelist")
+VERSION = {"execution_whitelist": ["pl_sparse.*"]} if NEW else {"version_base": "1.3"}
 
 
 class Line(LightningModule):
