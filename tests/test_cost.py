@@ -160,3 +160,14 @@ def test_wrong_masks_are_refused() -> None:
         macs(model, counter, {"weight": torch.ones(8, 4)})
     with pytest.raises(ValueError, match="batch_size"):
         macs(model, counter, batch_size=0)
+
+
+def test_counters_that_overlap_give_the_fused_path_back() -> None:
+    model = torch.nn.Linear(2, 2)
+    first, second = MacCounter(model), MacCounter(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__(None, None, None)
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -387,7 +387,8 @@ def test_bad_combinations_are_refused() -> None:
     with pytest.raises(ValueError, match=r"call before_forward\(\) before each forward pass"):
         pruner.before_step(0)
     other = Pruner("hardconcrete", schedule, Channel(), updater="threshold", last=True)
-    other.load_state_dict(pruner.state_dict())
+    state = {key: value for key, value in pruner.state_dict().items() if key != "settings"}  # of an earlier release
+    other.load_state_dict(state)
     with pytest.raises(ValueError, match=r"another structure: the gates of 0.weight have shape \(6, 9\), here \(6,\)"):
         other.attach(net())
 

@@ -117,6 +117,7 @@ class Stream(IterableDataset[Any]):
 # What an optimizer owns
 
 
+@pytest.mark.filterwarnings("ignore:coverage")
 @pytest.mark.parametrize("schedule", [OneShot(final=0.75), Cubic(final=0.75, every=1)])
 @pytest.mark.parametrize("masking", ["hard", "ste"])
 def test_weights_that_unfreeze_stay_masked(schedule: Any, masking: str) -> None:

@@ -511,6 +511,7 @@ def test_a_state_of_other_settings_is_refused(options: dict[str, Any], message: 
     Pruner(schedule="cubic", sparsity=0.9, allocation="global").load_state_dict(state)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
 def test_a_checkpoint_of_another_exclude_is_refused(tmp_path: Path) -> None:
     fit(
         Module(),

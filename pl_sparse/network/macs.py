@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,17 +44,21 @@ class MacCounter:
     {'0.weight': 15.0}
     """
 
+    _open: ClassVar[int] = 0
+    _fastpath: ClassVar[bool] = True  # before the first was opened
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.positions: dict[str, float] = {}
         self.other = 0.0
         self._names: dict[int, str] = {}
         self._handles: list[RemovableHandle] = []
-        self._fastpath = True
 
     def __enter__(self) -> MacCounter:
         # The fused transformer path of eval mode calls no submodule, so no hook would fire.
-        self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        if not MacCounter._open:
+            MacCounter._fastpath = torch.backends.mha.get_fastpath_enabled()
+        MacCounter._open += 1  # several may be open at once, and close in any order
         torch.backends.mha.set_fastpath_enabled(False)
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         try:
@@ -71,7 +75,9 @@ class MacCounter:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        torch.backends.mha.set_fastpath_enabled(self._fastpath)
+        MacCounter._open -= 1
+        if not MacCounter._open:
+            torch.backends.mha.set_fastpath_enabled(MacCounter._fastpath)
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: add the uses of one call of `module`."""
