@@ -32,8 +32,11 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed and call.excinfo is not None and item.config.getoption("--without-extras"):
-        _, found, rest = str(call.excinfo.value).partition(LACKING)
-        if found:
+        error: BaseException | None = call.excinfo.value
+        while error is not None and LACKING not in str(error):
+            error = error.__cause__ or error.__context__
+        if error is not None:
+            extra = str(error).partition(LACKING)[2].partition("]")[0]
             report.outcome = "skipped"
-            report.longrepr = (str(item.path), item.reportinfo()[1] or 0, f"needs {rest.partition(']')[0]}")
+            report.longrepr = (str(item.path), item.reportinfo()[1] or 0, f"needs {extra}")
     return report
