@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -109,7 +110,7 @@ class Sparsity(Callback):
             raise ValueError("the trainer has no Sparsity callback: add one, Trainer(callbacks=[Sparsity(...)])")
         return None
 
-    @property
+    @cached_property  # the Trainer asks for it at each of its hooks
     def state_key(self) -> str:
         def words(patterns: Patterns | None) -> list[str] | None:
             return None if patterns is None else [p if isinstance(p, str) else p.__name__ for p in patterns]
