@@ -7,7 +7,7 @@ LOWEST := .venv-lowest
 PIP := -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-lowest lint format bench reproduce clean
+.PHONY: help install demo test test-slow test-docs test-lowest lint format bench reproduce clean
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ demo: $(STAMP) ## Train on digits to 90 % sparsity, and say where the plots are
 
 test: install ## Run the tests (the slow ones excepted)
 	$(BIN)/pytest
+
+test-docs: install ## Run the commands of the documentation, and compare the README's figures
+	$(BIN)/pytest -m docs --timeout 1800 tests/test_documented.py
 
 test-slow: install ## Run the slow tests
 	$(BIN)/pytest -m slow
