@@ -71,7 +71,7 @@ def test_the_scorer_of_the_guide_in_a_package_of_its_own(tmp_path: Path) -> None
     assert "actual 90.00%" in output
 
 
-def test_the_scorer_of_the_guide_in_this_package(tmp_path: Path) -> None:
+def test_the_scorer_of_the_guide_in_this_package(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     guide = (ROOT / "CONTRIBUTING.md").read_text()
     cls, _ = blocks("python")
     (yaml,) = blocks("yaml")
@@ -99,5 +99,6 @@ def test_the_scorer_of_the_guide_in_this_package(tmp_path: Path) -> None:
         tmp_path, [tmp_path],
         "-m", "pytest", "tests/test_contract.py", "-q", "-n", "0", "-p", "no:cacheprovider",
         "-k", f"{name.lower()} and (cubic or linear or oneshot or yaml)",
+        *(f"-W{action}" for action in pytestconfig.getoption("pythonwarnings") or ()),
     )  # fmt: skip
     assert int(re.findall(r"(\d+) passed", output)[0]) > 10 and "failed" not in output
