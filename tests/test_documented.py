@@ -29,7 +29,14 @@ from pl_sparse.app.cli import COMMANDS
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 SHORT = {"data.limit": "300", "trainer.max_epochs": "3", "trainer.enable_progress_bar": "false"}
-PLACEHOLDERS = ("NAME", "key=a", "package.Class", "=...", "<folder")  # what a reader replaces by something of their own
+PLACEHOLDERS = (
+    "NAME",
+    "scorer=relative",
+    "key=a",
+    "package.Class",
+    "=...",
+    "<folder",
+)  # what a reader replaces by something of their own
 LOOKERS = ("pareto", "show", "compare", "export", "bench")
 START = re.compile(r"^(python train\.py|python benchmarks/|python -m benchmarks|pl-sparse |make )")
 PLACES = re.compile(r"outputs/(<date>/<time>|\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d)|<run>|\b(RUN|DIR)\b|^outputs$")
@@ -78,7 +85,7 @@ def commands_of(page: Path) -> list[Command]:
         else:
             texts += [code for code in re.findall(r"`([^`]+)`", line) if START.match(code) and "..." not in code]
         commands += [Command(page.name, index + 1, text, notes["shortened"], notes["not run"]) for text in texts]
-        if not fence and line.strip() and not line.startswith("```"):
+        if not fence and not line.strip():  # a note is of the paragraph, or the block, that follows
             notes = {"shortened": None, "not run": None}
     return commands
 
@@ -180,12 +187,24 @@ def run_training(
     if code == 2 and "cannot be reached" in error:
         pytest.skip(error)
     assert code == 0, f"{command.text}\nas {' '.join(words)} ended with code {code}: {error}"
-    runs = [path.parent for path in folder.glob("**/metrics.json")] if sweep else [folder]
+    runs = [path.parent.parent for path in folder.glob("**/.hydra/overrides.yaml")] if sweep else [folder]
     assert runs
     for run in runs:
         saved = run / ".hydra" / "overrides.yaml"
         check_run(run, [line.removeprefix("- ") for line in saved.read_text().splitlines()] if sweep else words)
     assert not sweep or (folder / "pareto.html").is_file()
+
+
+def test_launchers_take_their_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a cluster's command sets is composed, though not run."""
+    commands = [c for c in documented() if c.not_run]
+    assert len(commands) == 2
+    for command in commands:
+        pytest.importorskip(
+            "hydra_plugins." + ("hydra_ray_launcher" if "launcher=ray" in command.text else "hydra_submitit_launcher")
+        )
+        words = [word for word in shortened(command) if word != "-m" and "," not in word]
+        assert call(monkeypatch, ["train", *words, f"hydra.run.dir={tmp_path}", "--cfg", "hydra"]) == 0, command.text
 
 
 def test_commands_are_found() -> None:
@@ -241,6 +260,7 @@ def test_a_training_of_the_readme(
 
 
 @pytest.mark.docs
+@pytest.mark.filterwarnings("default")  # of the sweepers' and launchers' dependencies
 @pytest.mark.parametrize("command", _trainings(quick=False))
 def test_a_training_of_the_docs(
     command: Command,
