@@ -69,4 +69,4 @@ def arguments(command: Sequence[str]) -> list[str]:
         added += [setting for setting in settings if setting.partition("=")[0].lstrip("+") not in keys]
         if extra == "ray":
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    return [*command, *added]
+    return [*added, *command]  # before a flag such as --cfg, after which no setting is read
