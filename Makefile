@@ -4,10 +4,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 LOWEST := .venv-lowest
+ZOO := .venv-zoo
 PIP := -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-docs test-lowest lint format bench reproduce clean
+.PHONY: help install demo test test-slow test-docs test-zoo test-lowest lint format bench reproduce clean
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +47,15 @@ $(LOWEST)/.installed: pyproject.toml .ci/lowest.py
 test-lowest: $(LOWEST)/.installed ## Run the tests that need no extra with the lowest versions of the dependencies
 	$(LOWEST)/bin/pytest -n 0 -W default --without-extras tests
 
+$(ZOO)/.installed: pyproject.toml constraints.txt tests/zoo/requirements.txt
+	$(PYTHON) -m venv $(ZOO)
+	$(ZOO)/bin/python $(PIP) -c constraints.txt -e '.[transformers,quantize,sweep,ray]' $$(grep -E '^(pytest|pytest-xdist|pytest-timeout|hypothesis)==' constraints.txt)
+	$(ZOO)/bin/python $(PIP) --no-deps -c constraints.txt -r tests/zoo/requirements.txt
+	@touch $@
+
+test-zoo: $(ZOO)/.installed ## Train modules of other packages to be sparse, and write docs/zoo.md
+	$(ZOO)/bin/pytest tests/zoo -m "" --zoo-table docs/zoo.md
+
 lint: install ## Check format, lint, types, the order of imports and the declared dependencies
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -64,5 +74,5 @@ reproduce: install ## Run the published experiments (resumable) and write docs/r
 	$(BIN)/python -m benchmarks.reproduce
 
 clean: ## Remove the virtual environment, caches and build outputs
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(ZOO) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -176,7 +176,7 @@ class Pruner(MaskedModel):
         groups, misfits = self.structure.bind(choice.params, self._model, example, self.targets.misfit)
         self.allocation.start(groups, self._model, example)
         self._overrides = self.targets.overrides_of(self._model, groups)
-        self.bind(groups, misfits, choice)
+        self.bind(groups, {**choice.spared, **misfits}, choice)
         self.scorer.start(groups, self.structure)
 
     @property

@@ -306,6 +306,38 @@ def test_what_zeros_do_not_survive_is_left_out_by_name() -> None:
         find(model, include=["0.weight"])
 
 
+class Standardized(nn.Conv2d):
+    """The weight is standardised in each forward pass, as in BiT and NFNets, and the gain begins at zero."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self.gain * F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Scaled(nn.Linear):
+    """What is computed with is zero where the weight is; what is added is no weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, 0.5 * self.weight, self.bias) + x.mean(1, keepdim=True)
+
+
+def test_weights_that_a_forward_of_its_own_standardises_are_left_out_by_name() -> None:
+    model = nn.Sequential(
+        Standardized(4, 8, 3), Standardized(8, 8, (1, 3), groups=2, dilation=2), nn.Conv2d(8, 4, 1), Scaled(4, 4)
+    )
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    pruner = attached(model)
+    assert [param.name for param in pruner.params] == ["2.weight", "3.weight"]
+    assert list(pruner.uncovered) == ["0.weight", "1.weight"]
+    assert all("no zeros of the weight" in reason for reason in pruner.uncovered.values())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_parametrized_weights_are_named_like_the_layer_s() -> None:
     model = vocoder(parametrizations.weight_norm)
     first = "0.parametrizations.weight.original1"
@@ -425,6 +457,30 @@ def test_low_coverage_is_one_warning_with_names_and_reasons() -> None:
     assert sparsity.summary.left_out == ("net.0.weight",) and sparsity.summary.sparsity == 0.5
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.attend(x, x, x)[0])
+        return out
+
+
+@pytest.mark.parametrize("structure", ["head", "channel"])
+def test_what_a_structure_takes_no_part_of_is_named(structure: str) -> None:
+    pruner = attached(Attention(), structure=structure)
+    assert list(pruner.skipped) == list(pruner.uncovered) == ["out.weight"] and pruner.coverage == 0.8
+    reason = {"head": "structure=head has no unit in it", "channel": "it is the last layer"}[structure]
+    assert reason in pruner.misfits["out.weight"]
+
+
+def test_the_last_layer_is_named_only_where_a_default_spares_it() -> None:
+    assert not attached(Attention(), structure="channel", last=False).skipped
+    assert not attached(Attention(), structure="channel", last=True).skipped
+    assert not attached(Attention(), structure="channel", include=["attend"]).skipped
+
+
 def test_what_the_user_excludes_is_no_warning() -> None:
     sparsity = fit(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), exclude=["net.0"])
     assert sparsity.pruner.coverage == 0.5 and not sparsity.pruner.uncovered
@@ -448,6 +504,16 @@ def test_the_power_iterations_of_a_spectral_norm_are_those_of_training_alone() -
 
     plain, pruned = trained(False), trained(True)
     assert all(torch.equal(plain[key], pruned[key]) for key in plain)
+
+
+def test_a_weight_whose_zeros_cannot_be_counted_is_counted_whole() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[0].weight = nn.Parameter(torch.zeros(8, 8).to(torch.float8_e4m3fn), requires_grad=False)
+    pruner = attached(model)
+    pruner.prepare(1)
+    with pytest.raises(NotImplementedError):
+        torch.count_nonzero(model[0].weight)
+    assert summarize(pruner, model).params_nonzero == 64 + 32
 
 
 def test_the_table_names_the_coverage() -> None:

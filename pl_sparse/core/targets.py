@@ -98,12 +98,14 @@ class Choice:
     Attributes:
         params: the weights, in the model's order, each with a mask of ones.
         left_out: why a weight stays dense that no pattern excludes, by name.
+        spared: why the last layer stays dense where the structure removes whole outputs, by name.
         sizes: how many elements each weight of a sum of products has, and all else that is pruned, by name.
         frozen: the weights that are left out only because they are not trained, by name.
     """
 
     params: list[MaskedParameter] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    spared: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     frozen: dict[str, nn.Parameter] = field(default_factory=dict)
 
@@ -217,20 +219,24 @@ class Targets:
         _checked("include", include or (), model, weights)
         _checked("exclude", self.exclude, model, weights)
         self._lay_out(model, weights)
-        last = not removes_outputs if self.last is None else self.last
-        spared = _spared([w for w in weights if w.role is None and w.refusal is None], self.first, last)
+        able = [weight for weight in weights if weight.role is None and weight.refusal is None]
+        excluded_ends = _spared(able, self.first, self.last is not False)
+        output = _spared(able, True, self.last is not None or not removes_outputs)
         choice = Choice()
         for weight in weights:
             if weight.role is None:
                 choice.sizes[weight.name] = weight.numel
             excluded = any(_matches(pattern, *name) for pattern in self.exclude for name in weight.names)
-            if weight.name in spared or excluded:
+            if weight.name in excluded_ends or excluded:
                 continue
             if include is None:
                 reason = weight.role and f"{weight.role}, no weight of a sum of products; `include` takes it in"
             elif any(_selects(pattern, weight, weights) for pattern in include):
                 reason = None
             else:
+                continue
+            if weight.name in output:
+                choice.spared[weight.name] = "it is the last layer, whose outputs are the model's; last=True prunes it"
                 continue
             reason = weight.refusal if weight.refusal is not None and reason is None else reason
             named = any(pattern in [name for name, _ in weight.names] for pattern in include or ())
@@ -278,8 +284,8 @@ class Targets:
 
     @staticmethod
     def _nothing(model: nn.Module, weights: Sequence[Candidate], choice: Choice) -> str:
-        if choice.left_out:
-            return "; ".join(f"{name}: {reason}" for name, reason in list(choice.left_out.items())[:5])
+        if reasons := {**choice.left_out, **choice.spared}:
+            return "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5])
         if weights:
             return "include, exclude, first and last leave none of " + ", ".join(weight.name for weight in weights)
         return f"{type(model).__name__} has no Linear, convolution or other parameter of two or more dimensions"

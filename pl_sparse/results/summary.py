@@ -131,7 +131,7 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
     )
     nonzero = 0
     for name, weight in params.items():
-        nonzero += int(torch.count_nonzero(weight))
+        nonzero += _nonzero(weight)
         dense, sparse = counted.layers.get(name, (0.0, 0.0)) if counted is not None else (0.0, 0.0)
         if name in masked:
             kept = masked[name].kept
@@ -169,6 +169,14 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
         coverage=pruner.coverage,
         left_out=tuple(name.removeprefix(prefix) for name in pruner.uncovered),
     )
+
+
+def _nonzero(weight: nn.Parameter) -> int:
+    """How many elements are not zero: all of them, where the tensor of another library cannot tell."""
+    try:
+        return int(torch.count_nonzero(weight))
+    except NotImplementedError:
+        return weight.numel()
 
 
 def dead_layers(summary: Summary) -> list[str]:

@@ -112,6 +112,7 @@ class Structure(Axis, ABC):
             raise ValueError("nothing to prune: " + "; ".join(f"{name}: {why}" for name, why in skipped.items()))
         # of a layer that several groups share, one may be open and another not
         pruned = {param.name for group in groups for param, _ in group.members}
+        skipped = dict.fromkeys((p.name for p in params), f"structure={self.label} has no unit in it") | skipped
         return groups, {name: reason for name, reason in skipped.items() if name not in pruned}
 
     @property

@@ -1,0 +1,1 @@
+"""Modules that this project did not write, trained to be sparse one after the other."""
