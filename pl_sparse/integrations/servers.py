@@ -36,6 +36,8 @@ def _url(logger: Mapping[str, Any]) -> str | None:
     if kind == "WandbLogger" and logger.get("mode") in (None, "online") and not logger.get("offline"):
         if logger.get("mode") is None and os.environ.get("WANDB_MODE", "online") != "online":
             return None
+        if "WANDB_BASE_URL" in os.environ:
+            return os.environ["WANDB_BASE_URL"]
         import wandb
 
         return str(wandb.Settings().base_url)
