@@ -76,7 +76,7 @@ def test_a_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert sum(int(row["kept"]) for row in layers) == 5_020
     with open(tmp_path / "history.csv") as file:
         history = list(csv.DictReader(file))
-    assert [int(row["epoch"]) for row in history] == [0, 1, 2, 3] and float(history[-1]["sparsity"]) == 0.9
+    assert [int(row["epoch"]) for row in history] == [1, 2, 3, 4] and float(history[-1]["sparsity"]) == 0.9
     assert {"train/loss", "train/acc", "val/loss", "val/acc", "lr", "seconds"} <= set(history[0])
     told = capsys.readouterr().out
     assert "epoch 4/4" in told and "actual 90.00%" in told and "training.png" in told

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 from omegaconf import OmegaConf
+from test_app import config
 from test_loggers import read_offline
 from test_pareto import made
 
+from pl_sparse.app.hydra_api import composition
+from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.training import train
+from pl_sparse.integrations.servers import obstacle
 from pl_sparse.integrations.wandb_report import hand_over_sweep
 from pl_sparse.results.overview import overview
 
@@ -100,10 +108,27 @@ def test_a_report_is_saved_and_its_link_told(sweep: Path, server: tuple[str, lis
         [panel["viewType"] for section in grid["panelBankSectionConfig"]["panels"] for panel in [section]]
         for grid in grids
     ]
-    assert kinds == [["Scatter Plot"] * 3, ["Run History Line Plot"] * 4]
+    assert kinds == [["Scatter Plot"] * 3 + ["Parallel Coordinates Plot"], ["Run History Line Plot"] * 4]
     (filters,) = (runs["filters"]["filters"] for runs in grids[0]["runSets"])
     assert filters[0]["key"] == {"section": "run", "name": "group"} and filters[0]["value"] == ["swept"]
     assert "final/sparsity" in view["spec"] and "final/test/acc" in view["spec"] and "0.89" in view["spec"]
+
+
+def test_the_agent_of_a_sweep_starts_runs_with_settings_that_are(tmp_path: Path) -> None:
+    """The command of examples/wandb_sweep.yaml, made of its parameters as the agent makes it, is composed."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    path = Path(__file__).parent.parent / "examples" / "wandb_sweep.yaml"
+    asked = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(asked, dict)
+    least = {name: {"value": p["min"] if "min" in p else p["values"][0]} for name, p in asked["parameters"].items()}
+    values = create_sweep_command_args({"args": least}) | {"env": []}
+    line = [word for part in create_sweep_command(asked["command"]) for word in values.get(part[2:-1], [part])]
+    assert line[:3] == ["pl-sparse", "train", "logger=wandb"] and len(line) == 3 + len(least)
+    with composition():
+        cfg = hydra.compose("train", line[2:])
+    assert cfg.sparsity == 0.5 and cfg.optimizer.lr == 0.0003 and cfg.logger.wandb.project == asked["project"]
+    assert asked["metric"]["name"] == f"final/{cfg.objective}"
 
 
 def test_without_a_login_the_page_is_the_report(sweep: Path) -> None:
@@ -123,3 +148,31 @@ def test_the_overview_of_a_sweep_is_a_run_of_its_group(sweep: Path, monkeypatch:
     artifact = kinds["request"].log_artifact.artifact if "artifact" not in kinds else kinds["artifact"]
     assert {entry.path for entry in artifact.manifest.contents} >= {"pareto.csv", "pareto.html", "pareto.png"}
     assert wandb.run is None
+
+
+def test_a_server_that_does_not_answer_is_named_within_seconds(server: tuple[str, list[dict[str, Any]]]) -> None:
+    """One that refuses, one that stays silent; one that answers, if only with an error, is there."""
+    silent = socket.socket()
+    silent.bind(("127.0.0.1", 0))
+    silent.listen()
+    mlflow = {"_target_": "lightning.pytorch.loggers.MLFlowLogger"}
+    began = time.monotonic()
+    address = "http://127.0.0.1:{}"
+    waits = obstacle({**mlflow, "tracking_uri": address.format(silent.getsockname()[1])}, seconds=0.5)
+    silent.close()
+    refused = obstacle({**mlflow, "tracking_uri": address.format(9)})
+    assert time.monotonic() - began < 5
+    assert waits is not None and "MLFlowLogger cannot reach" in waits
+    assert refused is not None and "refused" in refused and "sqlite" in refused
+    assert obstacle({**mlflow, "tracking_uri": server[0]}) is None  # it answers GET with an error
+    assert obstacle({**mlflow, "tracking_uri": "sqlite:///mlflow.db"}) is None
+
+
+def test_wandb_that_cannot_be_reached_ends_a_run_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ConfigError, match=r"logger.wandb: WandbLogger cannot reach http://127.0.0.1:9: .*mode=offline"):
+        train(config(tmp_path, "logger=wandb"))
+    assert not (tmp_path / "history.csv").exists()

@@ -84,7 +84,15 @@ def test_several_loggers_carry_the_same(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     metrics = train(
-        config(tmp_path, "logger=[csv,tensorboard,mlflow,wandb]", "trainer.log_every_n_steps=1", "logger.wandb.group=g")
+        config(
+            tmp_path,
+            "logger=[csv,tensorboard,mlflow,wandb]",
+            "trainer.log_every_n_steps=1",
+            "logger.wandb.group=g",
+            "logger.wandb.tags=[a,b]",
+            "logger.wandb.notes=first",
+            "logger.wandb.entity=team",
+        )
     )
     final = metrics["test/acc"]
 
@@ -112,7 +120,11 @@ def test_several_loggers_carry_the_same(tmp_path: Path, monkeypatch: pytest.Monk
     kinds, history, summary = read_offline(tmp_path)
     assert set(history) >= KEYS and json.loads(summary["final/test/acc"]) == final
     assert kinds["run"].run_group == "g" and kinds["run"].project == "pl_sparse"
-    assert "artifact" in kinds
+    assert (kinds["run"].entity, list(kinds["run"].tags), kinds["run"].notes) == ("team", ["a", "b"], "first")
+    assert kinds["run"].job_type == "train"
+    model = kinds["artifact"]  # the last one
+    assert model.type == "model" and set(model.aliases) == {"latest", "best", "sparse"}
+    assert "model.safetensors" in {entry.path for entry in model.manifest.contents}
 
 
 def read_offline(folder: Path) -> tuple[dict[str, Any], set[str], dict[str, str]]:

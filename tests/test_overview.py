@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -134,6 +135,24 @@ def test_points_and_lines_are_drawn(page: Any) -> None:
     page.locator("#seeds").uncheck()
     assert "exploded </script><img" in page.locator("#others").inner_text()
     assert "smallest within 1 point of dense" in page.locator("#summary").inner_text()
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_labels_can_be_read_at_any_width(page: Any, width: int) -> None:
+    """Each is as large as it is on a desk, within the picture, and beside the others."""
+    page.set_viewport_size({"width": width, "height": 900})
+    try:
+        picture = page.locator("#svg").bounding_box()
+        boxes = [label.bounding_box() for label in page.locator("#svg text:not([transform])").all()]
+        assert len(boxes) > 6 and min(box["height"] for box in boxes) >= 12
+        assert all(box["x"] >= picture["x"] - 1 for box in boxes)
+        assert all(box["x"] + box["width"] <= picture["x"] + picture["width"] + 1 for box in boxes)
+        for a, b in itertools.combinations(boxes, 2):
+            beside = a["x"] + a["width"] <= b["x"] or b["x"] + b["width"] <= a["x"]
+            assert beside or a["y"] + a["height"] <= b["y"] + 4 or b["y"] + b["height"] <= a["y"] + 4
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    finally:
+        page.set_viewport_size({"width": 1200, "height": 900})
 
 
 def test_hovering_shows_the_settings(page: Any) -> None:

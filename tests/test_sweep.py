@@ -116,6 +116,35 @@ def test_a_dense_start_is_trained_once_bit_for_bit(tmp_path: Path) -> None:
     assert not (tmp_path / "shared" / "7" / "checkpoints" / "prefix.ckpt").exists()
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_start_is_trained_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    asked = ["schedule.begin=0.5", "trainer.max_epochs=2", f"prefix_cache={tmp_path / 'prefixes'}"]
+    assert command(*asked, f"hydra.run.dir={tmp_path / 'first'}") == 0
+    (state,) = tmp_path.glob("prefixes/*/state.ckpt")
+    data = bytearray(state.read_bytes())
+    middle = len(data) // 2
+    data[middle] ^= 1
+    state.write_bytes(data[:middle] if damage == "cut" else data)
+    assert command(*asked, "sparsity=0.5", f"hydra.run.dir={tmp_path / 'second'}") == 0
+    assert "state.ckpt is damaged: its 1 epochs are trained anew" in capsys.readouterr().out
+    assert command(*asked, "sparsity=0.8", f"hydra.run.dir={tmp_path / 'third'}") == 0
+    assert (read_status(tmp_path / "third") or {})["steps_shared"] > 0
+    assert command(*asked[:2], "sparsity=0.8", f"hydra.run.dir={tmp_path / 'alone'}") == 0
+    assert same(tmp_path / "third", tmp_path / "alone")
+
+
+def test_a_finished_run_or_sweep_that_is_resumed_has_nothing_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["trainer.max_epochs=1", "resume=true"]
+    for arguments, where in (([], "hydra.run.dir"), (["-m", "sparsity=0.5,0.8"], "hydra.sweep.dir")):
+        folder = tmp_path / where
+        assert command(*arguments, *asked, f"{where}={folder}") == 0
+        assert "nothing was to be done" not in capsys.readouterr().out
+        assert command(*arguments, *asked, f"{where}={folder}") == 0
+        assert "nothing was to be done" in capsys.readouterr().out
+
+
 def test_rounds_of_lottery_tickets_are_trained_once_bit_for_bit(tmp_path: Path) -> None:
     levels = [round(1 - 0.8**k, 12) for k in range(1, 9)]
     asked = ["method=lth", "allocation=uniform", "schedule.epochs=1", "data.limit=64"]

@@ -206,7 +206,7 @@ def print_report(folder: Path, summary: Summary, metrics: Mapping[str, Any], lev
     scores = [(name, metrics[name]) for name in usual or logged]
     line = ", ".join(f"{name} {value:.4f}" for name, value in scores)
     epoch = metrics["epoch_best"]
-    source = f"best at the target: epoch {epoch + 1}" if epoch is not None else "last epoch"
+    source = f"best at the target: epoch {epoch}" if epoch is not None else "last epoch"
     console.print(f"{line} ({source} of {metrics['epochs']}, {metrics['train_seconds']:.1f} s of training)".lstrip())
     console.print(f"\nwritten to {folder}:", highlight=False, soft_wrap=True)
     for name, content in _WRITTEN.items():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as Bar
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.hydra_api import instantiate
@@ -17,7 +18,8 @@ from pl_sparse.app.instantiate import each
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.callbacks.run.atomic_checkpoints import AtomicCheckpoints
 from pl_sparse.callbacks.run.mask_log import Track
-from pl_sparse.callbacks.run.progress import ProgressLines
+from pl_sparse.callbacks.run.progress import ProgressBar, ProgressLines
+from pl_sparse.integrations.servers import obstacle
 
 __all__ = ["make_trainer"]
 
@@ -42,8 +44,10 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
         )
     if node.get("enable_progress_bar") is None:
         node.enable_progress_bar = sys.stderr.isatty()
-    lines = [] if node.enable_progress_bar else [ProgressLines()]
     configured = list(each(cfg, "callbacks").values())
+    lines: list[Callback] = [] if node.enable_progress_bar else [ProgressLines()]
+    if node.enable_progress_bar and not any(isinstance(callback, Bar) for callback in configured):
+        lines = [ProgressBar(cfg.objective)]
     loggers = _loggers(cfg)
     all_callbacks = [*callbacks, *lines, *configured, *([Track()] if loggers else [])]
     sharded = str(node.get("strategy")).startswith(("fsdp", "deepspeed", "model_"))  # these write their own way
@@ -66,6 +70,9 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
 def _loggers(cfg: DictConfig) -> list[Any]:
     """All loggers, each with the settings logged: one that cannot reach its server fails here, before training."""
     Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+    for name, node in (cfg.get("logger") or {}).items():
+        if node is not None and (reason := obstacle(node)) is not None:
+            raise ConfigError(f"logger.{name}: {reason}")
     loggers = list(each(cfg, "logger").values())
     for logger in loggers:
         try:

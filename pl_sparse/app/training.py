@@ -100,7 +100,7 @@ def _finish(cfg: DictConfig, parts: Parts, trainer: Trainer) -> dict[str, Any]:
     """Test, and write what a run leaves behind, its metrics last: a run that has them is done."""
     paths = [] if parts.front is None else parts.front.paths
     levels = [{**_level(cfg, parts, trainer, path), "level": level} for level, path in enumerate(paths)]
-    best_epoch = _load_best(parts, trainer) if parts.budget is None else parts.budget.epoch
+    best_epoch = _load_best(parts, trainer) if parts.budget is None else _from_one(parts.budget.epoch)
     _remove_masked(parts, trainer)
     scores: Mapping[str, float] = {}
     if _has_test(cfg, parts):
@@ -145,6 +145,11 @@ def _level(cfg: DictConfig, parts: Parts, trainer: Trainer, path: Path) -> dict[
     return {**row, "epochs": checkpoint["epoch"], "steps": checkpoint["global_step"]}
 
 
+def _from_one(epoch: int | None) -> int | None:
+    """An epoch of the Trainer, which counts from 0, as reports count."""
+    return None if epoch is None else epoch + 1
+
+
 def _has_test(cfg: DictConfig, parts: Parts) -> bool:
     loaded = parts.data is not None or _has(parts.module, "test_dataloader")
     return bool(cfg.test) and loaded and _has(parts.module, "test_step")
@@ -155,11 +160,12 @@ def _has(module: LightningModule, hook: str) -> bool:
 
 
 def _load_best(parts: Parts, trainer: Trainer) -> int | None:
-    """Load the weights and masks of the best checkpoint at the target; its epoch, or None where the last ones stay."""
+    """Load the weights and masks of the best checkpoint at the target; its epoch (the first is 1), or None
+    where the last ones stay."""
     for callback in trainer.checkpoint_callbacks:
         path = getattr(callback, "best_model_path", "")
         if path and getattr(callback, "monitor", None) and Path(path).is_file():
-            return int(_load(path, parts, trainer)["epoch"])
+            return int(_load(path, parts, trainer)["epoch"]) + 1
     return None
 
 

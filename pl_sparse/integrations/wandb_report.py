@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import netrc
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from pl_sparse.results.overview import overview
 from pl_sparse.results.runs import Run, gather
@@ -126,7 +123,7 @@ def build(project: str, entity: str, groups: Sequence[str], contents: Mapping[st
         description=contents["lead"],
         blocks=[
             wr.H1("What sparsity costs"),
-            wr.PanelGrid(runsets=[runs], panels=scatters),
+            wr.PanelGrid(runsets=[runs], panels=[*scatters, _coordinates(wr, contents, costs)]),
             wr.H1("Methods"),
             wr.MarkdownBlock(_markdown(summary["columns"], summary["rows"]) + "\n\n" + summary["note"]),
             wr.H1("Models"),
@@ -135,6 +132,21 @@ def build(project: str, entity: str, groups: Sequence[str], contents: Mapping[st
             wr.PanelGrid(runsets=[runs], panels=curves),
         ],
     )
+
+
+def _coordinates(wr: Any, contents: Mapping[str, Any], costs: Mapping[str, str]) -> Any:
+    """Parallel coordinates: a line per run from its settings through its costs to its accuracy."""
+    columns = [
+        wr.ParallelCoordinatesPlotColumn(metric=wr.Config(key), display_name=name)
+        for name, key in (("scorer", "scorer._target_"), ("sparsity asked for", "sparsity"))
+    ]
+    columns += [
+        wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric(costs[axis["key"]]), display_name=axis["short"])
+        for axis in contents["axes"]
+    ]
+    accuracy = wr.SummaryMetric(f"final/{contents['metric']}")
+    columns.append(wr.ParallelCoordinatesPlotColumn(metric=accuracy, display_name=contents["metric"]))
+    return wr.ParallelCoordinatesPlot(title="from settings to accuracy", columns=columns)
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -220,13 +232,7 @@ def _logged_in() -> bool:
     """Whether there is a key for the server, without asking for one."""
     import wandb
 
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(wandb.Settings().base_url).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return bool(wandb.login(prompt=False, verify=False))
 
 
 def _failed(message: str) -> int:

@@ -218,7 +218,7 @@ def _points(history: Sequence[Mapping[str, float | None]], key: str) -> list[tup
     for place, row in enumerate(history):
         epoch, value = row.get("epoch"), row.get(key)
         if value is not None and math.isfinite(value):
-            points.append((float(place if epoch is None else epoch), float(value)))
+            points.append((float(place + 1 if epoch is None else epoch), float(value)))
     return sorted(points, key=lambda point: point[0])
 
 

@@ -59,6 +59,8 @@ def run(cfg: DictConfig, train: Train) -> float | tuple[float, ...] | None:
     if cfg.resume and same:
         metrics = _read_json(folder / "metrics.json")
         if metrics is not None:
+            if hydra.mode != RunMode.MULTIRUN:
+                print(f"nothing was to be done: the run in {folder} was finished before")
             return objective(cfg, metrics)
         last = folder / "checkpoints" / "last.ckpt"
         if last.is_file() and cfg.ckpt_path is None:

@@ -64,7 +64,7 @@ class Sweep(Callback):
         self._watch.stop()
         folder = Path(str(config.hydra.sweep.dir))
         by_run = statuses(folder)
-        _print_end(folder, by_run)
+        _print_end(folder, by_run, self._watch.since)
         if any(status["state"] != "finished" for status in by_run.values()):
             sys.exit(1)
 
@@ -237,11 +237,14 @@ def _left(status: dict[str, Any]) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-def _print_end(folder: Path, by_run: dict[str, dict[str, Any]]) -> None:
-    """Print how the sweep ended: what failed, and what sharing saved."""
+def _print_end(folder: Path, by_run: dict[str, dict[str, Any]], since: float) -> None:
+    """Print how the sweep that was started at a time ended: what failed, and what sharing saved."""
     failed: Sequence[tuple[str, dict[str, Any]]] = [
         (run, status) for run, status in by_run.items() if status["state"] != "finished"
     ]
+    if by_run and not failed and all(status["updated"] < since for status in by_run.values()):
+        print(f"nothing was to be done: all {len(by_run)} runs in {folder} were finished before")
+        return
     print(f"{len(by_run) - len(failed)} of {len(by_run)} runs finished in {folder}")
     for run, status in failed:
         print(f"  {folder / run} {status['state']}: {status['error'] or 'its process was killed'}")

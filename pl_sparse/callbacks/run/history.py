@@ -19,7 +19,8 @@ BOOKKEEPING = ("epoch", "step", "sparsity", "lr", "seconds")
 
 
 class History(Callback):
-    """One row per epoch: epoch, step, sparsity, learning rate, seconds so far, and every scalar that was logged.
+    """One row per epoch: epoch (the first is 1), step, sparsity, learning rate, seconds so far, and
+    every scalar that was logged.
 
     Args:
         path: a CSV file, written anew after each epoch; None keeps the rows in memory.
@@ -59,7 +60,7 @@ class History(Callback):
         self._validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        row: dict[str, float] = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         sparsity = Sparsity.of(trainer, required=False)
         if sparsity is not None:
             row["sparsity"] = sparsity.sparsity
@@ -70,13 +71,15 @@ class History(Callback):
             if self._validated or not name.startswith("val"):
                 row.setdefault(name, float(value))
         self._validated = False
-        self._epochs[trainer.current_epoch] = row
+        self._epochs[trainer.current_epoch + 1] = row
         if self.path is not None and trainer.is_global_zero:
             write_csv(self.path, self.rows)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "seconds": self.seconds}
+        return {"rows": self.rows, "seconds": self.seconds, "first_epoch": 1}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._epochs = {int(row["epoch"]): dict(row) for row in state_dict["rows"]}
+        later = 1 - state_dict.get("first_epoch", 0)  # 0.1.0 counted epochs from 0
+        rows = [{**row, "epoch": row["epoch"] + later} for row in state_dict["rows"]]
+        self._epochs = {int(row["epoch"]): row for row in rows}
         self._before = state_dict["seconds"]

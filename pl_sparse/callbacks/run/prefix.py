@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,7 @@ class Prefix(Callback):
         self.cache.mkdir(parents=True, exist_ok=True)
         before = [epochs for epochs in self.stages if epochs < needed]
         for epochs in before:
+            self._drop_damaged(epochs)
             self._claim(epochs)
         for epochs in self.stages:
             if epochs >= needed and not self._state(epochs).is_file():  # left for longer runs, if nobody else trains it
@@ -93,6 +96,20 @@ class Prefix(Callback):
     def _state(self, epochs: int) -> Path:
         """The file of the stage after so many epochs."""
         return self.cache / self.stages[epochs] / "state.ckpt"
+
+    def _drop_damaged(self, epochs: int) -> None:
+        """Remove a stage whose file is not whole, or whose checksums are not those of its content."""
+        state = self._state(epochs)
+        if not state.is_file():
+            return
+        try:
+            with zipfile.ZipFile(state) as archive:
+                damaged = archive.testzip() is not None
+        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, zlib.error):
+            damaged = True
+        if damaged:
+            print(f"{state} is damaged: its {epochs} epochs are trained anew", flush=True)
+            state.unlink(missing_ok=True)
 
     def _claim(self, epochs: int, wait: bool = True) -> None:
         """Become the one who trains a stage, unless it is there; wait for another one who does."""

@@ -1,13 +1,15 @@
-"""Progress in plain lines."""
+"""Progress: in plain lines, or in the terminal's bar."""
 
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
+from pl_sparse.callbacks.monitored import nearest
 from pl_sparse.callbacks.run.history import BOOKKEEPING, History
 
-__all__ = ["ProgressLines"]
+__all__ = ["ProgressBar", "ProgressLines"]
 
 _MOST = 8
 
@@ -31,6 +33,27 @@ class ProgressLines(Callback):
         rows = next((callback.rows for callback in trainer.callbacks if isinstance(callback, History)), [])  # type: ignore[attr-defined]
         if rows:
             _print(rows[-1], epoch, epochs)
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar, with the sparsity and the last value of a metric whether or not the module shows it there.
+
+    Args:
+        metric: its name; another spelling of it counts, too.
+    """
+
+    def __init__(self, metric: str) -> None:
+        super().__init__()
+        self.metric = metric
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        items = super().get_metrics(trainer, pl_module)
+        for name in ("sparsity", nearest(self.metric, trainer.callback_metrics)):
+            if name is not None and name in trainer.callback_metrics:
+                items[name] = f"{float(trainer.callback_metrics[name]):.4f}"
+        return items
 
 
 @rank_zero_only

@@ -15,11 +15,21 @@ from PIL import Image
 __all__ = ["closing", "publish"]
 
 _FILES = ("metrics.json", "config.yaml", "history.csv", "layers.csv", "tickets.csv", "bench.csv")
+_WEIGHTS = (
+    "model.safetensors",
+    "shrunk.json",
+    "model.safetensors.zst",
+    "model_csr.safetensors",
+    "model.onnx",
+    "model_int8.onnx",
+)
 _PICTURES = ("training.png", "layers.png", "tickets.png", "bench.png")
 
 
 def publish(loggers: Iterable[Logger], folder: Path, metrics: Mapping[str, Any], step: int) -> None:
     """Hand over what a run came to: its figures as "final/...", its files and pictures where a logger keeps those.
+
+    Weights & Biases gets the weights, too: an artifact of type model, `best` and `sparse`, which the run has made.
 
     Args:
         folder: where the run's files are.
@@ -41,6 +51,11 @@ def publish(loggers: Iterable[Logger], folder: Path, metrics: Mapping[str, Any],
             for path in files:
                 artifact.add_file(str(path))
             run.log_artifact(artifact)
+            model = wandb.Artifact(f"model-{run.id}", type="model", metadata=dict(metrics))
+            for name in _WEIGHTS:
+                if (folder / name).is_file():
+                    model.add_file(str(folder / name))
+            run.log_artifact(model, aliases=["latest", "best", "sparse" if metrics.get("sparsity") else "dense"])
         elif isinstance(logger, MLFlowLogger):
             for path in files:
                 logger.experiment.log_artifact(logger.run_id, str(path))

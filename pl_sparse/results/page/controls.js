@@ -41,6 +41,8 @@ byId("theme").addEventListener("click", () => {
   dataset.theme = theme === "dark" ? "light" : "dark";
 });
 
+window.addEventListener("resize", draw);
+
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && state.pinned !== null) pin(state.pinned);
 });

@@ -1,11 +1,13 @@
 // The plot: accuracy over a cost, and the box beside the point under the pointer.
 
-const WIDTH = 860;
+// Units of the picture are pixels of the page, so that letters have one size on a phone and on a desk.
 const HEIGHT = 470;
 const LEFT = 66;
-const RIGHT = WIDTH - 18;
 const TOP = 14;
 const BOTTOM = HEIGHT - 50;
+const LETTER = 7; // width of a letter of a label, about
+let width = 860;
+let right = width - 18;
 
 // Scales
 
@@ -42,7 +44,7 @@ function costScale(axis, costs) {
   low -= padding;
   high += padding;
   const share = (cost) => (axis.sparsity ? high - transform(cost) : transform(cost) - low) / (high - low);
-  const place = (cost) => LEFT + (RIGHT - LEFT) * share(cost);
+  const place = (cost) => LEFT + (right - LEFT) * share(cost);
   if (!logarithmic) return { place, values: ticks(low, high) };
   let values = logTicks(low, high).filter((value) => !(axis.sparsity && value > 1));
   if (values.length < 3) values = ticks(least, most, 5).filter((value) => value > 0);
@@ -65,7 +67,9 @@ function draw() {
   const svg = byId("svg");
   const axis = currentAxis();
   svg.replaceChildren();
-  svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
+  width = Math.max(byId("plot").clientWidth || 860, 280);
+  right = width - 18;
+  svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
   const drawn = DATA.groups.filter(
     (series) => isShown(series) && isKnown(series.accuracy) && isKnown(series.costs[axis.key]),
   );
@@ -96,21 +100,25 @@ function drawFrame({ svg, axis, x, y }, costs, accuracies) {
     svgElement("text", { "text-anchor": "middle", ...attributes }, svg).textContent = content;
   };
   for (const accuracy of accuracies) {
-    svgElement("line", { class: "grid", x1: LEFT, x2: RIGHT, y1: y(accuracy), y2: y(accuracy) }, svg);
+    svgElement("line", { class: "grid", x1: LEFT, x2: right, y1: y(accuracy), y2: y(accuracy) }, svg);
     const label = DATA.fraction ? rounded(100 * accuracy, 6) + " %" : rounded(accuracy, 6);
     text(label, { x: LEFT - 8, y: y(accuracy) + 4, "text-anchor": "end" });
   }
-  for (const cost of costs) {
-    svgElement("line", { class: "grid", x1: x(cost), x2: x(cost), y1: TOP, y2: BOTTOM }, svg);
-    const label = axis.sparsity ? rounded(100 * (1 - cost), 6) + " %" : withUnit(cost, axis.unit);
-    text(label, { x: x(cost), y: BOTTOM + 19 });
+  const labelOf = (cost) => (axis.sparsity ? rounded(100 * (1 - cost), 6) + " %" : withUnit(cost, axis.unit));
+  for (const cost of costs) svgElement("line", { class: "grid", x1: x(cost), x2: x(cost), y1: TOP, y2: BOTTOM }, svg);
+  let end = -Infinity; // of the label before: one that has no room is left out
+  for (const cost of [...costs].sort((a, b) => x(a) - x(b))) {
+    const half = (labelOf(cost).length * LETTER) / 2;
+    if (x(cost) - half < end + LETTER || x(cost) + half > width) continue;
+    text(labelOf(cost), { x: x(cost), y: BOTTOM + 19 });
+    end = x(cost) + half;
   }
-  svgElement("line", { class: "frame", x1: LEFT, x2: RIGHT, y1: BOTTOM, y2: BOTTOM }, svg);
-  text(axis.label + (axis.sparsity ? "" : " (less is better)"), { x: (LEFT + RIGHT) / 2, y: HEIGHT - 10 });
+  svgElement("line", { class: "frame", x1: LEFT, x2: right, y1: BOTTOM, y2: BOTTOM }, svg);
+  text(axis.label + (axis.sparsity ? "" : " (less is better)"), { x: (LEFT + right) / 2, y: HEIGHT - 10 });
   text(DATA.metric, { transform: `translate(16 ${(TOP + BOTTOM) / 2}) rotate(-90)` });
   if (DATA.dense.length === 1) {
     const [baseline] = DATA.dense;
-    svgElement("line", { class: "dense", x1: LEFT, x2: RIGHT, y1: y(baseline), y2: y(baseline) }, svg);
+    svgElement("line", { class: "dense", x1: LEFT, x2: right, y1: y(baseline), y2: y(baseline) }, svg);
   }
 }
 
@@ -198,11 +206,10 @@ function figures(series, point = null) {
   return list;
 }
 
-// Right of the mark, or left of it where there is no room. `left` and `top` are in units of the picture.
+// Right of the mark, or left of it where there is no room. `left` and `top` are in pixels.
 function showTip(series, point, left, top) {
   const tip = byId("tip");
   const { clientWidth, clientHeight } = byId("plot");
-  const scale = clientWidth / WIDTH;
   const settings = (point || series).overrides.join(" ") || "no overrides";
   tip.replaceChildren(
     element("strong", { textContent: series.method }),
@@ -210,10 +217,9 @@ function showTip(series, point, left, top) {
     element("code", { textContent: settings }),
   );
   tip.hidden = false;
-  const right = left * scale + 14;
-  const fits = right + tip.offsetWidth <= clientWidth;
-  tip.style.left = `${Math.max(0, fits ? right : left * scale - 14 - tip.offsetWidth)}px`;
-  tip.style.top = `${Math.max(0, Math.min(top * scale - 10, clientHeight - tip.offsetHeight))}px`;
+  const fits = left + 14 + tip.offsetWidth <= clientWidth;
+  tip.style.left = `${Math.max(0, fits ? left + 14 : left - 14 - tip.offsetWidth)}px`;
+  tip.style.top = `${Math.max(0, Math.min(top - 10, clientHeight - tip.offsetHeight))}px`;
 }
 
 function hideTip() {
