@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.hydra_api import instantiate
@@ -43,7 +44,7 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
     if node.get("enable_progress_bar") is None:
         node.enable_progress_bar = sys.stderr.isatty()
     lines = [] if node.enable_progress_bar else [ProgressLines()]
-    configured = list(each(cfg, "callbacks").values())
+    configured = list(each(cfg, "callbacks", Callback).values())
     loggers = _loggers(cfg)
     all_callbacks = [*callbacks, *lines, *configured, *([Track()] if loggers else [])]
     sharded = str(node.get("strategy")).startswith(("fsdp", "deepspeed", "model_"))  # these write their own way
@@ -66,7 +67,7 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
 def _loggers(cfg: DictConfig) -> list[Any]:
     """All loggers, each with the settings logged: one that cannot reach its server fails here, before training."""
     Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
-    loggers = list(each(cfg, "logger").values())
+    loggers = list(each(cfg, "logger", Logger).values())
     for logger in loggers:
         try:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pl_sparse.app.aliases import current_options
-from pl_sparse.app.hydra_api import register_resolver
+from pl_sparse.app.hydra_api import quoted, register_resolver
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.sweep.identity import digest, run_fingerprint
 from pl_sparse.callbacks.run.status import Status, read_status
@@ -28,7 +28,7 @@ from pl_sparse.core.registry import suggestion
 
 __all__ = ["Train", "metric", "objective", "plain_overrides", "run", "subdir", "threads"]
 
-_HOW = ("resume", "ckpt_path", "prefix_cache", "threads", "output_dir")
+_HOW = ("resume", "ckpt_path", "prefix_cache", "threads", "output_dir", "print_config")
 """Settings that say how and where a run is run."""
 Train = Callable[[DictConfig], dict[str, Any]]
 """From a configuration to the metrics of the run."""
@@ -207,8 +207,8 @@ def _train_apart(cfg: DictConfig) -> dict[str, Any]:
     task = map(str, HydraConfig.get().overrides.task)
     overrides = [override for override in task if not override.startswith(("resume=", "ckpt_path="))]
     command = [sys.executable, "-m", "pl_sparse", "train", *overrides, "prefix_cache='off'"]
-    command += [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null", "trainer.enable_progress_bar=false"]
-    command += [f"ckpt_path='{cfg.ckpt_path}'"] if cfg.ckpt_path is not None else []
+    command += [f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=null", "trainer.enable_progress_bar=false"]
+    command += [f"ckpt_path={quoted(cfg.ckpt_path)}"] if cfg.ckpt_path is not None else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     with open(folder / "run.log", "a", encoding="utf-8") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)

@@ -101,7 +101,11 @@ class InMemory(LightningDataModule):
         self, batch_size: int = 64, eval_batch_size: int = 1000, seed: int = 0, limit: int | None = None
     ) -> None:
         super().__init__()
-        for what, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("limit", limit or 1)):
+        for what, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("limit", 1 if limit is None else limit),
+        ):
             if value < 1:
                 raise ValueError(f"{what}={value} must be at least 1")
         self.batch_size = batch_size
