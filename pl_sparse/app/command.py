@@ -18,11 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
-from pl_sparse.app.arguments import COMPLETION, Seen, arranged, completed, here, ignored, without_leftovers
+from pl_sparse.app.arguments import COMPLETION, arranged, completed, here, ignored, without_leftovers
 from pl_sparse.app.explanation import explanation, is_of_the_user, own_frames
 from pl_sparse.app.hydra_api import entry, quoted
 from pl_sparse.app.namespaces import unify
 from pl_sparse.app.plugins import provide_options
+from pl_sparse.app.seen import Seen
 from pl_sparse.app.settings import ConfigError, check
 from pl_sparse.app.sweep.job import run
 from pl_sparse.app.sweep.launch import arguments as plugin_settings
@@ -73,6 +74,7 @@ def main() -> float | None:
     unify()
     provide_hydra_callbacks()
     here()
+    cause: BaseException
     with _errors() as full:
         try:
             return _command(sys.argv[1:])

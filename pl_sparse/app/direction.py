@@ -7,14 +7,15 @@ from typing import Literal
 
 __all__ = ["direction", "is_accuracy"]
 
-_ACCURACIES = frozenset("acc accuracy top1 top5 acc1 acc5".split())
-_MORE = _ACCURACIES | frozenset(
-    "f1 auroc auc ap map map50 iou miou dice bleu rouge meteor precision recall r2 psnr ssim kappa mcc sparsity".split()
-)
-_LESS = frozenset(
-    "loss err error errors ce bce nll mse rmse mae mape perplexity ppl wer cer fid kl bpc bpd density size latency "
-    "macs bytes".split()
-)
+_ACCURACIES = frozenset(("acc", "accuracy", "top1", "top5", "acc1", "acc5"))
+_MORE = _ACCURACIES | {
+    "f1", "auroc", "auc", "ap", "map", "map50", "iou", "miou", "dice", "bleu", "rouge", "meteor", "precision",
+    "recall", "r2", "psnr", "ssim", "kappa", "mcc", "sparsity",
+}  # fmt: skip
+_LESS = frozenset((
+    "loss", "err", "error", "errors", "ce", "bce", "nll", "mse", "rmse", "mae", "mape", "perplexity", "ppl", "wer",
+    "cer", "fid", "kl", "bpc", "bpd", "density", "size", "latency", "macs", "bytes",
+))  # fmt: skip
 
 
 def direction(metric: str) -> Literal["max", "min"] | None:

@@ -1,4 +1,4 @@
-"""Errors in a line or two: those of Hydra in the words of what was typed, those of the user's code with their frames."""
+"""Errors in a line or two: those of Hydra in the words of what was typed, those of the user's code with its frames."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from types import FrameType
 
 from hydra.errors import HydraException
 
-from pl_sparse.app.arguments import Seen, refusal
+from pl_sparse.app.arguments import refusal
+from pl_sparse.app.seen import Seen
 from pl_sparse.core.registry import suggestion
 
 __all__ = ["explanation", "is_of_the_user", "own_frames"]

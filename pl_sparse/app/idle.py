@@ -37,15 +37,14 @@ def unread(cfg: DictConfig, known: Collection[str]) -> str | None:
     return None
 
 
-def references(cfg: DictConfig) -> Iterator[str]:
+def references(cfg: Any) -> Iterator[str]:
     """The keys at the top that interpolations read.
 
     >>> sorted(references(OmegaConf.create({"a": "${b}", "c": {"d": "${e.f}/${oc.env:HOME}"}, "b": 1})))
     ['b', 'e']
     """
     for text in _strings(OmegaConf.to_container(cfg, resolve=False)):
-        for name in re.findall(r"\$\{\s*(\w+)(?=[.\[}\s])(?!\.?\w*:)", text):
-            yield name
+        yield from re.findall(r"\$\{\s*(\w+)(?=[.\[}\s])(?!\.?\w*:)", text)
 
 
 def _strings(node: Any) -> Iterator[str]:

@@ -84,8 +84,9 @@ def make_module(cfg: DictConfig, data: LightningDataModule | None) -> tuple[Ligh
         raise ConfigError("model: there is none. Give model=... or model._target_=package.Class")
     facts = {key: getattr(data, key) for key in ("shape", "classes") if getattr(data, key, None) is not None}
     model = _built_with(cfg, "model", facts)
-    if hasattr(model, "preprocessing") and hasattr(data, "adapt"):
-        data.adapt(model.preprocessing)
+    adapt = getattr(data, "adapt", None)
+    if hasattr(model, "preprocessing") and adapt is not None:
+        adapt(model.preprocessing)
     if isinstance(model, LightningModule):
         _leave_out_what_it_does_not_read(cfg)
         return model, ""
