@@ -131,11 +131,12 @@ class InMemory(LightningDataModule):
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         x, y = self._splits[split]
         train = split == 0
+        same = trainer is not None and trainer.overfit_batches  # Lightning can stop no other shuffling than its own
         return Batches(
             x,
             y,
             self.batch_size if train else self.eval_batch_size,
-            shuffle=train,
+            shuffle=train and not same,
             seed=self.seed,
             rank=rank,
             world_size=world,
