@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -66,11 +67,16 @@ def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
     return run(cfg, train)
 
 
-def main() -> float | None:
+def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
     """`python train.py ...` and `pl-sparse ...`: one run, or a sweep with -m; the objective is what it returns.
 
     An error is a line or two, or the user's own frames where it comes from them. HYDRA_FULL_ERROR=1 shows all frames.
+
+    Args:
+        config_dir: a folder with groups of one's own, unless the command names one by --config-dir.
     """
+    if config_dir is not None and not any(argument.startswith(("--config-dir", "-cd")) for argument in sys.argv[1:]):
+        sys.argv.insert(1, f"--config-dir={os.fspath(config_dir)}")
     unify()
     provide_hydra_callbacks()
     here()
@@ -180,7 +186,16 @@ def _with_earlier(arguments: list[str]) -> list[str]:
         if _key(override) not in {*values, "ckpt_path", "output_dir"}
     ]
     folder = [] if "hydra.run.dir" in values else [f"hydra.run.dir={quoted(str(run))}"]
-    return [*earlier, *folder, *arguments]
+    return [*_folder_of_groups(run, arguments), *earlier, *folder, *arguments]
+
+
+def _folder_of_groups(run: Path, arguments: list[str]) -> list[str]:
+    """The option --config-dir that a run had."""
+    saved = run / ".hydra" / "hydra.yaml"
+    if not saved.is_file() or any(argument.startswith(("--config-dir", "-cd")) for argument in arguments):
+        return []
+    sources: Any = OmegaConf.select(OmegaConf.load(saved), "hydra.runtime.config_sources") or []
+    return [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
 
 
 def _key(argument: str) -> str:

@@ -24,16 +24,16 @@ from pl_sparse.app.finished import load_run
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.core.files import write_csv
 
-__all__ = ["predict", "test"]
+__all__ = ["predict_run", "test_run"]
 
 
-def test(arguments: Sequence[str] | None = None) -> None:
+def test_run(arguments: Sequence[str] | None = None) -> None:
     """`pl-sparse test RUN`: test the model of a finished run on its test data."""
     options = _parser("test").parse_args(arguments)
     _guarded(_test, options)
 
 
-def predict(arguments: Sequence[str] | None = None) -> None:
+def predict_run(arguments: Sequence[str] | None = None) -> None:
     """`pl-sparse predict RUN --data FILE`: what the model of a finished run says of inputs, as a table."""
     parser = _parser("predict")
     parser.add_argument(
@@ -48,7 +48,9 @@ def predict(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"pl-sparse {name}", description={"test": test}.get(name, predict).__doc__)
+    parser = argparse.ArgumentParser(
+        prog=f"pl-sparse {name}", description=(test_run if name == "test" else predict_run).__doc__
+    )
     parser.add_argument("run", type=Path, help="the folder of a finished run (its output_dir)")
     parser.add_argument("--batch-size", type=int, default=256, help="samples at once, of inputs from a file (256)")
     return parser

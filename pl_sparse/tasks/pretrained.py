@@ -80,9 +80,7 @@ def timm_model(
             "give pretrained=FILE, or pretrained=false for new ones"
         ) from error
     facts = library.data.resolve_model_data_config(model)
-    model.preprocessing = Preprocessing(
-        tuple(shape or facts["input_size"]), tuple(facts["mean"]), tuple(facts["std"])
-    )
+    model.preprocessing = Preprocessing(tuple(shape or facts["input_size"]), tuple(facts["mean"]), tuple(facts["std"]))
     made: nn.Module = model
     return made
 

@@ -206,7 +206,9 @@ def _train_apart(cfg: DictConfig) -> dict[str, Any]:
     folder = Path(cfg.output_dir)
     task = map(str, HydraConfig.get().overrides.task)
     overrides = [override for override in task if not override.startswith(("resume=", "ckpt_path="))]
-    command = [sys.executable, "-m", "pl_sparse", "train", *overrides, "prefix_cache='off'"]
+    sources = HydraConfig.get().runtime.config_sources
+    groups = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    command = [sys.executable, "-m", "pl_sparse", "train", *groups, *overrides, "prefix_cache='off'"]
     command += [f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=null", "trainer.enable_progress_bar=false"]
     command += [f"ckpt_path={quoted(cfg.ckpt_path)}"] if cfg.ckpt_path is not None else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}

@@ -124,7 +124,7 @@ class HuggingFace(_Images):
     A missing validation part is split off the training part; a missing test part is the validation part.
 
     Args:
-        name: a folder that `save_to_disk` wrote, a folder with train.csv, .json or .parquet (and validation, test), or a
+        name: a folder that `save_to_disk` wrote, one with train.csv, .json or .parquet (and validation, test), or a
             name on the hub (in the cache alone with HF_HUB_OFFLINE=1).
         subset: the configuration of a data set on the hub that has several.
         inputs: the column of images or texts; None for the first of such a kind.
@@ -167,7 +167,9 @@ class HuggingFace(_Images):
         kinds = [key for key, value in first.items() if key != labels and (isinstance(value, str) or _is_image(value))]
         self._inputs = inputs or (kinds[0] if kinds else "")
         if self._inputs not in first:
-            raise ValueError(f"inputs={inputs}: {name} has no such column of images or texts. It has {', '.join(first)}")
+            raise ValueError(
+                f"inputs={inputs}: {name} has no such column of images or texts. It has {', '.join(first)}"
+            )
         self._labels = labels
         self.validation = validation
         self._classes = sorted(set(self._parts["train"][labels]))
