@@ -24,6 +24,8 @@ _WITH_VALUE = (
 )  # fmt: skip
 COMPLETION = ("--shell-completion", "-sc")
 _INFO = ("--info", "-i")
+_SEVERAL = ("export", "callbacks", "logger", "experiment")
+"""Groups of which several options go together."""
 _NODES = {"overrides", "layouts"}
 """Settings whose keys are names of the model."""
 
@@ -65,7 +67,7 @@ def arranged(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             if name.lstrip("-").isidentifier() and given:
                 raise ConfigError(f"{argument}: settings have no dashes, {argument.lstrip('-')}")
             raise ConfigError(f"{argument} is no option of this command. {suggestion(name, known)}")
-        elif "=" not in argument and not argument.startswith("~"):
+        elif not name.strip("+~") or not (given or argument.startswith("~")):
             raise ConfigError(f"{argument!r} is no setting: settings are key=value, and group=option")
         else:
             settings.append(argument)
@@ -102,10 +104,8 @@ def completed(seen: Seen, settings: Sequence[str]) -> tuple[list[str], DictConfi
         HydraException: the settings cannot be composed.
     """
     for override in seen.overrides:
-        if override.value() is None and not override.is_delete() and override.key_or_group in seen.groups:
-            group = override.key_or_group
-            options = ", ".join(seen.options(group))
-            raise ConfigError(f"{group}=null: ~{group} leaves the group out. Its options are {options}")
+        if override.key_or_group in seen.groups and not override.is_delete():
+            _refuse_other_choices(override, seen)
     lines = {id(override): _first(override) for override in seen.overrides}
     own = [override for override in seen.overrides if not override.is_hydra_override()]
     if not seen.multirun and any(override.is_sweep_override() for override in own):
@@ -128,6 +128,18 @@ def completed(seen: Seen, settings: Sequence[str]) -> tuple[list[str], DictConfi
             raise ConfigError(reason)
     added = {override.input_line for override in new}
     return [f"++{setting}" if setting in added else setting for setting in settings], cfg
+
+
+def _refuse_other_choices(override: Override, seen: Seen) -> None:
+    """Refuse null and numbers for a group, and a list where the last option would take the place of the others."""
+    group, value = override.key_or_group, override.value()
+    options = seen.options(group)
+    if value is None:
+        raise ConfigError(f"{group}=null: ~{group} leaves the group out. Its options are {', '.join(options)}")
+    if isinstance(value, (bool, int, float)):
+        raise ConfigError(f"{override.input_line}: there is no such {group}. {suggestion(str(value), options)}")
+    if isinstance(value, list) and group not in _SEVERAL and not override.is_sweep_override():
+        raise ConfigError(f"{override.input_line}: {group} is one of {', '.join(options)}")
 
 
 def _has(cfg: DictConfig, key: str) -> bool:

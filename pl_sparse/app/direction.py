@@ -24,7 +24,7 @@ def direction(metric: str) -> Literal["max", "min"] | None:
     >>> [direction(name) for name in ("val/loss", "val_acc", "valid.topErrorRate", "val/score")]
     ['min', 'max', 'min', None]
     """
-    for word in reversed(_words(metric)):
+    for word in reversed(_words(str(metric))):  # of a setting, which may be anything
         if word in _MORE or word in _LESS:
             return "max" if word in _MORE else "min"
     return None

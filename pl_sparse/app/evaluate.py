@@ -24,16 +24,16 @@ from pl_sparse.app.finished import load_run
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.core.files import write_csv
 
-__all__ = ["predict_run", "test_run"]
+__all__ = ["predicted", "scored"]
 
 
-def test_run(arguments: Sequence[str] | None = None) -> None:
+def scored(arguments: Sequence[str] | None = None) -> None:
     """`pl-sparse test RUN`: test the model of a finished run on its test data."""
     options = _parser("test").parse_args(arguments)
     _guarded(_test, options)
 
 
-def predict_run(arguments: Sequence[str] | None = None) -> None:
+def predicted(arguments: Sequence[str] | None = None) -> None:
     """`pl-sparse predict RUN --data FILE`: what the model of a finished run says of inputs, as a table."""
     parser = _parser("predict")
     parser.add_argument(
@@ -49,7 +49,7 @@ def predict_run(arguments: Sequence[str] | None = None) -> None:
 
 def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"pl-sparse {name}", description=(test_run if name == "test" else predict_run).__doc__
+        prog=f"pl-sparse {name}", description=(scored if name == "test" else predicted).__doc__
     )
     parser.add_argument("run", type=Path, help="the folder of a finished run (its output_dir)")
     parser.add_argument("--batch-size", type=int, default=256, help="samples at once, of inputs from a file (256)")
@@ -110,10 +110,10 @@ def _predicted(module: LightningModule, data: LightningDataModule | None, run: P
     """The outputs for the batches of the data: by `predict_step` and `predict_dataloader` where there are such."""
     source: Any = module if data is None else data
     base = LightningModule if data is None else LightningDataModule
-    if type(source).predict_dataloader is not base.predict_dataloader:  # type: ignore[comparison-overlap]
+    if type(source).predict_dataloader is not base.predict_dataloader:
         yield from _trainer().predict(module, datamodule=data) or []
         return
-    if type(source).test_dataloader is base.test_dataloader:  # type: ignore[comparison-overlap]
+    if type(source).test_dataloader is base.test_dataloader:
         raise ConfigError(f"{run}: its data has neither predict_dataloader nor test_dataloader: give --data FILE")
     if data is not None:
         data.prepare_data()

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pl_sparse.app.direction import direction
 from pl_sparse.core.registry import near_misses, suggestion
 
-__all__ = ["idle", "references", "unread"]
+__all__ = ["idle", "misdirected", "references", "unread"]
 
 
 def unread(cfg: DictConfig, known: Collection[str]) -> str | None:
@@ -94,10 +94,11 @@ def idle(values: Mapping[str, Any]) -> str | None:
         return f"optimizer.lr={rate} must be above 0: nothing is trained otherwise"
     if values.get("export_measure") and not values.get("export"):
         return "export_measure=true measures what is exported, and nothing is: give export=[onnx] or another format"
-    return _direction(objective, values.get("mode"))
+    return None
 
 
-def _direction(objective: str, mode: str | None) -> str | None:
+def misdirected(objective: str, mode: str | None) -> str | None:
+    """What to say of a metric that would be optimized the wrong way, or in no known way; None if all is well."""
     follows = direction(objective)
     if mode is None and follows is None:
         return f"objective={objective}: is more of it better, or less? Give mode=max or mode=min"

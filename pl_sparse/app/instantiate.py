@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inspect import Parameter, signature
+from inspect import Parameter, isclass
 from typing import Any
 
 import torch
@@ -10,12 +10,14 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pl_sparse.app.explanation import is_of_the_user
 from pl_sparse.app.hydra_api import instantiate
 from pl_sparse.app.namespaces import belongs_to_the_other
-from pl_sparse.app.settings import ConfigError, target
+from pl_sparse.app.settings import ConfigError, parameters_of, target
 from pl_sparse.tasks.classifier import Classifier
+from pl_sparse.tasks.lr import LRSchedule
 
 __all__ = ["built", "each", "make_module", "network", "optional", "refuse_other_outputs"]
 
@@ -42,7 +44,9 @@ def built(cfg: DictConfig, key: str, kind: type = object, where: str = "") -> An
             raise cause from None
         if isinstance(cause, (ValueError, TypeError, ImportError, FileNotFoundError)):
             raise ConfigError(f"{where or key}: {cause}") from error
-        raise
+        settings = ", ".join(f"{name}={value}" for name, value in cfg[key].items() if not str(name).startswith("_"))
+        reason = (str(cause).strip().splitlines() or [""])[0]
+        raise ConfigError(f"{where or key}: {type(cause).__name__}: {reason} (of {settings})") from error
     if not isinstance(made, kind):
         name = cfg[key].get("_target_", "a dictionary without _target_")
         raise ConfigError(
@@ -103,7 +107,13 @@ def make_module(cfg: DictConfig, data: LightningDataModule | None) -> tuple[Ligh
     for key in ("optimizer", "lr_schedule"):
         if not cfg.get(key):
             raise ConfigError(f"{key} is left out, and model={name} is trained as a classifier, which needs one")
-    optimizer, lr_schedule = built(cfg, "optimizer"), built(cfg, "lr_schedule")
+    optimizer, lr_schedule = built(cfg, "optimizer"), built(cfg, "lr_schedule", LRSchedule)
+    made = getattr(optimizer, "func", optimizer)
+    if not callable(optimizer) or (isclass(made) and not issubclass(made, Optimizer)):
+        kind = getattr(made, "__name__", type(made).__name__)
+        raise ConfigError(
+            f"optimizer={kind} is no torch.optim.Optimizer that is made later: optimizer=sgd is such a one"
+        )
     return Classifier(model, facts["classes"], optimizer, lr_schedule, cfg.label_smoothing), "net."
 
 
@@ -186,7 +196,7 @@ def _described(value: Any) -> str:
 
 def _built_with(cfg: DictConfig, key: str, facts: dict[str, Any]) -> Any:
     """The object of a node, with the facts that its constructor takes and the node does not set."""
-    parameters = signature(target(cfg[key], key)).parameters
+    parameters, _ = parameters_of(target(cfg[key], key))
     node = cfg[key].copy()
     for name, value in facts.items():
         if name in parameters and name not in node:

@@ -101,7 +101,8 @@ class Seen:
         found = []
         for option in self.options(group):
             node = self._file(f"{group}/{option}")
-            if node is not None and OmegaConf.select(node, key, throw_on_missing=False) is not None:
+            above = None if node is None else OmegaConf.select(node, key.rpartition(".")[0], throw_on_missing=False)
+            if isinstance(above, DictConfig) and key.rpartition(".")[2] in above:
                 found.append(option)
         return found
 

@@ -20,7 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
-from pl_sparse.app.idle import idle, unread
+from pl_sparse.app.idle import idle, misdirected, unread
 from pl_sparse.core.registry import near_misses, suggestion
 
 __all__ = ["CONF", "ConfigError", "check", "parameters_of", "signature_of", "target"]
@@ -168,6 +168,7 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"the configuration has no {key!r}: compose it from train.yaml")
         _check_value(key, values[key], kind)
     reason = unread(cfg, {*_TOP, *(path.name for path in CONF.iterdir() if path.is_dir())})
+    reason = reason or misdirected(values["objective"], values["mode"])
     if reason is not None:
         raise ConfigError(reason)
     for name, value in values.items():

@@ -131,7 +131,7 @@ class InMemory(LightningDataModule):
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         x, y = self._splits[split]
         train = split == 0
-        same = trainer is not None and trainer.overfit_batches  # Lightning can stop no other shuffling than its own
+        same = bool(getattr(trainer, "overfit_batches", 0))  # Lightning can stop no other shuffling than its own
         return Batches(
             x,
             y,
