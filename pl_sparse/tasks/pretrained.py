@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.registry import near_misses, suggestion
-from pl_sparse.tasks.text import pretrained_from, sentences, transformers_library
+from pl_sparse.tasks.hugging_face import pretrained_from, transformers_library
+from pl_sparse.tasks.text import sentences
 
 __all__ = ["Preprocessing", "huggingface", "timm_model"]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pl_sparse.core.registry import near_misses, suggestion
 from pl_sparse.tasks.data.batches import InMemory, Split, hold_out
+from pl_sparse.tasks.hugging_face import pretrained_from, transformers_library
 
 __all__ = ["HuggingFace", "Torchvision"]
 
@@ -176,8 +177,6 @@ class HuggingFace(_Images):
         self.classes = len(self._classes)
         self._tokenizer: Any = None
         if not _is_image(first[self._inputs]):
-            from pl_sparse.tasks.text import pretrained_from, transformers_library
-
             if tokenizer is None:
                 raise ValueError(f"tokenizer: {self._inputs} of {name} is text, so give tokenizer=FOLDER or a name")
             self._tokenizer = pretrained_from(transformers_library().AutoTokenizer, tokenizer)
