@@ -31,12 +31,9 @@ class Own(Net):
         self.log("val/loss", self.body(batch[0]).square().mean())
 
 
-    def test_step(self, batch, index):
-        self.log("test/acc", (self.body(batch[0]).argmax(1) == batch[1]).float().mean())
-
 
 class Whole(Data):
-    val_dataloader = test_dataloader = Data.train_dataloader
+    val_dataloader = Data.train_dataloader
 
 
 class Broken(Own):
@@ -114,11 +111,14 @@ def test_settings_as_a_tree(monkeypatch: pytest.MonkeyPatch, folder: Path, capsy
     assert "_target_: mine.Own" in told and told.index("_target_: mine.Own") < told.index("epoch 1/2")
 
 
-def test_options_in_any_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_in_any_place(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["train", *OWN, "seed=1,2", "-m", "model.hidden=3", "hydra.sweep.dir=sweep"]
     assert called(monkeypatch, *arguments) == 0
     runs = [OmegaConf.load(folder / "sweep" / str(number) / "config.yaml") for number in range(2)]
     assert [run.seed for run in runs] == [1, 2] and {run.model.hidden for run in runs} == {3}
+    assert "no overview: none of the 2 runs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("trainer", ["debug", "overfit", "profile"])

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
 from pl_sparse.app.arguments import COMPLETION, arranged, completed, here, ignored, without_leftovers
 from pl_sparse.app.explanation import explanation, is_of_the_user, own_frames
-from pl_sparse.app.hydra_api import entry, quoted
+from pl_sparse.app.hydra_api import as_typed, entry, given, quoted
 from pl_sparse.app.namespaces import unify
 from pl_sparse.app.plugins import provide_options
 from pl_sparse.app.seen import Seen
@@ -57,7 +57,7 @@ def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data in memory needs none
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning uses a name that torch renamed
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # a resumed run
-    cfg = without_leftovers(current_targets(cfg), list(map(str, HydraConfig.get().overrides.task)))
+    cfg = without_leftovers(current_targets(cfg), given())
     if cfg.output_dir is None:
         OmegaConf.set_struct(cfg, False)
         cfg.output_dir = HydraConfig.get().runtime.output_dir
@@ -182,7 +182,7 @@ def _with_earlier(arguments: list[str]) -> list[str]:
         return arguments
     earlier = [
         override
-        for override in map(str, OmegaConf.load(saved))
+        for override in as_typed(OmegaConf.load(saved))
         if _key(override) not in {*values, "ckpt_path", "output_dir"}
     ]
     folder = [] if "hydra.run.dir" in values else [f"hydra.run.dir={quoted(str(run))}"]

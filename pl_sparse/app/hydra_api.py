@@ -18,12 +18,13 @@ from typing import Any
 
 import hydra
 import hydra.utils
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.direction import direction
 from pl_sparse.app.settings import CONF
 
-__all__ = ["PACKAGES", "composition", "entry", "instantiate", "quoted", "register_resolver"]
+__all__ = ["PACKAGES", "as_typed", "composition", "entry", "given", "instantiate", "quoted", "register_resolver"]
 
 PACKAGES = ("pl_sparse.*", "torch.*", "lightning.*", "pytorch_lightning.*", "torchmetrics.*")
 """The libraries that `_target_` may always name."""
@@ -47,6 +48,16 @@ def composition(folder: str | os.PathLike[str] = CONF) -> AbstractContextManager
     version: dict[str, Any] = {} if _WHITE_LIST else {"version_base": "1.3"}
     context: AbstractContextManager[None] = hydra.initialize_config_dir(str(folder), **version)
     return context
+
+
+def given() -> list[str]:
+    """The settings that this run was given, as they were typed; none where Hydra runs nothing."""
+    return as_typed(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def as_typed(settings: Any) -> list[str]:
+    """Settings of a list of Hydra's, in which `key=${other}` stays what it is."""
+    return [str(setting) for setting in OmegaConf.to_container(settings, resolve=False)]
 
 
 def quoted(text: str) -> str:

@@ -6,14 +6,13 @@ from inspect import Parameter, isclass
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pl_sparse.app.explanation import is_of_the_user
-from pl_sparse.app.hydra_api import instantiate
+from pl_sparse.app.hydra_api import given, instantiate
 from pl_sparse.app.namespaces import belongs_to_the_other
 from pl_sparse.app.settings import ConfigError, parameters_of, target
 from pl_sparse.tasks.classifier import Classifier
@@ -119,8 +118,7 @@ def make_module(cfg: DictConfig, data: LightningDataModule | None) -> tuple[Ligh
 
 def _leave_out_what_it_does_not_read(cfg: DictConfig) -> None:
     """Take the settings of a `Classifier` out, and refuse those that were typed."""
-    typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    for setting in map(str, typed):
+    for setting in given():
         key = setting.partition("=")[0].lstrip("+")
         if key.partition(".")[0] in _OF_CLASSIFIER:
             raise ConfigError(
@@ -197,7 +195,7 @@ def _described(value: Any) -> str:
 def _built_with(cfg: DictConfig, key: str, facts: dict[str, Any]) -> Any:
     """The object of a node, with the facts that its constructor takes and the node does not set."""
     parameters, _ = parameters_of(target(cfg[key], key))
-    node = cfg[key].copy()
+    node: Any = OmegaConf.create(OmegaConf.to_container(cfg[key], resolve=True))  # what it takes from elsewhere, too
     for name, value in facts.items():
         if name in parameters and name not in node:
             node[name] = list(value) if isinstance(value, tuple) else value
