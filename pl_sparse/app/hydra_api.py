@@ -57,7 +57,8 @@ def given() -> list[str]:
 
 def as_typed(settings: Any) -> list[str]:
     """Settings of a list of Hydra's, in which `key=${other}` stays what it is."""
-    return [str(setting) for setting in OmegaConf.to_container(settings, resolve=False)]
+    plain: Any = OmegaConf.to_container(settings, resolve=False)
+    return [str(setting) for setting in plain]
 
 
 def quoted(text: str) -> str:

@@ -102,7 +102,7 @@ class Seen:
         for option in self.options(group):
             node = self._file(f"{group}/{option}")
             above = None if node is None else OmegaConf.select(node, key.rpartition(".")[0], throw_on_missing=False)
-            if isinstance(above, DictConfig) and key.rpartition(".")[2] in above:
+            if isinstance(above, DictConfig) and key.rpartition(".")[2] in list(above):  # it may be missing: ???
                 found.append(option)
         return found
 
