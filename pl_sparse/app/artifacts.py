@@ -208,7 +208,7 @@ def print_report(folder: Path, summary: Summary, metrics: Mapping[str, Any], lev
     epoch = metrics["epoch_best"]
     source = f"best at the target: epoch {epoch}" if epoch is not None else "last epoch"
     console.print(f"{line} ({source} of {metrics['epochs']}, {metrics['train_seconds']:.1f} s of training)".lstrip())
-    console.print(f"\nwritten to {folder}:", highlight=False, soft_wrap=True)
+    console.print(f"\nwritten to {folder}:", highlight=False, soft_wrap=True, markup=False)
     for name, content in _WRITTEN.items():
         if (folder / name).exists():
             console.print(f"  {name:<18} {content}", highlight=False)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -19,27 +19,45 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
-from pl_sparse.app.hydra_api import composition, entry
+from pl_sparse.app.arguments import COMPLETION, arranged, completed, here, ignored, without_leftovers
+from pl_sparse.app.explanation import explanation, is_of_the_user, own_frames
+from pl_sparse.app.hydra_api import as_typed, entry, given, quoted
 from pl_sparse.app.namespaces import unify
 from pl_sparse.app.plugins import provide_options
-from pl_sparse.app.settings import CONF, ConfigError
+from pl_sparse.app.seen import Seen
+from pl_sparse.app.settings import ConfigError, check
 from pl_sparse.app.sweep.job import run
-from pl_sparse.app.sweep.launch import arguments
+from pl_sparse.app.sweep.launch import arguments as plugin_settings
 from pl_sparse.app.training import train
-from pl_sparse.core.registry import suggestion
 
 __all__ = ["main", "sweep"]
+
+_SHORT = "PL_SPARSE_SHORT_ERRORS"
+
+
+class _Ended(BaseException):
+    """Carries an error past Hydra, which would print a line of its own."""
 
 
 @entry
 def _entry(cfg: DictConfig) -> float | tuple[float, ...] | None:
+    try:
+        return _job(cfg)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        raise _Ended from error
+
+
+def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
     unify()  # here too: jobs of a sweep may have processes of their own
+    here()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data in memory needs none
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning uses a name that torch renamed
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # a resumed run
-    cfg = current_targets(cfg)
+    cfg = without_leftovers(current_targets(cfg), given())
     if cfg.output_dir is None:
         OmegaConf.set_struct(cfg, False)
         cfg.output_dir = HydraConfig.get().runtime.output_dir
@@ -49,29 +67,102 @@ def _entry(cfg: DictConfig) -> float | tuple[float, ...] | None:
     return run(cfg, train)
 
 
-def main() -> float | None:
-    """`python train.py ...` and `pl-sparse ...`: one run, or a sweep with -m; the objective is what it returns."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are printed in a few lines
+def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
+    """`python train.py ...` and `pl-sparse ...`: one run, or a sweep with -m; the objective is what it returns.
+
+    An error is a line or two, or the user's own frames where it comes from them. HYDRA_FULL_ERROR=1 shows all frames.
+
+    Args:
+        config_dir: a folder with groups of one's own, unless the command names one by --config-dir.
+    """
+    if config_dir is not None and not any(argument.startswith(("--config-dir", "-cd")) for argument in sys.argv[1:]):
+        sys.argv.insert(1, f"--config-dir={os.fspath(config_dir)}")
     unify()
     provide_hydra_callbacks()
-    try:
-        provide_options()
-        sys.argv[1:] = arguments(current_options(_with_earlier(sys.argv[1:])))
-        result: float | None = _entry()
-        return result
-    except ConfigError as error:
-        message = str(error)
-    except (HydraException, OmegaConfBaseException) as error:
-        message = _explanation(error, sys.argv[1:])
-    except (FileNotFoundError, ImportError) as error:
-        if not str(error):
-            raise
-        message = str(error)
-    except KeyboardInterrupt:
-        sweep = {"-m", "--multirun"} & set(sys.argv)
-        message = f"interrupted. It goes on with {'resume=true' if sweep else 'ckpt_path=<run>/checkpoints/last.ckpt'}"
+    here()
+    cause: BaseException
+    with _errors() as full:
+        try:
+            return _command(sys.argv[1:])
+        except ConfigError as error:
+            message, code, cause = str(error), 2, error
+        except KeyboardInterrupt as error:
+            sweep = {"-m", "--multirun"} & set(sys.argv)
+            way = "resume=true" if sweep else "ckpt_path=<run>/checkpoints/last.ckpt"
+            message, code, cause = f"interrupted. It goes on with {way}", 2, error
+        except Exception as error:
+            message, code, cause = _told(error)
+    if full and not isinstance(cause, KeyboardInterrupt):
+        traceback.print_exception(cause)
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
+
+
+def _command(typed: list[str]) -> float | None:
+    """Run what was typed, completed by what Hydra needs to hear."""
+    provide_options()
+    options, settings = arranged(current_options(_with_earlier(typed)))
+    settings = plugin_settings(settings)
+    if not {"-h", "--help", "--hydra-help", "--version", *COMPLETION} & set(options):
+        try:
+            seen = Seen(options, settings)
+            settings, cfg = completed(seen, settings)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(explanation(error, options, settings)) from error
+        if cfg is not None:
+            _check(seen, cfg, typed)
+    sys.argv[1:] = [*options, *settings]
+    try:
+        result: float | None = _entry()
+    except _Ended as ended:
+        cause = ended.__cause__
+        assert isinstance(cause, Exception)
+        if isinstance(cause, (HydraException, OmegaConfBaseException)):
+            raise ConfigError(explanation(cause, options, settings)) from cause
+        raise cause from cause.__cause__
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explanation(error, options, settings)) from error
+    return result
+
+
+def _check(seen: Seen, cfg: DictConfig, typed: list[str]) -> None:
+    """Refuse settings before Hydra makes a folder for the run."""
+    reason = ignored(seen, cfg, typed)
+    if reason is not None:
+        raise ConfigError(reason)
+    if seen.multirun or seen.name != "train":
+        return  # what is wrong with a run of a sweep ends that run alone
+    try:
+        check(without_leftovers(current_targets(cfg), [str(override.input_line) for override in seen.overrides]))
+    except OmegaConfBaseException:
+        return  # an interpolation of what Hydra knows alone
+
+
+def _told(error: Exception) -> tuple[str, int, BaseException]:
+    """What to print of an error that nobody foresaw, the exit code, and the error itself."""
+    if is_of_the_user(error):
+        return own_frames(error), 1, error
+    if isinstance(error, (FileNotFoundError, ImportError)) and str(error):
+        return str(error), 2, error
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0]}\nHYDRA_FULL_ERROR=1 shows where it comes from", 1, error
+
+
+@contextmanager
+def _errors() -> Iterator[bool]:
+    """Let errors come here from Hydra, which would print them otherwise; yields whether all frames are wanted."""
+    before = {key: os.environ.get(key) for key in ("HYDRA_FULL_ERROR", _SHORT)}
+    full = before["HYDRA_FULL_ERROR"] == "1" and before[_SHORT] is None
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    if not full:
+        os.environ[_SHORT] = "1"  # for the processes that this one starts
+    try:
+        yield full
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
 
 
 def sweep() -> float | None:
@@ -91,11 +182,20 @@ def _with_earlier(arguments: list[str]) -> list[str]:
         return arguments
     earlier = [
         override
-        for override in map(str, OmegaConf.load(saved))
+        for override in as_typed(OmegaConf.load(saved))
         if _key(override) not in {*values, "ckpt_path", "output_dir"}
     ]
-    folder = [] if "hydra.run.dir" in values else [f"hydra.run.dir='{run}'"]
-    return [*earlier, *folder, *arguments]
+    folder = [] if "hydra.run.dir" in values else [f"hydra.run.dir={quoted(str(run))}"]
+    return [*_folder_of_groups(run, arguments), *earlier, *folder, *arguments]
+
+
+def _folder_of_groups(run: Path, arguments: list[str]) -> list[str]:
+    """The option --config-dir that a run had."""
+    saved = run / ".hydra" / "hydra.yaml"
+    if not saved.is_file() or any(argument.startswith(("--config-dir", "-cd")) for argument in arguments):
+        return []
+    sources: Any = OmegaConf.select(OmegaConf.load(saved), "hydra.runtime.config_sources") or []
+    return [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
 
 
 def _key(argument: str) -> str:
@@ -104,52 +204,3 @@ def _key(argument: str) -> str:
     'model.width'
     """
     return argument.partition("=")[0].lstrip("+~")
-
-
-def _explanation(error: BaseException, arguments: list[str]) -> str:
-    """The message of a composition error, with what was probably meant."""
-    for link in _chain(error):
-        options = getattr(link, "options", None)
-        missing = getattr(link, "missing_cfg_file", None)
-        group, _, name = str(missing).rpartition("/")
-        if missing and not options and (CONF / str(missing)).parent.is_dir():  # one of a list: export=[onnx,csv]
-            options = [path.stem for path in (CONF / group).glob("*.yaml")]
-        if missing and options:
-            return f"{group}={name}: there is no such {group}. {suggestion(name, options)}"
-    settings = _settings(arguments)
-    for key in (_key(argument) for argument in arguments if "=" in argument):
-        if key not in settings and not key.startswith("hydra"):
-            hint = suggestion(key, settings)  # without a near miss it lists all settings
-            return f"{key} is no setting. {hint if hint.startswith('Did') else ''}".strip()
-    return str(error).strip().splitlines()[0]
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error, and those that it comes from."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    return chain
-
-
-def _settings(arguments: list[str]) -> set[str]:
-    """The keys of all settings that the groups have which the arguments choose."""
-    groups = {path.parent.name for path in CONF.glob("*/*.yaml")}
-    choices = [argument for argument in arguments if argument.partition("=")[0] in groups and "," not in argument]
-    GlobalHydra.instance().clear()
-    with composition():
-        try:
-            cfg = hydra.compose("train", choices)
-        except Exception:
-            cfg = hydra.compose("train")
-    return groups | set(_keys(OmegaConf.to_container(cfg, resolve=False)))
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of nested settings."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield f"{prefix}{key}"
-            yield from _keys(value, f"{prefix}{key}.")

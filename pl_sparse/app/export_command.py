@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from pl_sparse.app.arguments import here
 from pl_sparse.app.deploy import RANGES, deploy, integers_in_ranges, merged, training_inputs
 from pl_sparse.app.finished import load_run
 from pl_sparse.app.formats import refuse
@@ -59,11 +60,14 @@ def _command(name: str, arguments: Sequence[str] | None) -> None:
         logging.getLogger(logger).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    here()
     try:
         if options.threads is not None:
             if options.threads < 1:
                 raise ConfigError(f"--threads {options.threads} must be 1 or more")
             torch.set_num_threads(options.threads)
+        if measure and not 0 < options.seconds < float("inf"):
+            raise ConfigError(f"--seconds {options.seconds:g} must be above 0: the time that is measured for")
         for format in options.to or ():
             if format not in formats:
                 raise ConfigError(f"--to {format}: there is no such format. {suggestion(format, formats)}")

@@ -10,17 +10,21 @@ is trusted as the user's code is. What Hydra never calls for a configuration, su
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import hydra
 import hydra.utils
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from pl_sparse.app.direction import direction
 from pl_sparse.app.settings import CONF
 
-__all__ = ["PACKAGES", "composition", "entry", "instantiate", "register_resolver"]
+__all__ = ["PACKAGES", "as_typed", "composition", "entry", "given", "instantiate", "quoted", "register_resolver"]
 
 PACKAGES = ("pl_sparse.*", "torch.*", "lightning.*", "pytorch_lightning.*", "torchmetrics.*")
 """The libraries that `_target_` may always name."""
@@ -35,11 +39,37 @@ def entry(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
     return decorated
 
 
-def composition() -> AbstractContextManager[None]:
-    """The context in which `hydra.compose` finds the configuration of this package."""
+def composition(folder: str | os.PathLike[str] = CONF) -> AbstractContextManager[None]:
+    """The context in which `hydra.compose` finds the configuration of this package.
+
+    Args:
+        folder: the configuration, where it is another one.
+    """
     version: dict[str, Any] = {} if _WHITE_LIST else {"version_base": "1.3"}
-    context: AbstractContextManager[None] = hydra.initialize_config_dir(str(CONF), **version)
+    context: AbstractContextManager[None] = hydra.initialize_config_dir(str(folder), **version)
     return context
+
+
+def given() -> list[str]:
+    """The settings that this run was given, as they were typed; none where Hydra runs nothing."""
+    return as_typed(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def as_typed(settings: Any) -> list[str]:
+    """Settings of a list of Hydra's, in which `key=${other}` stays what it is."""
+    plain: Any = OmegaConf.to_container(settings, resolve=False)
+    return [str(setting) for setting in plain]
+
+
+def quoted(text: str) -> str:
+    """A text as a value in Hydra's grammar, whatever is in it.
+
+    >>> quoted("it's")
+    "'it\\\\'s'"
+    """
+    text = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text)
+    ending = len(text) - len(text.rstrip("\\"))
+    return f"'{text}{chr(92) * ending}'"
 
 
 def instantiate(node: DictConfig, **arguments: Any) -> Any:
@@ -67,3 +97,6 @@ def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
     renamed = "replace" in inspect.signature(OmegaConf.register_resolver).parameters
     register: Any = OmegaConf.register_resolver if renamed else OmegaConf.register_new_resolver
     register(name, resolver, replace=True)
+
+
+register_resolver("mode_of", direction)

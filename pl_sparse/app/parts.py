@@ -11,19 +11,29 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
-from pl_sparse.allocation import Budget
+from pl_sparse.allocation import Allocation, Budget
+from pl_sparse.app.direction import is_accuracy
 from pl_sparse.app.formats import make_formats, refuse
-from pl_sparse.app.instantiate import built, make_module, optional
+from pl_sparse.app.instantiate import built, make_module, optional, refuse_other_outputs
 from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.tree import print_tree
 from pl_sparse.callbacks import AccuracyBudget, Front, History, Quantize, RandomState, Shrink, Sparsity, Status
 from pl_sparse.core.targets import Targets
 from pl_sparse.export.format import Export
 from pl_sparse.export.hardware import Hardware
+from pl_sparse.masking import Masking
 from pl_sparse.schedule import Iterative, Schedule, Staircase, Tickets
+from pl_sparse.scorer import Scorer
+from pl_sparse.structure import Structure
+from pl_sparse.tasks.classifier import Classifier
+from pl_sparse.updater import Updater
 
 __all__ = ["Parts", "assemble"]
 
-_AXES = ("scorer", "schedule", "structure", "allocation", "updater", "masking")
+_AXES = {
+    "scorer": Scorer, "schedule": Schedule, "structure": Structure, "allocation": Allocation, "updater": Updater,
+    "masking": Masking,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,16 +113,22 @@ def assemble(cfg: DictConfig, identity: str) -> Parts:
     Raises:
         ConfigError: parts cannot be built, or do not fit together.
     """
+    if cfg.get("print_config"):
+        print_tree(cfg)
     folder = Path(cfg.output_dir)
-    hardware: Hardware = built(cfg, "hardware")
+    hardware: Hardware = built(cfg, "hardware", Hardware)
     sparsity = _sparsity(cfg, hardware)
     pruner = sparsity.pruner
     if isinstance(pruner.schedule, Tickets) and pruner.schedule.epochs is not None:
         cfg.trainer.max_epochs = pruner.schedule.training_epochs
-    data: LightningDataModule | None = optional(cfg, "data")
+    data: LightningDataModule | None = optional(cfg, "data", LightningDataModule)
     module, prefix = make_module(cfg, data)
-    quantize: Quantize | None = optional(cfg, "quantization")
-    budget: AccuracyBudget | None = optional(cfg, "target")
+    if isinstance(module, Classifier) and data is not None and not cfg.model._target_.startswith("pl_sparse."):
+        refuse_other_outputs(module, data, cfg.model._target_)
+    if isinstance(module, Classifier) and cfg.get("target") and is_accuracy(cfg.objective) and cfg.target.drop >= 1:
+        raise ConfigError(f"target.drop={cfg.target.drop} is all of {cfg.objective}, a fraction: 0.01 is a point")
+    quantize: Quantize | None = optional(cfg, "quantization", Quantize)
+    budget: AccuracyBudget | None = optional(cfg, "target", AccuracyBudget)
     formats = make_formats(cfg)
     _check_types(hardware, quantize, {format.dtype for format in formats.values()})
     refuse(formats, module, data, pruner.structure, pruner.target or 0.0)
@@ -127,9 +143,9 @@ def assemble(cfg: DictConfig, identity: str) -> Parts:
         history=History(folder / "history.csv"),
         front=_front(cfg, folder, pruner.schedule),
         status=Status(folder, cfg.objective, identity),
-        regularize=optional(cfg, "regularizer"),
-        rewind=optional(cfg, "rewind"),
-        distill=optional(cfg, "distill"),
+        regularize=optional(cfg, "regularizer", Callback),
+        rewind=optional(cfg, "rewind", Callback),
+        distill=optional(cfg, "distill", Callback),
         shrink=_shrink(cfg.shrink_every, quantize, budget),
         quantize=quantize,
         budget=budget,
@@ -141,10 +157,10 @@ def assemble(cfg: DictConfig, identity: str) -> Parts:
 
 def _sparsity(cfg: DictConfig, hardware: Hardware) -> Sparsity:
     """The callback, its axes checked against each other and the hardware."""
-    for key in ("sparsity", "label_smoothing"):
-        if cfg[key] is not None and not 0 <= cfg[key] <= 1:
-            raise ConfigError(f"{key}={cfg[key]} must be in [0, 1]")
-    axes = {axis: built(cfg, axis) for axis in _AXES}
+    missing = [axis for axis in _AXES if not cfg.get(axis)]
+    if missing:
+        raise ConfigError(f"{missing[0]} is left out, and a run has one: give {missing[0]}=... or method=dense")
+    axes = {axis: built(cfg, axis, kind) for axis, kind in _AXES.items()}
     objection = hardware.objection(axes["structure"], axes["schedule"].final)
     if objection is not None and axes["schedule"].final > 0:
         if hardware.strict:

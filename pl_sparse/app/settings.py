@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from pydantic import (
     ConfigDict,
@@ -18,9 +20,10 @@ from pydantic import (
     ValidationError,
 )
 
-from pl_sparse.core.registry import suggestion
+from pl_sparse.app.idle import idle, misdirected, unread
+from pl_sparse.core.registry import near_misses, suggestion
 
-__all__ = ["CONF", "ConfigError", "check", "target"]
+__all__ = ["CONF", "ConfigError", "check", "parameters_of", "signature_of", "target"]
 
 _PACKAGE = Path(__file__).parents[1]
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -47,10 +50,11 @@ _TOP: dict[str, Any] = {
     "resume": bool,
     "prefix_cache": str,
     "threads": int | None,
-    "mode": typing.Literal["max", "min"],
+    "mode": typing.Literal["max", "min"] | None,
     "label_smoothing": float,
     "test": bool,
     "export_measure": bool,
+    "print_config": bool,
     "ckpt_path": str | None,
     "output_dir": str | None,
 }
@@ -72,17 +76,80 @@ def target(node: Mapping[str, Any] | DictConfig, where: str) -> Any:
         ConfigError: there is no such thing, or it cannot be imported.
     """
     path = str(node["_target_"])
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise ConfigError(f"{where}._target_={path} is no name: it is package.module.Class")
+    found = _located(path, where)
+    if isinstance(found, ModuleType):
+        names = [name for name, value in vars(found).items() if inspect.isclass(value) and not name.startswith("_")]
+        hint = f"such as {path}.{names[-1]}" if names else "and this one has none"
+        raise ConfigError(f"{where}._target_={path} is a module: name a class or function in it, {hint}")
+    if not callable(found):
+        raise ConfigError(f"{where}._target_={path} is {found!r}: name a class, or a function that makes the object")
+    return found
+
+
+def _located(path: str, where: str) -> Any:
+    parts = path.split(".")
+    found: Any = None
+    for depth, name in enumerate(parts, 1):
+        dotted = ".".join(parts[:depth])
+        if depth > 1 and hasattr(found, name):
+            found = getattr(found, name)
+            continue
+        if depth == 1 or isinstance(found, ModuleType):
+            try:
+                found = import_module(dotted)
+                continue
+            except ModuleNotFoundError as error:
+                if error.name is None or not f"{dotted}.".startswith(f"{error.name}."):
+                    raise ConfigError(
+                        f"{where}._target_={path}: {dotted} imports {error.name}, which is not installed"
+                    ) from error
+        if depth == 1:
+            raise ConfigError(
+                f"{where}._target_={path} cannot be found: there is no module {name!r} in {os.getcwd()}, nor is one "
+                "installed"
+            )
+        above = ".".join(parts[: depth - 1])
+        names = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
+        raise ConfigError(
+            f"{where}._target_={path} cannot be found: {above} has no {name}."
+            + (f" {suggestion(name, near_misses(name, names) or names[-8:])}" if names else "")
+        )
+    return found
+
+
+def parameters_of(called: Any) -> tuple[dict[str, inspect.Parameter], bool]:
+    """What a class or function takes by name, and whether it takes any other name.
+
+    One with `**kwargs` takes what the constructors above it take.
+    """
     try:
-        return get_object(path)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        module, _, name = path.rpartition(".")
-        hint = ""
-        try:
-            hint = " " + suggestion(name, [key for key in vars(get_object(module)) if not key.startswith("_")])
-        except Exception:
-            hint = " Is its folder on the Python path?"
-        raise ConfigError(f"{where}._target_={path} cannot be found: {reason}.{hint}") from error
+        signature = inspect.signature(called)
+    except (TypeError, ValueError):
+        return {}, True
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = {name: parameter for name, parameter in signature.parameters.items() if parameter.kind in kinds}
+    is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    if is_open:
+        found |= _inherited(called)
+    return found, is_open and not _is_of_package(called)
+
+
+def signature_of(called: Any) -> str:
+    """The signature of a class or function in a line, without what the application fills in.
+
+    >>> signature_of(lambda width, depth=2: None)
+    '(width, depth=2)'
+    """
+    parameters, _ = parameters_of(called)
+    parts = []
+    for name, parameter in parameters.items():
+        if name in ("self", "args", "kwargs"):
+            continue
+        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        parts.append(name + (default if len(default) < 40 else "=..."))
+    return f"({', '.join(parts)})"
 
 
 def check(cfg: DictConfig) -> None:
@@ -100,8 +167,15 @@ def check(cfg: DictConfig) -> None:
         if key not in values:
             raise ConfigError(f"the configuration has no {key!r}: compose it from train.yaml")
         _check_value(key, values[key], kind)
+    reason = unread(cfg, {*_TOP, *(path.name for path in CONF.iterdir() if path.is_dir())})
+    reason = reason or misdirected(values["objective"], values["mode"])
+    if reason is not None:
+        raise ConfigError(reason)
     for name, value in values.items():
         _walk(str(name), value)
+    reason = idle({str(name): value for name, value in values.items()})
+    if reason is not None:
+        raise ConfigError(reason)
 
 
 def _walk(where: str, node: Any) -> None:
@@ -117,28 +191,20 @@ def _walk(where: str, node: Any) -> None:
 
 def _check_node(where: str, node: dict[str, Any]) -> None:
     called = target(node, where)
-    try:
-        signature = inspect.signature(called)
-    except (TypeError, ValueError):
-        return
-    parameters = {
-        name: parameter
-        for name, parameter in signature.parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
-    if open_ended:
-        parameters |= _inherited(called)
+    parameters, is_open = parameters_of(called)
     hints = _hints(called)
     for key, value in node.items():
         if key in _SPECIAL:
             continue
         if key not in parameters:
-            if open_ended and not _is_of_package(called):
+            if is_open:
                 continue
             names = [name for name in parameters if name not in ("self", "shape", "net")]
-            hint = suggestion(key, names) if names else "It has none."
-            raise ConfigError(f"{where}.{key} is no parameter of {node['_target_']}. {hint}")
+            close = near_misses(str(key), names)
+            hint = suggestion(str(key), close) if close else f"Its parameters are {signature_of(called)}."
+            raise ConfigError(
+                f"{where}.{key} is no parameter of {node['_target_']}. {hint if names else 'It has none.'}"
+            )
         if key in hints and value != "???":
             _check_value(f"{where}.{key}", value, hints[key])
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as Bar
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.hydra_api import instantiate
@@ -44,7 +45,7 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
         )
     if node.get("enable_progress_bar") is None:
         node.enable_progress_bar = sys.stderr.isatty()
-    configured = list(each(cfg, "callbacks").values())
+    configured = list(each(cfg, "callbacks", Callback).values())
     lines: list[Callback] = [] if node.enable_progress_bar else [ProgressLines()]
     if node.enable_progress_bar and not any(isinstance(callback, Bar) for callback in configured):
         lines = [ProgressBar(cfg.objective)]
@@ -73,7 +74,7 @@ def _loggers(cfg: DictConfig) -> list[Any]:
     for name, node in (cfg.get("logger") or {}).items():
         if node is not None and (reason := obstacle(node)) is not None:
             raise ConfigError(f"logger.{name}: {reason}")
-    loggers = list(each(cfg, "logger").values())
+    loggers = list(each(cfg, "logger", Logger).values())
     for logger in loggers:
         try:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))

@@ -80,6 +80,8 @@ class StepLR(LRSchedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.gamma > 0:
+            raise ValueError(f"gamma={self.gamma!r} must be above 0: nothing is trained otherwise")
         if any(not 0 <= milestone <= 1 for milestone in self.milestones):
             raise ValueError(f"milestones={list(self.milestones)} must be fractions of training in [0, 1]")
 

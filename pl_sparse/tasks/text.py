@@ -10,35 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.tasks.data import InMemory, Split, hold_out
+from pl_sparse.tasks.hugging_face import pretrained_from, transformers_library
 
-__all__ = ["MovieReviews", "transformer"]
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            "pretrained transformers need the library of that name: pip install 'pl_sparse[transformers]'"
-        ) from error
-    library: Any = transformers
-    library.utils.logging.disable_progress_bar()
-    library.utils.logging.set_verbosity_error()  # that the classifier is new is meant so
-    return library
-
-
-def _pretrained(auto: Any, path: str, **options: Any) -> Any:
-    """What an auto class of transformers finds under a folder or a name on the hub."""
-    path = os.path.expanduser(path)
-    if (path.startswith((".", "/")) or path.count("/") > 1) and not Path(path).is_dir():
-        raise FileNotFoundError(f"path={path} is no folder of a pretrained model")
-    try:
-        return auto.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"path={path}: no pretrained model can be read from such a folder, nor from the hub under this name "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+__all__ = ["MovieReviews", "sentences", "transformer"]
 
 
 class MovieReviews(InMemory):
@@ -79,7 +53,7 @@ class MovieReviews(InMemory):
                 )
         self.max_length = max_length
         self.shape = (max_length,)
-        self.tokenizer = _pretrained(_transformers().AutoTokenizer, tokenizer)
+        self.tokenizer = pretrained_from(transformers_library().AutoTokenizer, tokenizer)
 
     def load(self) -> tuple[Split, Split, Split]:
         parts: list[list[Split]] = [[], [], []]
@@ -134,12 +108,25 @@ def transformer(*, path: str, classes: int, freeze_embeddings: bool = True) -> n
         FileNotFoundError: there is no such model.
         ValueError: the model's configuration has no padding token.
     """
-    auto = _transformers().AutoModelForSequenceClassification
-    model = _pretrained(auto, path, num_labels=classes, ignore_mismatched_sizes=True, dtype=torch.float32)
-    if model.config.pad_token_id is None:
-        raise ValueError(f"path={path}: its config has no pad_token_id, by which sentences of a batch are padded")
+    auto = transformers_library().AutoModelForSequenceClassification
+    model = pretrained_from(auto, path, num_labels=classes, ignore_mismatched_sizes=True, dtype=torch.float32)
     if freeze_embeddings:
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 module.requires_grad_(False)
-    return _Sentences(model, model.config.pad_token_id).train()  # from_pretrained gives it in evaluation mode
+    return sentences(model, path)
+
+
+def sentences(model: Any, path: str) -> nn.Module:
+    """A model that takes token numbers, padded, in training mode; from_pretrained gives it in evaluation mode.
+
+    Args:
+        model: for sequence classification.
+        path: where it is from, for the message.
+
+    Raises:
+        ValueError: its configuration has no padding token.
+    """
+    if model.config.pad_token_id is None:
+        raise ValueError(f"path={path}: its config has no pad_token_id, by which sentences of a batch are padded")
+    return _Sentences(model, model.config.pad_token_id).train()

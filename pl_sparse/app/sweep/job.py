@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pl_sparse.app.aliases import current_options
-from pl_sparse.app.hydra_api import register_resolver
+from pl_sparse.app.hydra_api import as_typed, given, quoted, register_resolver
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.sweep.identity import digest, run_fingerprint
 from pl_sparse.callbacks.run.status import Status, read_status
@@ -28,7 +28,7 @@ from pl_sparse.core.registry import suggestion
 
 __all__ = ["Train", "metric", "objective", "plain_overrides", "run", "subdir", "threads"]
 
-_HOW = ("resume", "ckpt_path", "prefix_cache", "threads", "output_dir")
+_HOW = ("resume", "ckpt_path", "prefix_cache", "threads", "output_dir", "print_config")
 """Settings that say how and where a run is run."""
 Train = Callable[[DictConfig], dict[str, Any]]
 """From a configuration to the metrics of the run."""
@@ -206,11 +206,12 @@ def _has_processes(cfg: DictConfig) -> bool:
 def _train_apart(cfg: DictConfig) -> dict[str, Any]:
     """Train in a process of its own, as the single run that it is, and read what it wrote."""
     folder = Path(cfg.output_dir)
-    task = map(str, HydraConfig.get().overrides.task)
-    overrides = [override for override in task if not override.startswith(("resume=", "ckpt_path="))]
-    command = [sys.executable, "-m", "pl_sparse", "train", *overrides, "prefix_cache='off'"]
-    command += [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null", "trainer.enable_progress_bar=false"]
-    command += [f"ckpt_path='{cfg.ckpt_path}'"] if cfg.ckpt_path is not None else []
+    overrides = [override for override in given() if not override.startswith(("resume=", "ckpt_path="))]
+    sources = HydraConfig.get().runtime.config_sources
+    groups = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    command = [sys.executable, "-m", "pl_sparse", "train", *groups, *overrides, "prefix_cache='off'"]
+    command += [f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=null", "trainer.enable_progress_bar=false"]
+    command += [f"ckpt_path={quoted(cfg.ckpt_path)}"] if cfg.ckpt_path is not None else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     with open(folder / "run.log", "a", encoding="utf-8") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -237,7 +238,7 @@ def subdir(number: Any, *, _root_: DictConfig) -> str:
         _root_: the whole configuration, which the resolver is given.
     """
     sweep = Path(str(_root_.hydra.sweep.dir))
-    overrides = plain_overrides(_root_.hydra.overrides.task)
+    overrides = plain_overrides(as_typed(_root_.hydra.overrides.task))
     earlier = _overrides_of(sweep / str(number))
     numbered = str(number) if earlier is None or earlier == overrides else f"{number}-{digest(overrides)[:6]}"
     if earlier == overrides or not _root_.get("resume"):
@@ -248,7 +249,7 @@ def subdir(number: Any, *, _root_: DictConfig) -> str:
 def _overrides_of(run: Path) -> list[str] | None:
     """What a run was asked for; None where there is no run."""
     path = run / ".hydra" / "overrides.yaml"
-    return plain_overrides(list(OmegaConf.load(path))) if path.is_file() and path.stat().st_size else None
+    return plain_overrides(as_typed(OmegaConf.load(path))) if path.is_file() and path.stat().st_size else None
 
 
 register_resolver("sweep_subdir", subdir)

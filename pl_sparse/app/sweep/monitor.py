@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from pl_sparse.app.hydra_api import as_typed
 from pl_sparse.app.sweep.job import plain_overrides
 from pl_sparse.callbacks.run.status import read_status
 from pl_sparse.core.files import write_json
@@ -43,8 +44,8 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         hydra = config.hydra
-        searched = [override for override in map(str, hydra.overrides.hydra) if _is_searched(override)]
-        overrides = plain_overrides([*hydra.overrides.task, *searched])
+        searched = [override for override in as_typed(hydra.overrides.hydra) if _is_searched(override)]
+        overrides = plain_overrides([*as_typed(hydra.overrides.task), *searched])
         folder = Path(str(hydra.sweep.dir))
         if config.get("resume"):
             if not any(str(override).startswith("hydra.sweep.dir=") for override in hydra.overrides.hydra):

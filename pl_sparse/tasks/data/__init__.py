@@ -5,6 +5,7 @@ the seed and the epoch alone, and a checkpoint in the middle of an epoch resumes
 """
 
 from pl_sparse.tasks.data.batches import Batches, InMemory, Split, hold_out
+from pl_sparse.tasks.data.hub import HuggingFace, Torchvision
 from pl_sparse.tasks.data.idx import MNIST, FashionMNIST, read_idx
 from pl_sparse.tasks.data.images import ImageFolder
 from pl_sparse.tasks.data.small import MNIST1D, Digits
@@ -15,9 +16,11 @@ __all__ = [
     "Batches",
     "Digits",
     "FashionMNIST",
+    "HuggingFace",
     "ImageFolder",
     "InMemory",
     "Split",
+    "Torchvision",
     "hold_out",
     "read_idx",
 ]

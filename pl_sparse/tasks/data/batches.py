@@ -101,7 +101,11 @@ class InMemory(LightningDataModule):
         self, batch_size: int = 64, eval_batch_size: int = 1000, seed: int = 0, limit: int | None = None
     ) -> None:
         super().__init__()
-        for what, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("limit", limit or 1)):
+        for what, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("limit", 1 if limit is None else limit),
+        ):
             if value < 1:
                 raise ValueError(f"{what}={value} must be at least 1")
         self.batch_size = batch_size
@@ -127,11 +131,12 @@ class InMemory(LightningDataModule):
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         x, y = self._splits[split]
         train = split == 0
+        same = bool(getattr(trainer, "overfit_batches", 0))  # Lightning can stop no other shuffling than its own
         return Batches(
             x,
             y,
             self.batch_size if train else self.eval_batch_size,
-            shuffle=train,
+            shuffle=train and not same,
             seed=self.seed,
             rank=rank,
             world_size=world,

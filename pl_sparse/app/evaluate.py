@@ -1,0 +1,184 @@
+"""`pl-sparse test RUN` and `pl-sparse predict RUN`: what the model of a finished run is worth, and what it says."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pl_sparse.app.arguments import here
+from pl_sparse.app.explanation import is_of_the_user, own_frames
+from pl_sparse.app.finished import load_run
+from pl_sparse.app.settings import ConfigError
+from pl_sparse.core.files import write_csv
+
+__all__ = ["predicted", "scored"]
+
+
+def scored(arguments: Sequence[str] | None = None) -> None:
+    """`pl-sparse test RUN`: test the model of a finished run on its test data."""
+    options = _parser("test").parse_args(arguments)
+    _guarded(_test, options)
+
+
+def predicted(arguments: Sequence[str] | None = None) -> None:
+    """`pl-sparse predict RUN --data FILE`: what the model of a finished run says of inputs, as a table."""
+    parser = _parser("predict")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="inputs as the model takes them, (samples, *shape): .npy, .pt, .csv; without it those of the test data",
+    )
+    parser.add_argument("--to", type=Path, metavar="FILE", help="a .csv, .npy or .pt file (RUN/predictions.csv)")
+    options = parser.parse_args(arguments)
+    _guarded(_predict, options)
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"pl-sparse {name}", description=(scored if name == "test" else predicted).__doc__
+    )
+    parser.add_argument("run", type=Path, help="the folder of a finished run (its output_dir)")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples at once, of inputs from a file (256)")
+    return parser
+
+
+def _guarded(command: Any, options: argparse.Namespace) -> None:
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    here()
+    try:
+        if options.batch_size < 1:
+            raise ConfigError(f"--batch-size {options.batch_size} must be 1 or more")
+        command(options)
+    except (ConfigError, ImportError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if not is_of_the_user(error):
+            raise
+        print(f"error: {own_frames(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _test(options: argparse.Namespace) -> None:
+    module, data, _ = load_run(options.run)
+    if not _has(module, "test_step") or (data is None and not _has(module, "test_dataloader")):
+        raise ConfigError(f"{options.run}: its module has no test_step, or there are no test data")
+    scores = _trainer().test(module, datamodule=data, verbose=False)[0]
+    table = Table("metric", "value", title=None)
+    for name, value in scores.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    target = options.to or options.run / "predictions.csv"
+    if target.suffix not in (".csv", ".npy", ".pt"):
+        raise ConfigError(f"--to {target} must be a .csv, .npy or .pt file")
+    module, data, _ = load_run(options.run)
+    if options.data is None:
+        out = torch.cat([_outputs(value) for value in _predicted(module, data, options.run)])
+    else:
+        x = _inputs(options.data, getattr(data, "shape", None))
+        try:
+            with torch.no_grad():
+                out = torch.cat([_outputs(module(part)) for part in x.split(options.batch_size)])
+        except (RuntimeError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"--data {options.data}: the model takes no inputs {tuple(x.shape)}: {reason}") from error
+    _write(out, target)
+    print(f"{len(out)} predictions written to {target}")
+
+
+def _predicted(module: LightningModule, data: LightningDataModule | None, run: Path) -> Iterator[Any]:
+    """The outputs for the batches of the data: by `predict_step` and `predict_dataloader` where there are such."""
+    source: Any = module if data is None else data
+    base = LightningModule if data is None else LightningDataModule
+    if type(source).predict_dataloader is not base.predict_dataloader:
+        yield from _trainer().predict(module, datamodule=data) or []
+        return
+    if type(source).test_dataloader is base.test_dataloader:
+        raise ConfigError(f"{run}: its data has neither predict_dataloader nor test_dataloader: give --data FILE")
+    if data is not None:
+        data.prepare_data()
+        data.setup("test")
+    with torch.no_grad():
+        for batch in source.test_dataloader():
+            yield module(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def _trainer() -> Trainer:
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    return Trainer(devices=1, **quiet)
+
+
+def _outputs(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ConfigError(f"the model gives a {type(value).__name__}, and predictions are tensors (samples, ...)")
+    return value.detach().cpu()
+
+
+def _inputs(path: Path, shape: Sequence[int] | None) -> Tensor:
+    """The inputs of a file, (samples, *shape)."""
+    if not path.is_file():
+        raise ConfigError(f"--data {path} is no file")
+    try:
+        if path.suffix == ".npy":
+            x = torch.from_numpy(np.load(path, allow_pickle=False))
+        elif path.suffix == ".pt":
+            x = torch.load(path, weights_only=True)
+        elif path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8") as file:
+                x = torch.tensor([[float(cell) for cell in row] for row in csv.reader(file) if row])
+        else:
+            raise ConfigError(f"--data {path} must be a .npy, .pt or .csv file")
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"--data {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    if not isinstance(x, Tensor) or x.dim() < 1 or not len(x):
+        raise ConfigError(f"--data {path} holds no tensor of samples")
+    x = x.float() if x.is_floating_point() or path.suffix == ".csv" else x
+    flat = shape is not None and x.dim() == 2 and x.shape[1] == int(np.prod(shape))
+    return x.reshape(-1, *shape) if flat and shape is not None else x
+
+
+def _write(out: Tensor, path: Path) -> None:
+    """Outputs as they are, or in a table: a row per sample, with the class of logits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, out.numpy())
+    elif path.suffix == ".pt":
+        torch.save(out, path)
+    else:
+        flat = out.reshape(len(out), -1)
+        logits = out.dim() == 2 and out.shape[1] > 1
+        rows = []
+        for index, values in enumerate(flat.tolist()):
+            row: dict[str, Any] = {"sample": index}
+            if logits:
+                row["class"] = max(range(len(values)), key=values.__getitem__)
+            rows.append(row | {f"output_{number}": value for number, value in enumerate(values)})
+        write_csv(path, rows)
+
+
+def _has(module: LightningModule, hook: str) -> bool:
+    return getattr(type(module), hook) is not getattr(LightningModule, hook)

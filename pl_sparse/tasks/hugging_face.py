@@ -1,0 +1,41 @@
+"""The library transformers, and what it finds under a name. Needs the extra `transformers`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["pretrained_from", "transformers_library"]
+
+
+def transformers_library() -> Any:
+    """The library transformers, quiet.
+
+    Raises:
+        ImportError: the extra of that name is missing.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "pretrained transformers need the library of that name: pip install 'pl_sparse[transformers]'"
+        ) from error
+    library: Any = transformers
+    library.utils.logging.disable_progress_bar()
+    library.utils.logging.set_verbosity_error()  # that the classifier is new is meant so
+    return library
+
+
+def pretrained_from(auto: Any, path: str, **options: Any) -> Any:
+    """What an auto class of transformers finds under a folder or a name on the hub."""
+    path = os.path.expanduser(path)
+    if (path.startswith((".", "/")) or path.count("/") > 1) and not Path(path).is_dir():
+        raise FileNotFoundError(f"path={path} is no folder of a pretrained model")
+    try:
+        return auto.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"path={path}: no pretrained model can be read from such a folder, nor from the hub under this name "
+            f"({str(error).splitlines()[0]})"
+        ) from error
