@@ -7,7 +7,7 @@ LOWEST := .venv-lowest
 PIP := -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-lowest lint format bench reproduce clean
+.PHONY: help install demo test test-slow test-fuzz test-lowest lint format bench reproduce clean
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: install ## Run the tests (the slow ones excepted)
 
 test-slow: install ## Run the slow tests
 	$(BIN)/pytest -m slow
+
+test-fuzz: install ## Train 3,000 random small models with random settings (FUZZ=100 FUZZ_SEED=1: 100 others)
+	FUZZ=$${FUZZ:-3000} FUZZ_SEED=$${FUZZ_SEED:-0} $(BIN)/pytest -n 0 -s tests/test_fuzz.py
 
 $(LOWEST)/.installed: pyproject.toml .ci/lowest.py
 	$(PYTHON) -m venv $(LOWEST)
