@@ -8,7 +8,7 @@ ZOO := .venv-zoo
 PIP := -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-docs test-zoo test-lowest lint format bench reproduce clean
+.PHONY: help install demo test test-slow test-docs test-fuzz test-zoo test-lowest lint format bench reproduce clean
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-docs: install ## Run the commands of the documentation, and compare the REA
 
 test-slow: install ## Run the slow tests
 	$(BIN)/pytest -m slow
+
+test-fuzz: install ## Train 3,000 random small models with random settings (FUZZ=100 FUZZ_SEED=1: 100 others)
+	FUZZ=$${FUZZ:-3000} FUZZ_SEED=$${FUZZ_SEED:-0} $(BIN)/pytest -n 0 -s tests/test_fuzz.py
 
 $(LOWEST)/.installed: pyproject.toml .ci/lowest.py
 	$(PYTHON) -m venv $(LOWEST)

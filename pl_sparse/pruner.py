@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from pl_sparse.allocation import Allocation
+from pl_sparse.allocation import Allocation, Units, refuse_unreachable
 from pl_sparse.allocation.zeros import mask_zeros
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.group import Group
@@ -174,8 +174,17 @@ class Pruner(MaskedModel):
         assert self._model is not None
         choice = self.targets.choose(self._model, self.structure.removes_outputs, trained=trained)
         groups, misfits = self.structure.bind(choice.params, self._model, example, self.targets.misfit)
+        normed = [param.name for group in groups for param, _ in group.members if param.norm_dim is not None]
+        if normed and self.masking.transforms:
+            raise ValueError(
+                f"masking={name_of(self.masking)} may scale all of a weight to zero, and {normed[0]} is divided by a "
+                f"norm: 0 / 0 is no number. Leave it dense by exclude=[{normed[0]!r}], or use scorer=magnitude"
+            )
         self.allocation.start(groups, self._model, example)
         self._overrides = self.targets.overrides_of(self._model, groups)
+        if self.updater.targets_sparsity and self.schedule.final:
+            units = Units(groups, self.structure, self.scorer.score)
+            refuse_unreachable(units, self.schedule.final, self._overrides)
         self.bind(groups, {**choice.spared, **misfits}, choice)
         self.scorer.start(groups, self.structure)
 
@@ -285,6 +294,22 @@ class Pruner(MaskedModel):
         if self.attached and self.step == 0 and not self.scorer.observes:
             with torch.no_grad():
                 self._update(0)
+                if not self.level:
+                    self._try_scorer()
+
+    def _try_scorer(self) -> None:
+        """Calibrate the scorer for nothing, so that what it cannot score is refused before training."""
+        if self.scorer.calibrates and self._probe is not None:
+            try:
+                self.scorer.calibrate(self.params, self._probe)
+            finally:
+                self._forget_calibration()
+
+    def _forget_calibration(self) -> None:
+        for param in self.params:
+            param.state.pop("calibrated", None)
+        if self._probe is not None:
+            self._probe.release()
 
     def follow(self, progress: float | None, epochs: float | None = None) -> None:
         """Let times that are fractions or epochs follow a training that turns out longer or shorter than was estimated.
@@ -314,8 +339,8 @@ class Pruner(MaskedModel):
         self._require_attached()
         if self._clock.total is None or self.at_target or not self.updater.targets_sparsity or not self._clock.last:
             return False
-        self._overdue, self._updated = self._clock.last, -1
-        self._update(self.step)
+        self._updated = -1
+        self._update(self.step, levels=self._clock.last)
         self._updated = max(self.step, self._clock.span[1])
         return True
 
@@ -337,10 +362,18 @@ class Pruner(MaskedModel):
         """Whether the schedule has reached its final sparsity; where sparsity is learned, whether it is over."""
         if self._clock.total is None or self._overdue:
             return False
+        return self.settled or (self.updater.targets_sparsity and self._clock.reached(self.step))
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last masks of the schedule are set, and none follow."""
         end = self._clock.span[1]
-        if 0 <= end <= self._updated or self.step > end:
-            return True
-        return self.updater.targets_sparsity and self._clock.reached(self.step)
+        return self._clock.total is not None and not self._overdue and (0 <= end <= self._updated or self.step > end)
+
+    @property
+    def revives(self) -> bool:
+        """Whether pruned weights may return."""
+        return self.masking.remembers or self.schedule.falls or self.updater.fixed_count
 
     @property
     def due(self) -> bool:
@@ -465,13 +498,14 @@ class Pruner(MaskedModel):
             if pruned := [param for param in self.params if param.pruned]:
                 self.masking.after_forward(pruned, self.groups)
 
-    def _update(self, step: int, gradients: bool = True) -> bool:
+    def _update(self, step: int, gradients: bool = True, levels: tuple[float, ...] = ()) -> bool:
         """Set the masks that are due; whether any was.
 
         Args:
             gradients: whether the gradients there are can be used.
+            levels: what is due, whatever the schedule has at this step.
         """
-        levels = self._clock.levels(step) or self._overdue
+        levels = levels or self._clock.levels(step) or self._overdue
         if not levels or step == self._updated:
             return False
         earlier = Masks(self.masked, self.groups)
@@ -485,10 +519,7 @@ class Pruner(MaskedModel):
             self.masking.changed([param for param in self.masked if param.pruned], self.groups)
             raise
         finally:
-            for param in self.params:
-                param.state.pop("calibrated", None)
-            if self._probe is not None:
-                self._probe.release()
+            self._forget_calibration()
         self._updated, self._overdue = step, ()
         if self.ablation == "reinit":
             self.reinitialize()

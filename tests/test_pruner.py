@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from pl_sparse import Pruner
-from pl_sparse.schedule import Constant, Cubic, Linear, OneShot
+from pl_sparse.network.probe import Probe
+from pl_sparse.schedule import Constant, Cubic, Linear, OneShot, Schedule
 from pl_sparse.scorer import Movement
 
 
@@ -158,6 +159,44 @@ def test_overrides() -> None:
     pruner.before_step(8)
     assert [param.kept for param in pruner.params] == [64, 48]
     assert pruner.target == pytest.approx((64 + 16) / 192)
+
+
+def test_an_override_that_a_pattern_does_not_allow_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sparsity of 0.9 for 0.weight is above that of structure=2:4, 0.5"):
+        Pruner(structure="nm24", overrides={"0": 0.9}).attach(net())
+    pruner = Pruner(structure="nm24", schedule=OneShot(final=0.5), overrides={"0": 0.25})
+    pruner.attach(net())
+    pruner.prepare(10)
+    assert [param.kept for param in pruner.params] == [96, 32]
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"), [("slimming", "batch norm after their layer"), ("synflow", "models of tokens")]
+)
+@pytest.mark.parametrize("masking", ["hard", "ste"])
+@pytest.mark.parametrize("schedule", [Cubic(final=0.5, begin=0.5), Cubic(final=0.5), OneShot(final=0.5)])
+def test_what_a_scorer_cannot_score_is_refused_before_training(
+    scorer: str, message: str, schedule: Schedule, masking: str
+) -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
+    pruner = Pruner(scorer, schedule, masking=masking)
+    pruner.attach(model)
+    with pytest.raises(ValueError, match=message):
+        pruner.prepare(10, probe=Probe(model, [torch.zeros(2, 3, dtype=torch.long)], lambda b: model(b).sum()))
+
+
+def test_the_last_level_is_caught_up_where_a_step_has_one_of_its_own() -> None:
+    model = net()
+    pruner = Pruner(schedule=Linear(final=0.75, begin=0.0, end="4 steps", every=1))
+    pruner.attach(model)
+    pruner.prepare(float("inf"))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for index in range(2):
+        pruner.before_step(index, optimizer=optimizer)
+        optimizer.step()
+        pruner.after_step()
+    assert pruner.sparsity == pytest.approx(0.1875, abs=0.01) and not pruner.at_target
+    assert pruner.catch_up() and pruner.sparsity == 0.75 and pruner.at_target
 
 
 def test_an_nm_pattern_keeps_the_shape_of_the_schedule() -> None:

@@ -1,5 +1,7 @@
 """The callback in a Lightning Trainer, and the ten failures of Lightning's ModelPruning that were measured."""
 
+import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Sparsity
 from pl_sparse.callbacks import History, RandomState
-from pl_sparse.schedule import Cubic, Linear, OneShot
+from pl_sparse.schedule import Cubic, Cyclic, Linear, OneShot
 from pl_sparse.structure import NM
 
 EPOCHS, BATCHES = 6, 5
@@ -372,12 +374,66 @@ def test_sparsity_is_logged(tmp_path: Path) -> None:
 # Warnings and errors, before training starts
 
 
+class Residual(Foreign):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.l2(torch.cat([x, x], 1) + self.norm(self.l1(x)))
+
+
 def test_a_dead_layer_is_named() -> None:
-    module = Foreign()
+    module = Residual()
     with torch.no_grad():
         module.l1.weight.mul_(1e-6)
     with pytest.warns(UserWarning, match=r"l1.weight kept no weight .*allocation=erk"):
         fit(module, Sparsity(schedule=OneShot(final=0.9), allocation="global", report=False))
+
+
+@pytest.mark.parametrize(("begin", "steps"), [(0.0, 0), (0.5, 16), (1.0, 30)])
+@pytest.mark.parametrize("layer", ["l1", "l2"])
+def test_a_network_through_which_nothing_passes_is_an_error(layer: str, begin: float, steps: int) -> None:
+    module = Foreign()
+    before = copy.deepcopy(module.state_dict())
+
+    class Small(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            with torch.no_grad():
+                module.get_submodule(layer).weight.mul_(1e-6)  # type: ignore[operator]
+
+    Small().on_train_batch_start()
+    callback = Sparsity(schedule=OneShot(final=0.9, begin=begin), allocation="global", report=False)
+    with pytest.raises(
+        RuntimeError, match=rf"nothing passes .* after {steps} .*{layer}.weight kept no .*allocation=erk"
+    ):
+        fit(module, Small(), callback)
+    if not steps:  # at once: no step was taken
+        assert torch.equal(module.norm.running_mean, before["norm.running_mean"])
+        assert torch.equal(module.l2.bias, before["l2.bias"])
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_network_that_may_come_back_is_judged_by_its_last_masks(back: bool) -> None:
+    module = Foreign()
+
+    class Small(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            with torch.no_grad():
+                module.l1.weight.mul_(1.0 if back and trainer.global_step > 16 else 1e-6)
+                if back and trainer.global_step == 16:
+                    module.l1.weight.normal_(std=0.1)
+
+    schedule = Cyclic(final=0.9, begin=0.1, end=0.8, cycles=1)  # sparse at step 3, dense at step 14, sparse at step 24
+    callback = Sparsity(schedule=schedule, allocation="global", report=False)
+    expected = nullcontext() if back else pytest.raises(RuntimeError, match=r"nothing passes .* after 25 optimizer")
+    with pytest.warns(UserWarning, match=r"l1.weight kept no weight"), expected:
+        fit(module, Small(), callback)
+
+
+def test_dead_layers_that_were_asked_for_are_no_error() -> None:
+    fit(Foreign(), Sparsity(schedule=OneShot(final=1.0), report=False))
+    module = Foreign()
+    with torch.no_grad():
+        module.l1.weight.mul_(1e6)
+    with pytest.warns(UserWarning, match=r"l1.weight kept no weight"):
+        fit(module, Sparsity(schedule=OneShot(final=0.9), allocation="global", ablation="invert", report=False))
 
 
 def test_errors_come_before_training() -> None:

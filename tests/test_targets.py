@@ -27,7 +27,7 @@ def names(model: nn.Module, **options: Any) -> list[str]:
 
 
 def attached(model: nn.Module, **options: Any) -> Pruner:
-    pruner = Pruner(schedule="oneshot", **{"sparsity": 0.5, **options})
+    pruner = Pruner(**{"schedule": "oneshot", "sparsity": 0.5, **options})
     pruner.attach(model)
     return pruner
 

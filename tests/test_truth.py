@@ -572,7 +572,14 @@ def test_rounds_come_at_the_nearest_step_and_not_before_their_time() -> None:
     assert [round(schedule.curve(x), 3) for x in (0.0, 0.4, 0.5, 0.9, 1.0)] == [0.2, 0.2, 0.36, 0.36, 0.488]
 
 
-def test_a_ticket_rewinds_the_learning_rate(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "decay",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),  # of the rate there is
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch),  # of its own count
+    ],
+)
+def test_a_ticket_rewinds_the_learning_rate(decay: Any, tmp_path: Path) -> None:
     class Decays(Module):
         def __init__(self) -> None:
             super().__init__()
@@ -584,7 +591,7 @@ def test_a_ticket_rewinds_the_learning_rate(tmp_path: Path) -> None:
 
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), 0.1)
-            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+            return [optimizer], [decay(optimizer)]
 
     module = Decays()
     schedule = Tickets(final=0.5, rate=0.3, to=0.0)

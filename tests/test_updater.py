@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pl_sparse import Pruner
-from pl_sparse.schedule import Constant, Cubic
+from pl_sparse.schedule import Constant, Cubic, OneShot
 from pl_sparse.updater import DropGrow, Splice
 
 
@@ -171,6 +171,10 @@ def test_splicing_has_hysteresis() -> None:
         ({"updater": "splice", "masking": "hard"}, "masking=ste or auto"),
         ({"updater": "drop_grow", "schedule": "cubic"}, "schedule=constant"),
         ({"updater": "drop_grow", "schedule": "constant", "structure": "nm24"}, "masking=srste"),
+        (
+            {"updater": "drop_grow", "schedule": OneShot(final=0.5, rounds=3)},
+            "which schedule=oneshot changes: use schedule=constant",
+        ),
     ],
 )
 def test_combinations_that_cannot_work(arguments: dict[str, Any], message: str) -> None:

@@ -7,6 +7,7 @@ met to the unit, and leave every tensor at least one unit while s < 1. Ties go t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pl_sparse.allocation.base import Allocation
@@ -14,7 +15,7 @@ from pl_sparse.allocation.count import kept
 from pl_sparse.allocation.units import Units
 from pl_sparse.core.topk import threshold
 
-__all__ = ["choose"]
+__all__ = ["choose", "refuse_unreachable"]
 
 
 def choose(units: Units, allocation: Allocation, level: float, overrides: Sequence[float | None] | None = None) -> None:
@@ -32,12 +33,12 @@ def choose(units: Units, allocation: Allocation, level: float, overrides: Sequen
     levels = list(overrides) if overrides is not None else [None] * len(units)
     free = [i for i, override in enumerate(levels) if override is None]  # these share the level
     shared = units.among(free) if len(free) < len(units) else units
-    counts = {i: units.least(i, s, kept(s, units.sizes[i])) for i, s in enumerate(levels) if s is not None}
+    counts = {i: max(units.least(i, s), kept(s, units.sizes[i])) for i, s in enumerate(levels) if s is not None}
     if free and units.structure.fixed is not None:
         counts |= {i: kept(level, units.sizes[i]) for i in free}
     elif free:
         ranks = allocation.ranks(shared)
-        if ranks is not None and len(set(shared.weights)) == 1 and not units.structure.least:
+        if ranks is not None and len(set(shared.weights)) == 1 and not any(shared.leasts(level)):
             # Units of one size: one threshold over all of them is the rule, and no counts are needed.
             cutoff = threshold(ranks, kept(level, sum(shared.sizes)))
             for i, chosen in zip(free, cutoff.masks(ranks), strict=True):
@@ -46,3 +47,34 @@ def choose(units: Units, allocation: Allocation, level: float, overrides: Sequen
             counts |= dict(zip(free, allocation.keep(shared.groups, shared, level), strict=True))
     for i, count in sorted(counts.items()):
         units.assign(i, units.structure.select(units[i], count))
+
+
+def refuse_unreachable(units: Units, level: float, overrides: Sequence[float | None]) -> None:
+    """Raise a ValueError if weights must keep more than a sparsity leaves: by their pattern, or as norms divide them.
+
+    Args:
+        units: of all groups; their scores are not looked at.
+        level: the final sparsity of all groups without an override.
+        overrides: for each group its own final sparsity, or None.
+    """
+    if (fixed := units.structure.fixed) is not None:
+        for group, override in zip(units.groups, overrides, strict=True):
+            if override is not None and override > fixed + 1e-9:
+                raise ValueError(
+                    f"overrides: a sparsity of {override:g} for {group.name} is above that of "
+                    f"structure={units.structure.label}, {fixed:g}, which keeps as many weights in any case"
+                )
+        return
+    sizes = [size * weight for size, weight in zip(units.sizes, units.weights, strict=True)]
+    leasts = [least * weight for least, weight in zip(units.leasts(1.0), units.weights, strict=True)]
+    free = [i for i, override in enumerate(overrides) if override is None]
+    shares = [(free, level), *(([i], s) for i, s in enumerate(overrides) if s is not None)]
+    for indices, sparsity in shares:
+        least, size = sum(leasts[i] for i in indices), sum(sizes[i] for i in indices)
+        if (left := kept(sparsity, size)) < least:
+            names = ", ".join(units.groups[i].name for i in indices if leasts[i])
+            raise ValueError(
+                f"a sparsity of {sparsity:g} keeps {left} of {size} weights, but {names} must keep {least}: each of "
+                "their parts is divided by its norm, and 0 / 0 is no number. Ask for a sparsity of "
+                f"{math.floor((1 - least / size) * 1e4) / 1e4:g} or less, or exclude them"
+            )

@@ -27,25 +27,25 @@ def apportion(units: Units, densities: Sequence[float], sparsity: float) -> list
     same way. Units differ in size: none is moved that is larger than what is left over, but for a last one that brings
     the total nearer to the target. No tensor ends below its rounded-down share.
 
-    Every tensor keeps at least one unit while `sparsity` < 1, and no more than `units.limits`.
+    Every tensor keeps at least one unit while `sparsity` < 1, what `units.least` says, and no more than `units.limits`.
 
     Args:
         units: whose units are shared out; their scores are not looked at.
         densities: of each tensor, in [0, 1].
         sparsity: of all of them together.
     """
-    floor = 1 if sparsity < 1 else 0
+    floors = units.leasts(sparsity, at_least=1)
     limits = units.limits
     ideal = [density * size for density, size in zip(densities, units.sizes, strict=True)]
     counts = [
-        min(max(math.floor(share + 1e-6), min(floor, size)), limit)
-        for share, size, limit in zip(ideal, units.sizes, limits, strict=True)
+        min(max(math.floor(share + 1e-6), floor), limit)
+        for share, floor, limit in zip(ideal, floors, limits, strict=True)
     ]
     total = sum(size * weight for size, weight in zip(units.sizes, units.weights, strict=True))
     left = kept(sparsity, total) - sum(count * weight for count, weight in zip(counts, units.weights, strict=True))
     while left:  # each pass moves one unit
         sign = 1 if left > 0 else -1
-        movable = [i for i in range(len(counts)) if floor <= counts[i] + sign <= limits[i]]
+        movable = [i for i in range(len(counts)) if floors[i] <= counts[i] + sign <= limits[i]]
         fitting = [i for i in movable if units.weights[i] <= abs(left)]
         # Where none fits, one more is moved if that ends nearer to the total, halves up.
         nearer = [i for i in movable if 2 * abs(left) >= units.weights[i] + (sign < 0)]

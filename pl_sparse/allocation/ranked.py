@@ -21,7 +21,7 @@ __all__ = ["LAMP", "Global", "lamp"]
 
 @dataclass(frozen=True)
 class _Ranked(Allocation):
-    """One threshold over all tensors; none of them is sure to keep more than `structure.least`."""
+    """One threshold over all tensors; none of them is sure to keep more than `Units.least`."""
 
     @abstractmethod
     def ranks(self, units: Units) -> Sequence[Tensor]:
@@ -29,8 +29,8 @@ class _Ranked(Allocation):
 
     def keep(self, groups: Sequence[Group], units: Units, sparsity: float) -> list[int]:
         ranks = self.ranks(units)
-        least = units.structure.least if sparsity < 1 else 0
-        scores = [_raised(ranks[i].reshape(-1), least) for i in range(len(groups))]
+        leasts = units.leasts(sparsity)
+        scores = [_raised(ranks[i].reshape(-1), leasts[i]) for i in range(len(groups))]
         device = scores[0].device
         owner = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(units.sizes)).to(device)  # (units,)
         order = torch.cat([score.to(device) for score in scores]).sort(descending=True, stable=True).indices
@@ -43,7 +43,7 @@ class _Ranked(Allocation):
         if count < len(taken) and int(taken[count]) - target <= target - before and before < target:
             count += 1
         counts: list[int] = torch.bincount(owner[:count], minlength=len(groups)).tolist()
-        return [max(count, min(least, limit)) for count, limit in zip(counts, units.limits, strict=True)]
+        return [max(count, min(least, limit)) for count, least, limit in zip(counts, leasts, units.limits, strict=True)]
 
 
 def _raised(scores: Tensor, count: int) -> Tensor:

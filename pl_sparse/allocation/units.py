@@ -161,9 +161,22 @@ class Units(LazyScores):
             for index, (group, size) in enumerate(zip(self.groups, self.sizes, strict=True))
         ]
 
-    def least(self, index: int, sparsity: float, count: int) -> int:
-        """The count, or what the structure keeps of a group in any case below a sparsity of 1."""
-        return max(count, min(self.structure.least, self.sizes[index])) if sparsity < 1 else count
+    def least(self, index: int, sparsity: float, at_least: int = 0) -> int:
+        """How many units of a group are kept whatever they score.
+
+        That is what the structure keeps below a sparsity of 1, and one of each slice that is divided by its norm.
+
+        Args:
+            at_least: what else is kept of each group below a sparsity of 1.
+        """
+        size = self.sizes[index]
+        kept = min(max(self.structure.least, at_least), size) if sparsity < 1 else 0
+        slices = max(param.normalized_slices for param, _ in self.groups[index].members)
+        return max(kept, slices if self.weights[index] == 1 else min(slices, 1))
+
+    def leasts(self, sparsity: float, at_least: int = 0) -> list[int]:
+        """`least` of each group."""
+        return [self.least(index, sparsity, at_least) for index in range(len(self))]
 
     def among(self, indices: Sequence[int]) -> Units:
         """The units of some of the groups."""

@@ -76,6 +76,15 @@ class Calibration:
 
         return Probe(self.module, self._batches, self._loss, mean if self.trainer.world_size > 1 else None)
 
+    def loss(self, batch: Any) -> Tensor:
+        """The loss of a batch; the module is left as it is.
+
+        Raises:
+            ValueError: `training_step` returns none.
+        """
+        with undisturbed(self.module), torch.enable_grad():
+            return self._loss(batch).detach()
+
     def _batches(self) -> list[Any]:
         batches: list[Any] = []
         for batch in islice(_batches(self.trainer), self.count * _TRIES):

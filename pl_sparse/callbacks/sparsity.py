@@ -17,6 +17,7 @@ from pl_sparse.callbacks.audit import Audit
 from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.clock import epochs_behind, estimates, progress
+from pl_sparse.callbacks.collapse import Collapse
 from pl_sparse.callbacks.coverage import report_coverage
 from pl_sparse.callbacks.mac_count import MacCount
 from pl_sparse.callbacks.several import log_names, shared_weight
@@ -40,6 +41,8 @@ class Sparsity(Callback):
     Between two optimizer steps the parameters are the sparse weights under their own names, so that validation,
     checkpoints and `load_from_checkpoint` need nothing of this callback. Masks, latent values, what the scorer gathered
     and counters are in the callback's part of a checkpoint: a resumed training is the uninterrupted one.
+
+    A network through which nothing passes any more is a RuntimeError, at the update that cut it.
 
     Checkpoints and early stopping that monitor a metric judge only once the sparsity is reached. Averaged weights (EMA,
     SWA) are masked like the model's. The sparsity is logged as "sparsity", at each update and each epoch. At the end a
@@ -84,7 +87,7 @@ class Sparsity(Callback):
         self._judging: BestAtTarget | None = None
         self._macs = MacCount()
         self._log_name = "sparsity"
-        self._dead: set[str] = set()
+        self._collapse = Collapse()
         self._seen = 0
         self._audit = Audit()
         self._restored = False  # whether a state was loaded since the last fit began
@@ -138,7 +141,7 @@ class Sparsity(Callback):
         if not self.pruner.attached or restored or self.pruner.carries_on(pl_module):
             return
         self.pruner.reset()
-        self.summary, self._macs, self._dead, self._audit = None, MacCount(), set(), Audit()
+        self.summary, self._macs, self._collapse, self._audit = None, MacCount(), Collapse(), Audit()
         rank_zero_info(
             "the Sparsity callback has pruned another model before: it starts anew, with this one's own masks. To "
             "carry masks over: sparsity.load_state_dict(sparsity.state_dict()) before fit"
@@ -198,6 +201,7 @@ class Sparsity(Callback):
         if self.pruner.thaws:
             example = example_of(trainer, pl_module) if self.pruner.structure.needs_example else None
             rank_zero_info(f"{', '.join(self.pruner.thaw(example))}: no longer frozen, pruned from here on")
+        self._collapse.judge(self.pruner, trainer, pl_module, batch)
         self.pruner.before_forward()
         self._macs.start(pl_module)
 
@@ -247,6 +251,7 @@ class Sparsity(Callback):
         self._keep_time(trainer)
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
+        self._collapse.judge(self.pruner, trainer, pl_module, batch)
         self._macs.finish(batch, trainer.train_dataloader, batch_idx)
 
     def _keep_time(self, trainer: Trainer, ended: bool = False) -> None:
@@ -278,6 +283,7 @@ class Sparsity(Callback):
         self._keep_time(trainer, ended=True)  # an epoch may be left before its last batch
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
+        self._collapse.at_end(self.pruner, trainer, pl_module)
         self._check(trainer)
         pl_module.log(self._log_name, self.sparsity, sync_dist=True)
         for name, value in self.pruner.scorer.facts(self.pruner.groups).items():
@@ -335,21 +341,14 @@ class Sparsity(Callback):
         return summarize(self.pruner, model, self._macs.macs(model, self.pruner), prefix)
 
     def _look(self, trainer: Trainer) -> None:
-        """After masks changed: log the sparsity, mask averaged weights, warn of layers that died."""
+        """After masks changed: log the sparsity, mask averaged weights, note layers that died."""
         self._seen = self.pruner.num_updates
         kept = {param.name: param.kept for param in self.pruner.params}
         self.sparsity = 1 - sum(kept.values()) / self.pruner.numel
         for logger in trainer.loggers:
             logger.log_metrics({self._log_name: self.sparsity}, step=trainer.global_step)
         self._mask_averages(trainer)
-        died = [name for name, count in kept.items() if count == 0 and name not in self._dead]
-        if died and self.pruner.level < 1:
-            self._dead |= set(died)
-            rank_zero_warn(
-                f"{', '.join(died)} kept no weight at a sparsity of {self.sparsity:.4f}: nothing passes through. What "
-                "usually helps: allocation=erk, uniform or lamp instead of global, a lower sparsity, a later or "
-                "slower schedule, or exclude for this layer"
-            )
+        self._collapse.look(self.pruner, kept)
 
     @torch.no_grad()
     def _mask_averages(self, trainer: Trainer) -> None:

@@ -88,6 +88,13 @@ class MaskedParameter:
                 kept = kept * self.cut.shape[dim] // (self.cut.shape[dim] - len(removed[dim]))
         return kept
 
+    @property
+    def normalized_slices(self) -> int:
+        """How many slices are divided by their norms, each of which keeps a weight."""
+        if self.norm_dim is None:
+            return 0
+        return 1 if self.norm_dim < 0 else self.former[self.norm_dim]
+
     def fill(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape in its former shape."""
         return tensor if self.cut is None else self.cut.fill(tensor)
@@ -121,8 +128,11 @@ class MaskedParameter:
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
         """Write a new mask in place, so that nothing compiled against the old one is invalid."""
-        if self.norm_dim is not None:
-            mask = living(mask, self.values, self.norm_dim)
+        self.put_mask(mask if self.norm_dim is None else living(mask, self.values, self.norm_dim))
+
+    @torch.no_grad()
+    def put_mask(self, mask: Tensor) -> None:
+        """Write a mask that was set before."""
         self.mask.copy_(mask)
         self.pruned = True
         for numbers in (self._factor, self._bits):
@@ -174,7 +184,7 @@ class MaskedParameter:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Any]) -> None:
         """The inverse of `tensors`, with whether the weight is `pruned`."""
-        self.set_mask(tensors["mask"])
+        self.put_mask(tensors["mask"])
         self.pruned = bool(tensors["pruned"])
         latent = tensors.get("latent")
         self.latent = None if latent is None else latent.to(self.weight.dtype, copy=True)
@@ -208,7 +218,7 @@ def zero_pruned(tensors: Sequence[Tensor], params: Sequence[MaskedParameter]) ->
 
 
 def living(mask: Tensor, values: Tensor, dim: int) -> Tensor:
-    """A mask with as many weights in which each slice along a dimension keeps one: its largest.
+    """A mask with as many weights in which each slice along a dimension keeps one that is not zero: its largest.
 
     What it keeps more there, it takes from the smallest weights that are not the last of their slice.
 
@@ -219,11 +229,11 @@ def living(mask: Tensor, values: Tensor, dim: int) -> Tensor:
     """
     shape = mask.shape if dim < 0 else mask.movedim(dim, 0).shape
     rows = (mask if dim < 0 else mask.movedim(dim, 0)).reshape(1 if dim < 0 else shape[0], -1)
-    dead = ~rows.any(1)
+    sizes = (values if dim < 0 else values.movedim(dim, 0)).abs().reshape(rows.shape)
+    dead = ~(rows & (sizes > 0)).any(1) & ((sizes > 0).any(1) | ~rows.any(1))
     count = int(dead.sum())
     if not count:
         return mask
-    sizes = (values if dim < 0 else values.movedim(dim, 0)).abs().reshape(rows.shape)
     largest = torch.where(dead, sizes.argmax(1), sizes.masked_fill(~rows, -1).argmax(1))
     only = torch.zeros_like(rows).scatter_(1, largest.unsqueeze(1), True)
     spare = sizes.masked_fill(~rows | only, torch.inf).flatten()

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-__all__ = ["WHOLE", "Underlying", "is_parametrization", "rescaled", "underlying"]
+__all__ = ["WHOLE", "Underlying", "behind", "is_computed", "is_parametrization", "rescaled", "underlying"]
 
 WHOLE = -1
 """As a dimension of `Underlying.norm_dim`: the whole tensor is divided by one norm."""
+
+_SUFFIXES = ("_g", "_v", "_orig")  # of weight_norm and spectral_norm of old, pruning of torch
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,28 @@ def is_parametrization(module: nn.Module) -> bool:
     return isinstance(module, ParametrizationList)
 
 
+def behind(module: nn.Module, weight: str) -> nn.Parameter | None:
+    """The parameter that a weight of a layer is, or that it is computed from: of several the one of its size.
+
+    Nothing is computed. None if there is no such parameter.
+    """
+    own = module._parameters.get(weight)
+    if own is not None:
+        return own
+    parametrizations = getattr(module, "parametrizations", None)
+    tensors: list[nn.Parameter | None] = []
+    if isinstance(parametrizations, nn.ModuleDict) and weight in parametrizations:
+        tensors += parametrizations[weight]._parameters.values()
+    tensors += [module._parameters.get(weight + suffix) for suffix in _SUFFIXES]
+    found = [tensor for tensor in tensors if tensor is not None]
+    return max(reversed(found), key=Tensor.numel) if found else None  # weight_norm has its scales first
+
+
+def is_computed(module: nn.Module, weight: str = "weight") -> bool:
+    """Whether a weight of a layer is computed from parameters, and no parameter itself."""
+    return module._parameters.get(weight) is None and behind(module, weight) is not None
+
+
 def underlying(module: nn.Module) -> Iterator[Underlying]:
     """The parameters with two or more dimensions that weights of a layer are computed from.
 
@@ -61,7 +85,7 @@ def underlying(module: nn.Module) -> Iterator[Underlying]:
         if not type(hook).__module__.startswith("torch.nn.utils.") or not isinstance(attribute, str):
             continue
         for short, tensor in module._parameters.items():
-            if tensor is not None and short.startswith(f"{attribute}_") and tensor.dim() > 1:
+            if tensor is not None and short.removeprefix(attribute) in _SUFFIXES and tensor.dim() > 1:
                 reason, norm_dim = _tried(tensor, lambda h=hook, s=short, w=attribute: _hooked(module, h, s, w))  # type: ignore[misc]
                 yield Underlying(attribute, short, tensor, reason, norm_dim)
 
@@ -156,7 +180,8 @@ def _tried(
             random = (torch.rand(tensor.shape, generator=generator) + 0.5).to(tensor)
             zeros = _zeros(tensor.shape, generator).to(tensor.device)
             lives = False
-            for values in (tensor.clone(), random):  # a parametrization may want values of its own kind
+            filled = torch.where(tensor == 0, random, tensor)  # zeros that are there might fill a slice with the others
+            for values in (filled, random):  # a parametrization may want values of its own kind
                 tensor.copy_(values.masked_fill(zeros, 0))
                 weight = compute()
                 if not isinstance(weight, Tensor) or weight.shape != tensor.shape:

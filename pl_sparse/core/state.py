@@ -30,7 +30,7 @@ class Masks:
         """Give the weights the masks they had; those that had none are dense again."""
         for param, mask in self._masks:
             if mask is not None:
-                param.set_mask(mask)
+                param.put_mask(mask)
             elif param.pruned:
                 param.unset_mask()
         for gate, level in self._levels:

@@ -54,6 +54,8 @@ class Masking(Axis, ABC):
 
     def changed(self, params: Params, groups: Groups) -> None:
         """After the masks changed: write the sparse weights into the parameters."""
+        if not params:
+            return
         if self.remembers:
             for param in params:
                 if param.latent is None:

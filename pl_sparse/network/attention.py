@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pl_sparse.core.layouts import Heads
+from pl_sparse.core.parametrized import behind
 
 __all__ = ["LOOKED_FOR", "Attention", "FeedForward", "Unknown", "attentions", "feed_forwards", "keeps_inputs_first"]
 
@@ -149,7 +150,7 @@ def feed_forwards(model: nn.Module) -> Iterator[FeedForward]:
 def _of_torch(path: str, module: nn.MultiheadAttention) -> Attention:
     """Torch's attention layer."""
     heads = module.num_heads
-    if module.in_proj_weight is not None:
+    if behind(module, "in_proj_weight") is not None:
         inputs = [("in_proj_weight", Heads(heads, parts=(1, 1, 1)))]
     else:
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -171,7 +172,9 @@ def keeps_inputs_first(module: nn.Module) -> bool:
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a linear layer."""
-    outputs, inputs = layer.get_parameter("weight").shape
+    weight = behind(layer, "weight")
+    assert weight is not None
+    outputs, inputs = weight.shape
     return (inputs, outputs) if keeps_inputs_first(layer) else (outputs, inputs)
 
 

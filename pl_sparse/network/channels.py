@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.core.parametrized import behind, is_computed
 from pl_sparse.core.upstream import CHANNEL_NORMS, is_model_output
 from pl_sparse.network.attention import Attention, attentions
-from pl_sparse.network.hooks import called, hooked, undisturbed
+from pl_sparse.network.hooks import called, hooked, trained, undisturbed
 
 __all__ = ["CONVS", "TRANSPOSED", "WEIGHTED", "Coupling", "Port", "Slot", "is_depthwise", "traced_couplings"]
 
@@ -90,7 +90,8 @@ def traced_couplings(model: nn.Module, example: Any) -> list[Coupling]:
     graph, ends = _dependency_graph(model, example)
     paths = {module: path for path, module in model.named_modules()}
     units = _Units()
-    _join_channels(units, graph, model, paths)
+    with undisturbed(model):  # Torch-Pruning reads weights, which for a spectral norm is a power iteration
+        _join_channels(units, graph, model, paths)
     _block_ports(units, model, {module: path for module, path in paths.items() if path}, ends)
     return units.couplings()
 
@@ -115,7 +116,7 @@ def _dependency_graph(model: nn.Module, example: Any) -> tuple[Any, set[nn.Modul
         return [out for out in outputs if out.grad_fn is not None]
 
     graph = torch_pruning.DependencyGraph()
-    with undisturbed(model), _differentiable(model), torch.enable_grad(), warnings.catch_warnings():
+    with undisturbed(model), trained(model.parameters()), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the library's remarks on what it guesses; the trial judges that
         try:
             graph.build_dependency(model, example, forward_fn=forward, verbose=False)
@@ -127,26 +128,15 @@ def _dependency_graph(model: nn.Module, example: Any) -> tuple[Any, set[nn.Modul
     return graph, ends
 
 
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """All parameters have gradients within the block: the graph is read off autograd's."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
 def _join_channels(units: _Units, graph: Any, model: nn.Module, paths: Mapping[nn.Module, str]) -> None:
     """Join each output channel of a layer with all the places that it goes to, as the graph says."""
     heads = {layer for each in attentions(model) if isinstance(each, Attention) for layer, _, _ in each.weights[:-1]}
     for module in list(graph.module2node):
         if not isinstance(module, WEIGHTED) or module in heads:
             continue
-        count = module.weight.shape[1 if isinstance(module, TRANSPOSED) else 0]
+        weight = behind(module, "weight")
+        assert weight is not None
+        count = weight.shape[1 if isinstance(module, TRANSPOSED) else 0]
         pruner = graph.get_pruner_of_module(module)
         for item in graph.get_pruning_group(module, pruner.prune_out_channels, list(range(count))):
             port = _port(graph, item, paths)
@@ -193,6 +183,8 @@ def _block_ports(units: _Units, model: nn.Module, paths: Mapping[nn.Module, str]
         elif layer is None or not _sides(layer):
             place = path if layer is None else f"{path} ({type(layer).__name__})"
             units.block_port((path, side), f"its channels go through {place}, which needs all of them")
+        elif is_computed(layer):
+            units.block_port((path, side), f"the weight of {path} is computed from other tensors")
         elif any(uses[id(parameter)] > 1 for parameter in layer.parameters(recurse=False)):
             units.block_port((path, side), f"the weights of {path} are used twice")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["called", "evaluated", "hooked", "undisturbed", "unfused"]
+__all__ = ["called", "evaluated", "hooked", "trained", "undisturbed", "unfused"]
 
 Pre = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """What sees a module, its arguments and its keywords before it is called."""
@@ -59,6 +59,19 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     with undisturbed(model):
         model.eval()
         yield
+
+
+@contextmanager
+def trained(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block all of these have gradients, frozen ones too."""
+    frozen = [tensor for tensor in tensors if not tensor.requires_grad and tensor.is_floating_point()]
+    try:
+        for tensor in frozen:
+            tensor.requires_grad_(True)
+        yield
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)
 
 
 @contextmanager

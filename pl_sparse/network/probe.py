@@ -18,7 +18,7 @@ from pl_sparse.core.targets import find
 from pl_sparse.core.upstream import padding_of
 from pl_sparse.network.attention import keeps_inputs_first
 from pl_sparse.network.dropout import without_dropout
-from pl_sparse.network.hooks import evaluated, hooked, undisturbed
+from pl_sparse.network.hooks import evaluated, hooked, trained, undisturbed
 
 __all__ = ["NORMS", "Probe"]
 
@@ -82,7 +82,7 @@ class Probe:
         Returns:
             A tensor of the weight's shape per weight, zero where the loss does not depend on it.
         """
-        with self._calibrating(temperature):
+        with self._calibrating(temperature), trained(weights):
             return self.reduced(self._sum(weights, lambda batch: self.loss(batch)))
 
     def hessian_gradients(self, weights: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
@@ -95,7 +95,8 @@ class Probe:
         Returns:
             A tensor of the weight's shape per weight.
         """
-        with self._calibrating(temperature), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        math = sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
+        with self._calibrating(temperature), trained(weights), math:
             fixed = self.reduced(self._sum(weights, lambda batch: self.loss(batch)))
 
             def product(batch: Any) -> Tensor:

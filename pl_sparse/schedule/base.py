@@ -45,14 +45,12 @@ class Schedule(Axis, ABC):
             below 1), optimizer steps (1 or more), or "1 epoch".
 
     Attributes:
-        one_level: whether its levels end at one sparsity that never changes, however often masks are made.
         one_shot: whether masks are made once.
         falls: whether a level may be below an earlier one.
         movable: whether its times move along where training turns out longer or shorter than it was estimated.
     """
 
     axis: ClassVar[str] = "schedule"
-    one_level: ClassVar[bool] = False
     one_shot: ClassVar[bool] = False
     falls: ClassVar[bool] = False
     movable: ClassVar[bool] = True
@@ -93,6 +91,11 @@ class Schedule(Axis, ABC):
             elif what == "every" and unit == "steps":
                 changes[what] = int(value)  # "500 steps"
         return replace(self, **changes) if changes else self  # type: ignore[arg-type]
+
+    @property
+    def one_level(self) -> bool:
+        """Whether it has one sparsity that never changes, however often masks are made."""
+        return False
 
     @property
     def fractional(self) -> bool:

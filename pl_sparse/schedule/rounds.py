@@ -22,8 +22,11 @@ class Constant(Schedule):
     (0.9,)
     """
 
-    one_level: ClassVar[bool] = True
     end: Time = 1.0
+
+    @property
+    def one_level(self) -> bool:
+        return True
 
     def curve(self, x: float) -> float:
         return self.final
@@ -54,7 +57,6 @@ class OneShot(Schedule):
     [0.631, 0.398, 0.251, 0.158, 0.1]
     """
 
-    one_level: ClassVar[bool] = True
     one_shot: ClassVar[bool] = True
     end: Time = 1.0
     rounds: int = 1
@@ -63,6 +65,10 @@ class OneShot(Schedule):
         super().__post_init__()
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds!r} must be 1 or more")
+
+    @property
+    def one_level(self) -> bool:
+        return self.rounds == 1
 
     @property
     def fractional(self) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
 from pl_sparse.scorer.base import Scorer
+from pl_sparse.structure import Structure
 
 __all__ = ["Ticket"]
 
@@ -34,6 +37,12 @@ class Ticket(Scorer):
     def __post_init__(self) -> None:
         if not Path(self.path).is_file():
             raise FileNotFoundError(f"scorer=ticket: there is no file {self.path}")
+
+    def start(self, groups: Sequence[Group], structure: Structure) -> None:
+        """Look whether the file has a mask for each weight."""
+        for group in groups:
+            for param, _ in group.members:
+                self.score(param)
 
     def score(self, param: MaskedParameter) -> Tensor:
         from safetensors import safe_open

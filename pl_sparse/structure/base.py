@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.group import Group
-from pl_sparse.core.layouts import Unoriented
+from pl_sparse.core.layouts import Layout, Unoriented
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.parametrized import WHOLE
 from pl_sparse.core.registry import Axis
@@ -49,8 +49,8 @@ class Structure(Axis, ABC):
                 "which of its dimensions are outputs is not known: declare it by "
                 f"layouts={{{param.name!r}: 'out_in'}} or 'in_out' (out_in_kernel and in_out_kernel for convolutions)"
             )
-        if param.norm_dim not in (None, WHOLE) and not self.spares(param):
-            return "it is divided by the norms of its parts, and 0 / 0 is no number where all of a part is pruned"
+        if not self.spares(param) and (reason := divided([(param, param.layout)])) is not None:
+            return reason
         return self.misfit(param.layout.shape_of(param.shape))
 
     def spares(self, param: MaskedParameter) -> bool:
@@ -142,3 +142,10 @@ class Structure(Axis, ABC):
     def label(self) -> str:
         """Its name in tables."""
         return type(self).__name__.lower()
+
+
+def divided(members: Sequence[tuple[MaskedParameter, Layout]]) -> str | None:
+    """Why weights do not stand that whole parts of them are pruned, or None: each part is divided by its norm."""
+    if all(param.norm_dim in (None, WHOLE) for param, _ in members):
+        return None
+    return "it is divided by the norms of its parts, and 0 / 0 is no number where all of a part is pruned"

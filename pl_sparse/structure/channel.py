@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import InputsFirst, Layout, Plain, Rows
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parametrized import behind, is_computed
 from pl_sparse.core.registry import register
 from pl_sparse.network.channels import Coupling
 from pl_sparse.structure.base import Structure
@@ -111,10 +112,13 @@ def _group(
             continue
         if port.side == "in":
             if coupling.reason is None:
-                consumer = by_weight.get(id(module.weight)) or _unpruned(port.path, module)
+                consumer = by_weight.get(id(behind(module, "weight"))) or _unpruned(port.path, module)
                 group.consumers += ((consumer, _unit_of_input(consumer, port.places)),)
             continue
-        for short, tensor in module.named_parameters(recurse=False):
+        tensors = dict(module.named_parameters(recurse=False))
+        if is_computed(module):
+            tensors["weight"] = behind(module, "weight")
+        for short, tensor in tensors.items():
             param = by_weight.get(id(tensor))
             if param is not None:
                 layout = param.layout if coupling.reason is not None else _units_as_rows(param, port.places)
@@ -134,8 +138,9 @@ def _group(
 def _unpruned(path: str, module: Any) -> MaskedParameter:
     """The weight of a layer that is not pruned, but reads what is."""
     layout = InputsFirst() if getattr(module, "transposed", False) else Plain()
-    mask = torch.ones_like(module.weight, dtype=torch.bool, requires_grad=False)
-    return MaskedParameter(f"{path}.weight", module, module.weight, mask, layout=layout)
+    weight: Any = behind(module, "weight")
+    mask = torch.ones_like(weight, dtype=torch.bool, requires_grad=False)
+    return MaskedParameter(f"{path}.weight", module, weight, mask, layout=layout)
 
 
 def _units_as_rows(param: MaskedParameter, places: tuple[tuple[int, ...], ...]) -> Layout:
@@ -166,6 +171,10 @@ class Feature(Structure):
     Source: Louizos, Welling, Kingma, Learning sparse neural networks through L0 regularization, 2017, arXiv:1712.01312,
     section 4.1. There a filter's gate is on its bias too, which here stays.
     """
+
+    @property
+    def least(self) -> int:
+        return 1
 
     def pool(self, scores: Tensor) -> Tensor:
         return scores.flatten(1).mean(1) if scores.dim() > 2 else scores.mean(0)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import Blocks, InputsFirst
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parametrized import behind
 from pl_sparse.core.registry import register
 from pl_sparse.network.attention import LOOKED_FOR, Attention, Unknown, attentions, feed_forwards
-from pl_sparse.structure.base import Structure
+from pl_sparse.structure.base import Structure, divided
 
 __all__ = ["Head", "Hybrid"]
 
@@ -57,7 +58,7 @@ class Head(Structure):
         by_weight = {id(param.weight): param for param in params}
         groups = []
         for attention in attentions(model):
-            weights = [getattr(module, name) for module, name, *_ in attention.weights]
+            weights = [behind(module, name) for module, name, *_ in attention.weights]
             members = [by_weight.get(id(weight)) for weight in weights]
             if not any(members):  # left dense by include and exclude
                 continue
@@ -73,7 +74,7 @@ class Head(Structure):
                 )
             layouts = [layout for *_, layout in attention.weights]
             pairs = tuple((param, layout) for param, layout in zip(members, layouts, strict=True) if param)
-            groups.append(Group(attention.name, pairs))
+            groups.append(Group(attention.name, pairs, reason=divided(pairs)))
         if not groups:
             raise ValueError(
                 f"structure=head found no attention layer to prune in {type(model).__name__}. It looks for "
@@ -128,7 +129,7 @@ class Hybrid(Structure):
         groups = []
         for attention in attentions(model):
             for module, name, *layout in attention.weights:
-                param = by_weight.pop(id(getattr(module, name)), None)
+                param = by_weight.pop(id(behind(module, name)), None)
                 if param is None:
                     continue
                 turned = isinstance(param.layout, InputsFirst)  # GPT-2 keeps (in, out)
@@ -139,12 +140,13 @@ class Hybrid(Structure):
                         f"{param.name} of shape {param.shape[0]}x{param.shape[1]} is not made of blocks of "
                         f"{block[0]}x{block[1]}: choose other h and w, or leave it dense by exclude=[{param.name!r}]"
                     )
-                groups.append(Group(param.name, ((param, Blocks(*block)),)))
+                pair = (param, Blocks(*block))
+                groups.append(Group(param.name, (pair,), reason=divided([pair])))
         for network in feed_forwards(model):
-            candidates = [(by_weight.pop(id(getattr(m, name)), None), layout) for m, name, layout in network.weights]
+            candidates = [(by_weight.pop(id(behind(m, name)), None), layout) for m, name, layout in network.weights]
             pairs = tuple((param, layout) for param, layout in candidates if param is not None)
             if pairs:
-                groups.append(Group(network.name, pairs))
+                groups.append(Group(network.name, pairs, reason=divided(pairs)))
         if not groups:
             raise ValueError(
                 f"structure=hybrid found neither attention nor feed-forward layers to prune in {type(model).__name__}. "

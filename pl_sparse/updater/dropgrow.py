@@ -114,7 +114,9 @@ class DropGrow(Updater):
         units = Units(groups, structure, scorer.score, unit_scores=scorer.unit_scores)
         alive = [units.alive(index) for index in range(len(units))]
         counts = [int(mask.sum()) for mask in alive]
-        dropped = [min(int(self.rate(due.progress) * n), max(n - structure.least, 0)) for n in counts]
+        leasts = units.leasts(due.level)
+        rate = self.rate(due.progress)
+        dropped = [min(int(rate * n), max(n - least, 0)) for n, least in zip(counts, leasts, strict=True)]
         grown = self._shares(groups, units, counts, dropped) if self.redistribute else dropped
         growth = Units(groups, structure, lambda param: self._growth(param, due))
         for index in range(len(units)):

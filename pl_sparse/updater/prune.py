@@ -84,7 +84,7 @@ class Threshold(Updater):
                 group.gate.level = due.level
             scores = units[index]
             chosen = scores > self.tau * due.level
-            least = max(math.ceil(self.minimum * scores.numel()), min(structure.least, scores.numel()))
+            least = max(math.ceil(self.minimum * scores.numel()), units.least(index, 0.0))
             if int(chosen.sum()) < least:
                 chosen |= top_k(scores, least)
             units.assign(index, chosen)

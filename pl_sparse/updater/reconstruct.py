@@ -72,7 +72,9 @@ class Reconstruct(Updater):
         assert due.probe is not None
         units = due.units(groups, scorer, structure)
         levels = [due.level if override is None else override for override in due.overrides]
-        counts = [kept(level, size) for level, size in zip(levels, units.sizes, strict=True)]
+        counts = [
+            max(kept(s, size), units.least(i, s)) for i, (s, size) in enumerate(zip(levels, units.sizes, strict=True))
+        ]
         free = [i for i, override in enumerate(due.overrides) if override is None]
         if free and structure.fixed is None:
             shares = allocation.keep([groups[i] for i in free], units.among(free), due.level)
@@ -118,7 +120,12 @@ class Reconstruct(Updater):
             return param.layout.restore(columns.reshape(last.shape).movedim(-1, 1), param.shape)
 
         param.set_mask(restored(chosen))
-        param.weight.copy_(restored(weight))
+        values = restored(weight)
+        if param.norm_dim is not None:  # a slice that is divided by its norm keeps its values where none would be left
+            others = tuple(dim for dim in range(values.dim()) if dim != param.norm_dim)
+            left = (values * param.mask).ne(0).any(others, keepdim=True)
+            values = torch.where(left, values, param.weight)
+        param.weight.copy_(values)
 
 
 def _hessian(param: MaskedParameter, columns: int, probe: Probe) -> Tensor:
