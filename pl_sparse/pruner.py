@@ -172,7 +172,8 @@ class Pruner(MaskedModel):
             trained: names of weights that are not taken for frozen.
         """
         assert self._model is not None
-        choice = self.targets.choose(self._model, self.structure.removes_outputs, trained=trained)
+        guess = self.structure.removes_outputs and not self.structure.needs_example  # which the outputs are
+        choice = self.targets.choose(self._model, guess, trained=trained)
         groups, misfits = self.structure.bind(choice.params, self._model, example, self.targets.misfit)
         normed = [param.name for group in groups for param, _ in group.members if param.norm_dim is not None]
         if normed and self.masking.transforms:

@@ -9,7 +9,6 @@ import tempfile
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -370,7 +369,7 @@ def exact(pruner: Pruner) -> None:
 def axis(kind: type, *more: str) -> list[str]:
     """All names of an axis that pl_sparse has itself, and shorthands."""
     builtin = [name for name in names(kind) if registered(kind.axis)[name].builtin]
-    return [name for name in (*builtin, *more) if name != "coupled" or find_spec("torch_pruning")]
+    return [*builtin, *more]
 
 
 @st.composite

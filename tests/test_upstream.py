@@ -310,23 +310,21 @@ def test_integers_of_torchao() -> None:
     assert upstream.integer_data(torch.ones(2)) is None
 
 
-def test_outputs_in_the_graph_of_torch_pruning() -> None:
-    torch_pruning = pytest.importorskip("torch_pruning")
+def test_operations_are_seen_whole_below_autograd_and_what_they_make_can_be_trained_with() -> None:
+    seen = []
 
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 3)
+    class Look(upstream.DispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * self.fc(x)
-
-    net = Scaled()
-    graph = torch_pruning.DependencyGraph().build_dependency(net, torch.randn(2, 4))
-    group = graph.get_pruning_group(net.fc, torch_pruning.prune_linear_out_channels, [0])
-    targets = [item.dep.target.module for item in group]
-    assert sum(upstream.is_model_output(target) for target in targets) == 1
-    assert not upstream.is_model_output(net.fc)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Flatten())
+    with upstream.below_autograd(), Look():
+        out = net(torch.randn(2, 4))
+    aten = torch.ops.aten
+    assert seen[1:] == [aten.linear.default, aten.dropout.default, aten.flatten.using_ints]  # the first is randn
+    assert not out.requires_grad and not out.is_inference()
+    assert net(out).requires_grad
 
 
 def test_hooks_are_called_within_the_block_alone() -> None:

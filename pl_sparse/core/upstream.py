@@ -1,6 +1,6 @@
 """What is used of other libraries beyond their documented interfaces: one function per piece, and tests of each piece.
 
-Lightning, torchmetrics, torch, torchao and Torch-Pruning promise nothing of this. Where one of them moves a piece,
+Lightning, torchmetrics, torch and torchao promise nothing of this. Where one of them moves a piece,
 tests/test_upstream.py fails, and this module alone changes. Libraries other than torch are not imported before they are
 needed; Lightning's objects are taken as they come.
 """
@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
 __all__ = [
     "CHANNEL_NORMS",
+    "DispatchMode",
     "averaged_models",
+    "below_autograd",
     "compiled",
     "fake_quantizers",
     "forgets_metrics",
     "found_infinite_gradients",
     "integer_data",
     "integer_output",
-    "is_model_output",
     "is_read_by_attention",
     "last_checkpoint_is_due",
     "logs_this_step",
@@ -276,6 +278,13 @@ def without_fused_layer(module: nn.Module) -> None:
         module.activation_relu_or_gelu = 0
 
 
+def below_autograd() -> AbstractContextManager[None]:
+    """Within the block operations go past autograd, so that a dispatch mode sees them before they are taken apart:
+    a linear layer as one operation. Unlike in `torch.inference_mode`, tensors that are made can be trained with."""
+    guard: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
+    return guard
+
+
 def is_read_by_attention(layer: nn.Module) -> bool:
     """Whether a linear layer is the output projection of `nn.MultiheadAttention`, which reads its weight and does not
     call it."""
@@ -314,13 +323,3 @@ def integer_output(spec: Any) -> Any:
 def integer_data(weight: Tensor) -> Tensor | None:
     """The integers of a weight that torchao quantized; None if it has none."""
     return getattr(weight, "qdata", None)
-
-
-# Torch-Pruning
-
-
-def is_model_output(target: Any) -> bool:
-    """Whether a node of Torch-Pruning's dependency graph is an output of the model."""
-    import torch_pruning
-
-    return isinstance(target, torch_pruning.ops._OutputOp)

@@ -1,269 +1,192 @@
-"""Which channels belong together, read off the graph of a model.
+"""Which channels belong together, read off a call of a model.
 
 A residual join adds channel i of one layer to channel i of another, a concatenation shifts it, a flattening spreads it
 over several inputs of the next layer. What can be removed is a unit: all places, in all layers, that are one channel.
-Torch-Pruning's dependency graph tells which places these are. Its tracing rests on rules: what is removed
-passes a trial first (`surgery.trial`).
+The model is called once; a rule per operation says what becomes of channels (`couples`). What no rule follows stays.
+What rules say passes a trial (`surgery.trial`) before it is believed.
 
-Source: Fang et al., DepGraph: towards any structural pruning, 2023, arXiv:2301.12900.
+Source: Fang et al., DepGraph: towards any structural pruning, 2023, arXiv:2301.12900, for the units.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections import defaultdict
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pl_sparse.core.parametrized import behind, is_computed
-from pl_sparse.core.upstream import CHANNEL_NORMS, is_model_output
+from pl_sparse.core.upstream import DispatchMode, below_autograd
 from pl_sparse.network.attention import Attention, attentions
-from pl_sparse.network.hooks import called, hooked, trained, undisturbed
+from pl_sparse.network.couples import NONE, Call, Track
+from pl_sparse.network.hooks import called, hooked, stand_ins, unfused
+from pl_sparse.network.rules import rule_of, unknown
+from pl_sparse.network.units import CONVS, TRANSPOSED, Coupling, Units, is_depthwise, is_weighted, sides
 
-__all__ = ["CONVS", "TRANSPOSED", "WEIGHTED", "Coupling", "Port", "Slot", "is_depthwise", "traced_couplings"]
-
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-WEIGHTED = (nn.Linear, *CONVS, *TRANSPOSED)
-"""Layers whose outputs are channels of their own: each is a row of the weight."""
-
-Slot = tuple[str, str, int]
-"""A channel of a layer: path, side, index."""
-
-
-@dataclass(frozen=True)
-class Port:
-    """Channels of a layer.
-
-    Attributes:
-        path: the name of the layer.
-        side: "out", or "in" of a layer whose inputs and outputs are different channels.
-        places: for each unit the indices of its channels.
-    """
-
-    path: str
-    side: str
-    places: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """Units that go through the same layers.
-
-    Attributes:
-        ports: where the units are.
-        reason: why none of them can be removed, or None.
-    """
-
-    ports: tuple[Port, ...]
-    reason: str | None = None
-
-    @property
-    def units(self) -> int:
-        """How many there are."""
-        return len(self.ports[0].places)
-
-    def sources(self, model: nn.Module) -> list[Port]:
-        """The layers with weights that the units come out of."""
-        modules = dict(model.named_modules())
-        return [port for port in self.ports if port.side == "out" and isinstance(modules.get(port.path), WEIGHTED)]
-
-    def targets(self) -> list[Port]:
-        """The layers that take the units in."""
-        return [port for port in self.ports if port.side == "in"]
+__all__ = ["traced_couplings"]
 
 
 def traced_couplings(model: nn.Module, example: Any) -> list[Coupling]:
-    """The couplings that the graph of a model shows, each with why its units cannot be removed, if the graph says so.
+    """The couplings of a model, each with why its units cannot be removed, if the rules say so.
 
     Args:
+        model: it is left as it is.
         example: inputs, as the model is called with.
 
     Raises:
-        ImportError: Torch-Pruning is not installed.
         ValueError: the model cannot be called with the example.
     """
-    graph, ends = _dependency_graph(model, example)
-    paths = {module: path for path, module in model.named_modules()}
-    units = _Units()
-    with undisturbed(model):  # Torch-Pruning reads weights, which for a spectral norm is a power iteration
-        _join_channels(units, graph, model, paths)
-    _block_ports(units, model, {module: path for module, path in paths.items() if path}, ends)
+    units = Units()
+    scripted = next((path for path, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        return _all_stay(model, f"keeps its channels: {scripted or 'the model'} is a scripted module")
+    try:
+        with stand_ins(model), unfused():
+            follow = _Follow(model, units)
+            with hooked(model.modules(), pre=follow.enter, post=follow.leave), below_autograd(), follow:
+                follow.block_outputs(called(model, example))
+    except Exception as error:
+        _check_call(model, example)
+        return _all_stay(model, f"keeps its channels: they could not be followed ({_short(error)})")
+    _block_ports(units, model)
     return units.couplings()
 
 
-def _dependency_graph(model: nn.Module, example: Any) -> tuple[Any, set[nn.Module]]:
-    """Torch-Pruning's graph of a model, and the layers whose output is one of the model's."""
+def _check_call(model: nn.Module, example: Any) -> None:
+    """Refuse an example that the model cannot be called with."""
     try:
-        import torch_pruning
-    except ImportError as error:
-        raise ImportError("removing channels needs Torch-Pruning: pip install 'pl_sparse[shrink]'") from error
-    made: list[tuple[Tensor, nn.Module]] = []
-    ends: set[nn.Module] = set()
-
-    def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if isinstance(out, Tensor):
-            made.append((out, module))
-
-    def forward(model: nn.Module, example: Any) -> list[Tensor]:
-        with hooked([module for module in model.modules() if not list(module.children())], post=note):
-            outputs = called(model, example)
-        ends.update(module for tensor, module in made if any(tensor is out for out in outputs))
-        return [out for out in outputs if out.grad_fn is not None]
-
-    graph = torch_pruning.DependencyGraph()
-    with undisturbed(model), trained(model.parameters()), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the library's remarks on what it guesses; the trial judges that
-        try:
-            graph.build_dependency(model, example, forward_fn=forward, verbose=False)
-        except Exception as error:
-            raise ValueError(
-                f"{type(model).__name__} cannot be traced with the example of its inputs: {error}. Give the inputs it "
-                "is called with as example_input_array"
-            ) from error
-    return graph, ends
+        with stand_ins(model), torch.no_grad():
+            called(model, example)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be called with the example of its inputs: {error}. Give the inputs it "
+            "is called with as example_input_array"
+        ) from error
 
 
-def _join_channels(units: _Units, graph: Any, model: nn.Module, paths: Mapping[nn.Module, str]) -> None:
-    """Join each output channel of a layer with all the places that it goes to, as the graph says."""
-    heads = {layer for each in attentions(model) if isinstance(each, Attention) for layer, _, _ in each.weights[:-1]}
-    for module in list(graph.module2node):
-        if not isinstance(module, WEIGHTED) or module in heads:
-            continue
-        weight = behind(module, "weight")
-        assert weight is not None
-        count = weight.shape[1 if isinstance(module, TRANSPOSED) else 0]
-        pruner = graph.get_pruner_of_module(module)
-        for item in graph.get_pruning_group(module, pruner.prune_out_channels, list(range(count))):
-            port = _port(graph, item, paths)
-            if port is None:
-                continue
-            roots = item.root_idxs if item.root_idxs is not None else [None] * len(item.idxs)
-            for root, index in zip(roots, item.idxs, strict=True):
-                if root is None:
-                    units.block((*port, index), "its channels are repeated")
-                else:
-                    units.join((paths[module], "out", root), (*port, index))
+def _short(error: Exception) -> str:
+    """An error in a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _port(graph: Any, item: Any, paths: Mapping[nn.Module, str]) -> tuple[str, str] | None:
-    """The layer and side that an item of a pruning group of Torch-Pruning is about; None if it has no channels.
-
-    The outputs of the model are a layer called "", a parameter is one that is named by its shape.
-    """
-    target = item.dep.target.module
-    side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-    if target in paths:
-        return paths[target], "out" if _sides(target) == ("out",) else side
-    if isinstance(target, nn.Parameter):
-        return f"the parameter of shape {tuple(target.shape)}", side
-    return ("", side) if is_model_output(target) else None
+def _all_stay(model: nn.Module, reason: str) -> list[Coupling]:
+    """All layers keep all channels, for one reason."""
+    couplings = []
+    for path, module in model.named_modules():
+        weight = behind(module, "weight") if is_weighted(module) else None
+        if weight is not None:
+            units = Units()
+            units.block(units.port(path, "out", range(_outputs(module, weight))), reason)
+            couplings += units.couplings()
+    return couplings
 
 
-def _block_ports(units: _Units, model: nn.Module, paths: Mapping[nn.Module, str], ends: Collection[nn.Module]) -> None:
-    """Block the units whose channels some layer does not let go.
+def _outputs(module: nn.Module, weight: Tensor) -> int:
+    """How many outputs a layer has."""
+    first = not isinstance(module, (nn.Linear, *CONVS))
+    groups: Any = module.groups if isinstance(module, TRANSPOSED) else 1
+    return int(weight.shape[int(first)] * groups)
+
+
+class _Follow(DispatchMode):
+    """Within the block each operation has its rule applied.
+
+    Operations that are made of others are seen whole; where one has no rule, those that it is made of are seen.
 
     Args:
-        paths: of the layers.
-        ends: the layers whose output is one of the model's.
+        model: the one that is called.
+        units: gets slots, joins and reasons.
     """
+
+    def __init__(self, model: nn.Module, units: Units) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.units = units
+        self._tracks: Any = WeakTensorKeyDictionary()
+        self._paths = {module: path for path, module in model.named_modules()}
+        self._inside: list[nn.Module] = [model]
+        self._owners: dict[int, tuple[str, nn.Module]] = {}
+        for module, path in self._paths.items():
+            for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                self._owners.setdefault(id(tensor), (path, module))
+        # units of attention layers are heads
+        self._heads = {m for each in attentions(model) if isinstance(each, Attention) for m, _, _ in each.weights[:-1]}
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._inside.append(module)
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        self._inside.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        rule = rule_of(func)
+        if rule is None:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        module = self._inside[-1]
+        place = self._paths[module], module
+        call = Call(func, args, kwargs, out, self.units, self._tracks.get, place, lambda t: self._owners.get(id(t)))
+        if any(call.track(tensor) is not None for tensor in call.tensors()) or rule is not None:
+            self._note(call, rule or unknown)
+        return out
+
+    def _note(self, call: Call, rule: Callable[[Call], Any]) -> None:
+        """Give the outputs of a call the tracks that its rule says; where it fails, the channels that it reads stay."""
+        try:
+            tracks = rule(call)
+        except Exception as error:
+            tracks = None
+            for tensor in call.tensors():
+                call.keep(call.track(tensor), f"keeps its channels: the rule of {call.name} failed ({_short(error)})")
+        if isinstance(call.output, Tensor):
+            self._track(call.output, None if call.module in self._heads else tracks)
+        elif isinstance(tracks, list):
+            for tensor, track in zip(call.output, tracks, strict=True):
+                if isinstance(tensor, Tensor):
+                    self._track(tensor, track)
+
+    def _track(self, tensor: Tensor, track: Track | None) -> None:
+        if track is None or all(slot == NONE for slot in track.slots):
+            self._tracks.pop(tensor, None)
+        else:
+            self._tracks[tensor] = track
+
+    def block_outputs(self, outputs: Iterable[Tensor]) -> None:
+        """Note that the channels of some tensors are outputs of the model."""
+        for tensor in outputs:
+            track = self._tracks.get(tensor)
+            if track is not None:
+                self.units.block([s for s in track.slots if s != NONE], "its channels are outputs of the model")
+
+
+def _block_ports(units: Units, model: nn.Module) -> None:
+    """Block the units whose channels some layer does not let go, and join those that groups of a layer share."""
     uses = {id(parameter): 0 for parameter in model.parameters()}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] += 1
-    layers = {path: module for module, path in paths.items()}
-    for path, side in list(units.ports):
-        layer = layers.get(path)
-        _join_groups(units, path, side, layer)
-        if path == "" or (layer in ends and side == "out"):
-            units.block_port((path, side), "its channels are outputs of the model")
-        elif layer is None or not _sides(layer):
-            place = path if layer is None else f"{path} ({type(layer).__name__})"
-            units.block_port((path, side), f"its channels go through {place}, which needs all of them")
+    for (path, side), slots in units.ports.items():
+        layer = model.get_submodule(path)
+        _join_groups(units, slots, side, layer)
+        if not sides(layer):
+            reason = f"its channels go through {path} ({type(layer).__name__}), which needs all of them"
         elif is_computed(layer):
-            units.block_port((path, side), f"the weight of {path} is computed from other tensors")
+            reason = f"the weight of {path} is computed from other tensors"
         elif any(uses[id(parameter)] > 1 for parameter in layer.parameters(recurse=False)):
-            units.block_port((path, side), f"the weights of {path} are used twice")
+            reason = f"the weights of {path} are used twice"
+        else:
+            continue
+        units.block(slots.values(), reason)
 
 
-def _sides(module: nn.Module) -> tuple[str, ...]:
-    """The sides of a layer that channels can be taken from: its outputs and inputs may be the same ones."""
-    if isinstance(module, (*CHANNEL_NORMS, nn.PReLU)) or is_depthwise(module):
-        return ("out",)
-    if isinstance(module, TRANSPOSED):
-        return ("out", "in") if module.groups == 1 else ()
-    return ("out", "in") if isinstance(module, WEIGHTED) else ()
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Whether each output of a convolution has one input of its own."""
-    return isinstance(module, CONVS) and 1 < module.groups == module.in_channels == module.out_channels
-
-
-def _join_groups(units: _Units, path: str, side: str, module: nn.Module | None) -> None:
+def _join_groups(units: Units, slots: dict[int, int], side: str, module: nn.Module) -> None:
     """The groups of a grouped convolution stay equally wide: channel j of each group is one unit."""
     if isinstance(module, (*CONVS, *TRANSPOSED)) and module.groups > 1 and not is_depthwise(module):
         width = (module.out_channels if side == "out" else module.in_channels) // module.groups
-        for index in list(units.ports[path, side]):
-            units.join((path, side, index % width), (path, side, index))
-
-
-class _Units:
-    """Slots (layer, side, index) that are one unit: union and find."""
-
-    def __init__(self) -> None:
-        self.above: dict[Slot, Slot] = {}
-        self.reasons: dict[Slot, str] = {}
-        self.ports: dict[tuple[str, str], dict[int, None]] = {}
-
-    def find(self, slot: Slot) -> Slot:
-        """The slot that stands for the unit of this one, which is added if it is new."""
-        if slot not in self.above:
-            self.above[slot] = slot
-            self.ports.setdefault(slot[:2], {})[slot[2]] = None
-        while self.above[slot] != slot:
-            self.above[slot] = self.above[self.above[slot]]
-            slot = self.above[slot]
-        return slot
-
-    def join(self, a: Slot, b: Slot) -> None:
-        """Make the units of two slots one."""
-        a, b = self.find(a), self.find(b)
-        self.above[b] = a
-        if b in self.reasons:
-            self.reasons.setdefault(a, self.reasons[b])
-
-    def block(self, slot: Slot, reason: str) -> None:
-        """Note why the unit of a slot cannot be removed."""
-        self.reasons.setdefault(self.find(slot), reason)
-
-    def block_port(self, port: tuple[str, str], reason: str) -> None:
-        """Note why no unit of a port can be removed."""
-        for index in self.ports[port]:
-            self.block((*port, index), reason)
-
-    def couplings(self) -> list[Coupling]:
-        """Units that have as many slots in the same ports, together."""
-        members: dict[Slot, dict[tuple[str, str], list[int]]] = defaultdict(lambda: defaultdict(list))
-        for path, side in self.ports:
-            for index in sorted(self.ports[path, side]):
-                members[self.find((path, side, index))][path, side].append(index)
-        alike: dict[tuple[Any, ...], list[Slot]] = defaultdict(list)
-        for root, ports in members.items():
-            alike[tuple((*port, len(places)) for port, places in ports.items())].append(root)
-        couplings = []
-        for roots in alike.values():
-            shared = tuple(
-                Port(path, side, tuple(tuple(members[root][path, side]) for root in roots))
-                for path, side in members[roots[0]]
-            )
-            reason = next((self.reasons[root] for root in roots if root in self.reasons), None)
-            if reason is None and not any(port.side == "in" for port in shared):
-                reason = "nothing is known to take its channels in"
-            if reason is None and len(roots) == 1:
-                reason = "all its channels depend on each other"
-            couplings.append(Coupling(shared, reason))
-        return couplings
+        for index, slot in slots.items():
+            units.join(slots.get(index % width, slot), slot)

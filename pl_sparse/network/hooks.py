@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["called", "evaluated", "hooked", "trained", "undisturbed", "unfused"]
+__all__ = ["called", "evaluated", "hooked", "stand_ins", "trained", "undisturbed", "unfused"]
 
 Pre = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """What sees a module, its arguments and its keywords before it is called."""
@@ -41,8 +42,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Afterwards buffers (running statistics), training flags and random numbers are as before."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=_devices(model)):
         try:
             yield
         finally:
@@ -51,6 +51,45 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
             for module, mode in modes:
                 module.training = mode
+
+
+def _devices(model: nn.Module) -> list[int]:
+    """The GPUs that a model is on."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+@contextmanager
+def stand_ins(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode within the block, with parameters and buffers that may be given other data.
+    Afterwards each module has the very attributes that it had, and random numbers are as before.
+
+    Parameters share the memory of those that they stand for, buffers are copies. The former keep their place in
+    graphs of autograd, in optimizers and in what is wrapped around the model.
+    """
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    attributes = [(module, dict(vars(module))) for module in modules]
+    others: dict[int, Tensor] = {}
+
+    def other(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or nn.parameter.is_lazy(tensor):
+            return tensor
+        if id(tensor) not in others:
+            data = tensor.detach()
+            plain = nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data.clone()
+            others[id(tensor)] = plain
+        return others[id(tensor)]
+
+    try:
+        for module, _ in attributes:
+            for kind in ("_parameters", "_buffers"):
+                vars(module)[kind] = {key: other(tensor) for key, tensor in vars(module)[kind].items()}
+        with torch.random.fork_rng(devices=_devices(model)):
+            model.eval()
+            yield
+    finally:
+        for module, former in attributes:
+            vars(module).clear()
+            vars(module).update(former)
 
 
 @contextmanager
@@ -110,3 +149,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for part in value:
             yield from _tensors(part)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors(vars(value))

@@ -14,7 +14,8 @@ from pl_sparse.core.layouts import InputsFirst, Layout, Plain, Rows
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.parametrized import behind, is_computed
 from pl_sparse.core.registry import register
-from pl_sparse.network.channels import Coupling
+from pl_sparse.network.attention import keeps_inputs_first
+from pl_sparse.network.units import Coupling
 from pl_sparse.structure.base import Structure
 from pl_sparse.surgery.trial import couplings
 
@@ -39,10 +40,7 @@ class Channel(Structure):
     any structural pruning, 2023, arXiv:2301.12900, for the coupling; there inputs count in a unit's score too.
 
     Args:
-        coupled: whether channels that are joined are one unit; it needs Torch-Pruning.
-
-    Raises:
-        ImportError: Torch-Pruning is not installed.
+        coupled: whether channels that are joined are one unit.
     """
 
     coupled: bool = False
@@ -137,7 +135,8 @@ def _group(
 
 def _unpruned(path: str, module: Any) -> MaskedParameter:
     """The weight of a layer that is not pruned, but reads what is."""
-    layout = InputsFirst() if getattr(module, "transposed", False) else Plain()
+    inputs_first = getattr(module, "transposed", False) or keeps_inputs_first(module)
+    layout = InputsFirst() if inputs_first else Plain()
     weight: Any = behind(module, "weight")
     mask = torch.ones_like(weight, dtype=torch.bool, requires_grad=False)
     return MaskedParameter(f"{path}.weight", module, weight, mask, layout=layout)

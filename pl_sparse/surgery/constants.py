@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.upstream import padding_of
-from pl_sparse.network.channels import CONVS, Coupling
 from pl_sparse.network.hooks import called, evaluated, hooked
+from pl_sparse.network.units import CONVS, TRANSPOSED, Coupling
 
 __all__ = ["Fold", "folds_of", "is_silent", "read_inputs"]
 
@@ -25,9 +25,8 @@ def is_silent(model: nn.Module, coupling: Coupling, unit: int) -> bool:
         places = list(port.places[unit])
         if isinstance(module.bias, Tensor) and bool(module.bias[places].any()):
             return False
-        mean = getattr(module, "running_mean", None)  # a norm subtracts it from the zeros
-        scaled = module.weight is None or bool(module.weight[places].any())
-        if mean is not None and scaled and bool(mean[places].any()):
+        mean = getattr(module, "running_mean", None)  # a norm subtracts it from the zeros, and scales that
+        if mean is not None and bool(mean[places].any()) and (module.weight is None or module.weight[places].any()):
             return False
     return True
 
@@ -73,7 +72,7 @@ def folds_of(model: nn.Module, coupling: Coupling, unit: int, inputs: Mapping[st
     for port in coupling.targets():
         module: Any = model.get_submodule(port.path)
         fold = Fold(port.path, unit)
-        dim = -1 if isinstance(module, nn.Linear) else 1
+        dim = 1 if isinstance(module, (*CONVS, *TRANSPOSED)) else -1
         for place in port.places[unit]:
             values = torch.cat([x.select(dim, place).flatten() for x in inputs.get(port.path, [])] or [torch.ones(0)])
             if not len(values) or bool((values != values[0]).any()):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.upstream import CHANNEL_NORMS, replace_data
 from pl_sparse.network.attention import Attention, attentions, keeps_inputs_first
-from pl_sparse.network.channels import CONVS, TRANSPOSED, WEIGHTED, Coupling, is_depthwise
+from pl_sparse.network.units import CONVS, TRANSPOSED, Coupling, is_depthwise, is_weighted
 from pl_sparse.surgery.heads import FewerHeads, head_indices
 
 __all__ = ["RemovalPlan", "channel_tensors", "named_tensors", "own_tensors"]
@@ -185,11 +185,11 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def channel_tensors(module: nn.Module, side: str) -> list[tuple[str, int, int]]:
     """The tensors of a layer that a side's channels are in: name, dimension, and period if groups share them."""
     norm = isinstance(module, (*CHANNEL_NORMS, nn.PReLU))
-    if norm or is_depthwise(module) or (isinstance(module, WEIGHTED) and side == "out"):
-        first = 1 if isinstance(module, TRANSPOSED) else 0
+    if norm or is_depthwise(module) or (is_weighted(module) and side == "out"):
+        first = 1 if isinstance(module, TRANSPOSED) or keeps_inputs_first(module) else 0
         tensors = {short: tensor for short, tensor in own_tensors(module).items() if tensor.dim() > 0}
         return [(short, first if short == "weight" else 0, 0) for short in tensors]
-    if isinstance(module, TRANSPOSED):
+    if isinstance(module, TRANSPOSED) or keeps_inputs_first(module):
         return [("weight", 0, 0)]
     period = module.in_channels // module.groups if isinstance(module, CONVS) and module.groups > 1 else 0
     return [("weight", 1, int(period))]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pl_sparse.network.attention import Unknown, attentions
-from pl_sparse.network.channels import TRANSPOSED, Coupling
+from pl_sparse.network.attention import Unknown, attentions, keeps_inputs_first
+from pl_sparse.network.units import TRANSPOSED, Coupling
 from pl_sparse.surgery.constants import Fold, folds_of, is_silent, read_inputs
 from pl_sparse.surgery.optimizers import shrink_optimizers
 from pl_sparse.surgery.plan import RemovalPlan
@@ -72,7 +72,6 @@ def shrink(
         What was taken out, and what had to stay.
 
     Raises:
-        ImportError: Torch-Pruning is not installed.
         ValueError: the model cannot be called with the example, or a state of an optimizer cannot be cut; nothing has
             changed then.
     """
@@ -120,7 +119,8 @@ def _kept(module: Any, name: str, masks: Mapping[str, Tensor] | None) -> Tensor:
     weight = module.weight.detach() != 0 if masks is None else masks.get(name)
     if weight is None:
         weight = torch.ones_like(module.weight, dtype=torch.bool)
-    rows = weight.transpose(0, 1) if isinstance(module, TRANSPOSED) else weight  # (out, in, *kernel)
+    inputs_first = isinstance(module, TRANSPOSED) or keeps_inputs_first(module)
+    rows = weight.transpose(0, 1) if inputs_first else weight  # (out, in, *kernel)
     return rows.flatten(1).any(1).cpu()
 
 

@@ -1,0 +1,409 @@
+"""The rules of torch's operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.core.upstream import CHANNEL_NORMS
+from pl_sparse.network.couples import NONE, RULES, Call, Rule, Track, couples
+from pl_sparse.network.units import is_depthwise, is_weighted, sides
+
+__all__ = ["rule_of"]
+
+
+def _named(names: str) -> list[Any]:
+    """The operations of torch with these names; those of other versions are left out."""
+    return [getattr(torch.ops.aten, name) for name in names.split() if hasattr(torch.ops.aten, name)]
+
+
+def rule_of(operation: Any) -> Rule | None:
+    """The rule of an operation: its own, or that of all pointwise ones; None if there is none."""
+    own = RULES.get(operation) or RULES.get(getattr(operation, "overloadpacket", None))
+    return elementwise if own is None and torch.Tag.pointwise in getattr(operation, "tags", ()) else own
+
+
+# Element by element
+
+
+@couples(
+    *_named(
+        "hardswish hardswish_ hardsigmoid hardsigmoid_ relu6 relu6_ selu selu_ celu dropout dropout_ "
+        "feature_dropout alpha_dropout clone contiguous detach alias to _to_copy type_as copy_ zeros_like "
+        "ones_like empty_like rand_like randn_like full_like leaky_relu leaky_relu_ log_sigmoid softplus "
+        "mish square square_ float_power where masked_fill masked_fill_"
+    )
+)
+def elementwise(call: Call) -> Track | None:
+    """Channels at the same place are joined, as broadcasting pairs them."""
+    out: Tensor = call.output
+    tensors = call.tensors()
+    tracks = [(tensor, track) for tensor in tensors if (track := call.track(tensor)) is not None]
+    dims = {track.dim + out.dim() - tensor.dim() for tensor, track in tracks}
+    if not dims:
+        return None
+    dim = dims.pop()
+    if dims:
+        for _, track in tracks:
+            call.keep(track, f"{call.name} joins channels along different dimensions")
+        return None
+    size = out.shape[dim]
+    joined = []
+    for _, track in tracks:
+        if len(track.slots) == size:
+            joined.append(track.slots)
+        else:
+            call.keep(track, f"{call.name} repeats its only channel")
+    for tensor in tensors:
+        place = dim - out.dim() + tensor.dim()
+        if call.track(tensor) is None and place >= 0 and tensor.shape[place] != 1:
+            owner = call.owner(tensor)
+            for _, track in tracks:
+                if owner is not None:
+                    call.need(track, f"a parameter or buffer of {owner[0] or 'the model'}", owner[1])
+                else:
+                    call.keep(track, f"{call.name} joins its channels with what are no channels of a layer")
+    call.join(*joined)
+    return Track(dim, joined[0]) if joined else None
+
+
+# Elements moved
+
+
+def _moving(call: Call) -> Any:
+    return call.moved()
+
+
+couples(
+    *_named(
+        "permute transpose t movedim swapaxes unsqueeze squeeze numpy_T mT adjoint reshape flatten "
+        "unflatten expand expand_as repeat tile broadcast_to reshape_as pixel_unshuffle view_as"
+    )
+)(_moving)
+
+
+@couples(*_named("view _unsafe_view _reshape_alias"))
+def view(call: Call) -> Any:
+    """As reshape, since slots are kept with other strides than the elements."""
+    source = next(tensor for tensor in call.tensors())
+    track = call.track(source)
+    return None if track is None else call.read(call.labels(source, track).reshape(call.output.shape))
+
+
+@couples(*_named("cat concat stack"))
+def cat(call: Call) -> Track | None:
+    """Channels side by side; along another dimension they are joined."""
+    parts: list[Tensor] = [part for part in call["tensors"] if part.dim() > 1 or part.numel()]
+    dim = call.dim(call.output)
+    tracks = [call.track(part) for part in parts]
+    known = [track for track in tracks if track is not None]
+    if not known:
+        return None
+    stacked = call.output.dim() > parts[0].dim()
+    if not stacked and all(track.dim == dim for track in known):
+        slots = [(NONE,) * part.shape[dim] if t is None else t.slots for part, t in zip(parts, tracks, strict=True)]
+        return Track(dim, tuple(slot for some in slots for slot in some))
+    if len({track.dim for track in known}) > 1 or any(track.dim == dim and not stacked for track in known):
+        for track in known:
+            call.keep(track, f"{call.name} joins channels along different dimensions")
+        return None
+    if len(known) < len(parts):
+        for track in known:
+            call.keep(track, f"{call.name} joins its channels with what are no channels of a layer")
+        return None
+    call.join(*(track.slots for track in known))
+    place = known[0].dim
+    return Track(place + 1 if stacked and dim <= place else place, known[0].slots)
+
+
+def _equal_parts(call: Call, source: Tensor, dim: int, width: int) -> None:
+    """Let parts of the channels be equally wide: the channels at the same place of each are one unit."""
+    track = call.track(source)
+    if track is None or track.dim != dim:
+        return
+    if width < 1 or len(track.slots) % width:
+        call.keep(track, f"{call.name} takes parts of its channels that differ in size")
+    else:
+        call.join(*(track.slots[start : start + width] for start in range(0, len(track.slots), width)))
+
+
+@couples(*_named("chunk split split_with_sizes tensor_split"))
+def split(call: Call) -> Any:
+    """Parts of the channels, which stay equally wide."""
+    source, dim = call["self"], call.dim(call["self"])
+    sizes = {part.shape[dim] for part in call.output}
+    _equal_parts(call, source, dim, sizes.pop() if len(sizes) == 1 else 0)
+    return call.moved()
+
+
+@couples(*_named("slice"))
+def slice_(call: Call) -> Any:
+    """A part of the channels, one of several that stay equally wide; or every second, third, ... one."""
+    source, out, dim = call["self"], call.output, call.dim(call["self"])
+    width, size = out.shape[dim], source.shape[dim]
+    if width != size:
+        start, step = call["start"] or 0, call["step"]
+        start += size if start < 0 else 0
+        track = call.track(source)
+        if step == 1:
+            _equal_parts(call, source, dim, width if width and start % width == 0 else 0)
+        elif track is not None and track.dim == dim:
+            if start >= step or size % step:
+                call.keep(track, f"{call.name} takes parts of its channels that differ in size")
+            else:
+                call.join(*(track.slots[rest::step] for rest in range(step)))
+    return call.moved()
+
+
+@couples(*_named("select unbind"))
+def select(call: Call) -> Any:
+    """What is at one index of another dimension than that of the channels."""
+    track = call.track(call["self"])
+    if track is not None and track.dim == call.dim(call["self"]):
+        call.keep(track, f"{call.name} takes single channels")
+        return None if isinstance(call.output, Tensor) else [None] * len(call.output)
+    return call.moved()
+
+
+@couples(*_named("flip roll"))
+def reorder(call: Call) -> Any:
+    """Elements change places along other dimensions than that of the channels."""
+    source = call["self"]
+    track = call.track(source)
+    dims = {dim % source.dim() for dim in call["dims"]} or set(range(source.dim()))
+    if track is not None and track.dim in dims:
+        call.keep(track, f"{call.name} changes the order of its channels")
+        return None
+    return track
+
+
+@couples(*_named("index_select gather cumsum sort topk"))
+def along(call: Call) -> Any:
+    """What works along another dimension than that of the channels."""
+    source = call["self"]
+    track = call.track(source)
+    if track is not None and track.dim == call.dim(source):
+        call.need_here(track)
+        track = None
+    return track if isinstance(call.output, Tensor) else [track] * len(call.output)
+
+
+couples(*_named("softmax log_softmax _softmax _log_softmax"))(along)
+
+
+@couples(*_named("pixel_shuffle"))
+def pixel_shuffle(call: Call) -> Track | None:
+    """r x r channels become one, (.., C r r, H, W) -> (.., C, H r, W r): they are one unit."""
+    track, out = call.track(call["self"]), call.output
+    if track is None:
+        return None
+    if track.dim != out.dim() - 3:
+        call.need_here(track)
+        return None
+    count = call["upscale_factor"] ** 2
+    runs = [track.slots[rest::count] for rest in range(count)]
+    call.join(*runs)
+    return Track(track.dim, runs[0])
+
+
+@couples(*_named("channel_shuffle native_channel_shuffle"))
+def channel_shuffle(call: Call) -> Any:
+    """The groups stay equally wide."""
+    source = call["self"]
+    _equal_parts(call, source, 1, source.shape[1] // call["groups"])
+    return call.moved(torch.ops.aten.channel_shuffle.default)
+
+
+@couples(*_named("pad constant_pad_nd"))
+def pad(call: Call) -> Track | None:
+    """Padding of other dimensions than that of the channels."""
+    track, out = call.track(call["self"]), call.output
+    if track is not None and out.shape[track.dim] != len(track.slots):
+        call.keep(track, f"{call.name} adds channels by number")
+        return None
+    return track
+
+
+# Over space
+
+
+@couples(
+    *_named(
+        "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+        "adaptive_avg_pool2d adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices "
+        "max_pool1d_with_indices fractional_max_pool2d adaptive_max_pool1d adaptive_max_pool2d "
+        "adaptive_max_pool3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
+        "replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+        "upsample_linear1d upsample_bilinear2d upsample_trilinear3d _upsample_nearest_exact1d "
+        "_upsample_nearest_exact2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+        "grid_sampler grid_sampler_2d im2col"
+    )
+)
+def spatial(call: Call) -> Any:
+    """Each channel of an image on its own: the channels come before the dimensions of space."""
+    source = call.tensors()[0]
+    track = call.track(source)
+    channels = 0 if source.dim() == 2 else 1
+    space = {"1d": 1, "2d": 2, "3d": 3}.get(next((s for s in ("1d", "2d", "3d") if s in call.name), ""))
+    if space is not None:
+        channels = source.dim() - space - 1
+    if track is not None and (track.dim != channels or "im2col" in call.name):
+        call.need_here(track)
+        track = None
+    return track if isinstance(call.output, Tensor) else [track] * len(call.output)
+
+
+@couples(
+    *_named("mean sum amax amin norm max min var std linalg_vector_norm logsumexp median any all prod argmax var_mean")
+)
+def reduction(call: Call) -> Any:
+    """Over other dimensions than that of the channels."""
+    source: Tensor = call.tensors()[0]
+    track = call.track(source)
+    single = isinstance(call.output, Tensor)
+    if len(call.tensors()) > 1:  # torch.max(a, b)
+        return elementwise(call)
+    if track is None:
+        return None if single else [None] * len(call.output)
+    try:
+        given: Any = call["dim"]
+    except KeyError:
+        given = None
+    dims = [given] if isinstance(given, int) else list(given or range(source.dim()))
+    dims = [dim % source.dim() for dim in dims]
+    if track.dim in dims:
+        call.need_here(track)
+        return None if single else [None] * len(call.output)
+    out = call.output if single else call.output[0]
+    place = track.dim if out.dim() == source.dim() else track.dim - sum(dim < track.dim for dim in dims)
+    track = Track(place, track.slots)
+    return track if single else [track] * len(call.output)
+
+
+@couples(*_named("glu"))
+def glu(call: Call) -> Track | None:
+    """One half is the gate of the other."""
+    source = call["self"]
+    track, dim = call.track(source), call.dim(source)
+    if track is None or track.dim != dim:
+        return track
+    half = len(track.slots) // 2
+    call.join(track.slots[:half], track.slots[half:])
+    return Track(dim, track.slots[:half])
+
+
+# Layers
+
+
+def _layer(call: Call, weight: Tensor) -> tuple[str, nn.Module]:
+    """The layer that a weight is of; where it is computed, the one that computes with it."""
+    return call.owner(weight) or (call.path, call.module)
+
+
+def _weighted(call: Call, source: Tensor, weight: Tensor, dim: int, inputs: int, outputs: int) -> Track | None:
+    """A layer takes channels in, and gives out channels of its own.
+
+    Args:
+        dim: the dimension of both.
+    """
+    track = call.track(source)
+    path, layer = _layer(call, weight)
+    if not is_weighted(layer):
+        call.need(track, path or "the model", layer)
+        return None
+    depthwise = is_depthwise(layer)
+    if track is not None and track.dim != dim:
+        call.keep(track, f"its channels are not those that {path} ({type(layer).__name__}) takes in")
+    elif track is not None:
+        known = [index for index, slot in enumerate(track.slots) if slot != NONE]
+        call.join([track.slots[i] for i in known], call.units.port(path, "out" if depthwise else "in", known))
+    slots = call.units.port(path, "out", range(outputs))
+    if call.owner(weight) is None:  # by code that is in no module of its own
+        call.units.block(slots, f"the weight of {path} is computed from other tensors")
+        call.keep(track, f"the weight of {path} is computed from other tensors")
+    if depthwise and (track is None or NONE in track.slots):
+        call.units.block(slots, f"{path} reads what are no channels of a layer")
+    return Track(dim, slots)
+
+
+@couples(*_named("linear"))
+def linear(call: Call) -> Track | None:
+    """Rows of the weight are outputs, columns inputs."""
+    outputs, inputs = call["weight"].shape
+    return _weighted(call, call["input"], call["weight"], call["input"].dim() - 1, inputs, outputs)
+
+
+@couples(*_named("addmm"))
+def addmm(call: Call) -> Track | None:
+    """As GPT-2's linear layer calls it: (inputs, outputs) is the shape of the weight."""
+    weight = call["mat2"]
+    if call.owner(weight) is None:
+        return unknown(call)
+    return _weighted(call, call["mat1"], weight, 1, *weight.shape)
+
+
+@couples(*_named("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"))
+def convolution(call: Call) -> Track | None:
+    """Plain, grouped, depthwise and transposed ones."""
+    source, weight = call["input"], call["weight"]
+    dim = source.dim() - weight.dim() + 1
+    return _weighted(call, source, weight, dim, source.shape[dim], call.output.shape[dim])
+
+
+@couples(*_named("batch_norm instance_norm native_batch_norm"))
+def channel_norm(call: Call) -> Track | None:
+    """Each channel has a scale, a shift and statistics."""
+    source: Tensor = call["input"]
+    track = call.track(source)
+    if track is None:
+        return None
+    mine = (call.owner(call[name]) for name in ("weight", "running_mean"))
+    path, layer = next((owner for owner in mine if owner is not None), (call.path, call.module))
+    if track.dim != 1 or not isinstance(layer, CHANNEL_NORMS):
+        call.need(track, path, layer)
+        return None
+    known = [index for index, slot in enumerate(track.slots) if slot != NONE]
+    call.join([track.slots[i] for i in known], call.units.port(path, "out", known))
+    return track
+
+
+@couples(*_named("layer_norm rms_norm native_layer_norm"))
+def layer_norm(call: Call) -> Track | None:
+    """Over other dimensions than that of the channels."""
+    source: Tensor = call["input"]
+    track = call.track(source)
+    if track is not None and track.dim >= source.dim() - len(call["normalized_shape"]):
+        call.need_here(track)
+        return None
+    return track
+
+
+@couples(*_named("prelu _prelu_kernel"))
+def prelu(call: Call) -> Track | None:
+    """One slope for all channels, or one for each."""
+    source: Tensor = call["self"]
+    weight, track = call["weight"], call.track(source)
+    if track is None or weight.numel() == 1:
+        return track
+    path, layer = _layer(call, weight)
+    if track.dim != 1 or not sides(layer) or NONE in track.slots:
+        call.need(track, path, layer)
+        return None
+    call.join(track.slots, call.units.port(path, "out", range(len(track.slots))))
+    return track
+
+
+@couples(*_named("group_norm native_group_norm"))
+def group_norm(call: Call) -> None:
+    """It looks at all channels of a group."""
+    for tensor in call.tensors():
+        call.need_here(call.track(tensor))
+
+
+def unknown(call: Call) -> Any:
+    """An operation without a rule keeps the channels that it reads."""
+    for tensor in call.tensors():
+        call.keep(call.track(tensor), f"keeps its channels: {call.name} has no rule")
+    return None

@@ -1,0 +1,355 @@
+"""Who is joined with whom: networks of many kinds lose half of their channels, and compute what the masked ones did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pl_sparse import Pruner
+from pl_sparse.export import shrink
+from pl_sparse.network.couples import RULES, couples
+from pl_sparse.structure import Channel
+from pl_sparse.surgery.trial import couplings
+
+
+class Net(nn.Module):
+    """Layers by name, and a function of them and the input."""
+
+    def __init__(self, call: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self.call = call
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self, x)
+
+
+def conv(inputs: int, outputs: int, size: int = 3, **options: Any) -> nn.Module:
+    """A convolution, its norm and a ReLU."""
+    layer = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False, **options)
+    return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def shuffled(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def shufflenet() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        a, b = net.stem(x).chunk(2, 1)
+        x = shuffled(torch.cat([a, net.branch(b)], 1))
+        return net.fc(net.tail(x).mean((2, 3)))
+
+    branch = nn.Sequential(conv(8, 8, 1), conv(8, 8, groups=8), conv(8, 8, 1))
+    return Net(call, stem=conv(1, 16), branch=branch, tail=conv(16, 24, 1), fc=nn.Linear(24, 5))
+
+
+def densenet() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        for layer in (net.a, net.b, net.c):
+            x = torch.cat([x, layer(x)], 1)
+        return net.fc(F.avg_pool2d(net.transition(x), 2).flatten(1))
+
+    layers = {
+        name: nn.Sequential(nn.BatchNorm2d(8 + 4 * i), nn.ReLU(), conv(8 + 4 * i, 4)) for i, name in enumerate("abc")
+    }
+    return Net(call, stem=conv(1, 8), **layers, transition=conv(20, 8, 1), fc=nn.Linear(8 * 16, 5))
+
+
+def c2f_sppf() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        y = list(net.cv1(net.stem(x)).chunk(2, 1))
+        y += [y[-1] + net.m1(y[-1])]
+        y += [y[-1] + net.m2(y[-1])]
+        x = net.cv3(net.cv2(torch.cat(y, 1)))
+        p = F.max_pool2d(x, 5, 1, 2)
+        q = F.max_pool2d(p, 5, 1, 2)
+        return net.head(net.cv4(torch.cat([x, p, q, F.max_pool2d(q, 5, 1, 2)], 1))).flatten(1)
+
+    bottlenecks = {f"m{i}": nn.Sequential(conv(8, 8), conv(8, 8)) for i in (1, 2)}
+    layers = {"cv1": conv(8, 16, 1), "cv2": conv(32, 16, 1), "cv3": conv(16, 8, 1), "cv4": conv(32, 16, 1)}
+    return Net(call, stem=conv(1, 8), **bottlenecks, **layers, head=nn.Conv2d(16, 3, 1))
+
+
+def unet() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        a = net.a(x)
+        b = net.b(F.max_pool2d(a, 2))
+        c = net.c(F.max_pool2d(b, 2))
+        y = net.d(torch.cat([F.interpolate(c, scale_factor=2.0, mode="bilinear"), b], 1))
+        return net.out(net.e(torch.cat([net.up(y), a], 1)))
+
+    layers = {"a": conv(1, 8), "b": conv(8, 12), "c": conv(12, 16), "d": conv(28, 12), "e": conv(16, 8)}
+    return Net(call, **layers, up=nn.ConvTranspose2d(12, 8, 2, stride=2), out=nn.Conv2d(8, 2, 1))
+
+
+def inception() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        x = torch.cat([net.a(x), net.b(x), net.c(F.avg_pool2d(x, 3, 1, 1))], 1)
+        return net.fc(net.tail(F.pad(x, (1, 1, 1, 1))).amax((2, 3)))
+
+    b = nn.Sequential(conv(8, 6, 1), conv(6, 8))
+    return Net(call, stem=conv(1, 8), a=conv(8, 4, 1), b=b, c=conv(8, 4, 1), tail=conv(16, 12), fc=nn.Linear(12, 5))
+
+
+def squeeze_excite() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        y = net.a(x)
+        y = y * torch.sigmoid(net.excite(F.relu(net.squeeze(F.adaptive_avg_pool2d(y, 1)))))
+        return net.fc((x + y).mean((2, 3)))
+
+    gates = {"squeeze": nn.Conv2d(12, 4, 1), "excite": nn.Conv2d(4, 12, 1)}
+    return Net(call, stem=conv(1, 12), a=conv(12, 12), **gates, fc=nn.Linear(12, 5))
+
+
+def resnext() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        return net.fc((x + net.block(x)).mean((2, 3)))
+
+    block = nn.Sequential(conv(8, 16, 1), conv(16, 16, groups=4), nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8))
+    return Net(call, stem=conv(1, 8), block=block, fc=nn.Linear(8, 5))
+
+
+def mobilenet() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        return net.fc(F.hardswish(net.tail(x + net.block(x))).mean((2, 3)))
+
+    block = nn.Sequential(conv(8, 24, 1), conv(24, 24, groups=24), nn.Conv2d(24, 8, 1, bias=False), nn.BatchNorm2d(8))
+    return Net(call, stem=conv(1, 8), block=block, tail=conv(8, 16, 1), fc=nn.Linear(16, 5))
+
+
+def convnext() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        y = net.norm(net.depthwise(x).permute(0, 2, 3, 1))
+        x = x + net.down(F.gelu(net.up(y))).permute(0, 3, 1, 2)
+        return net.fc(x.mean((2, 3)))
+
+    mlp = {"norm": nn.LayerNorm(8), "up": nn.Linear(8, 32), "down": nn.Linear(32, 8)}
+    return Net(
+        call, stem=nn.Conv2d(1, 8, 2, 2), depthwise=nn.Conv2d(8, 8, 3, padding=1, groups=8), **mlp, fc=nn.Linear(8, 5)
+    )
+
+
+def glu_mlp() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        x = F.glu(net.a(x.flatten(1)), -1)
+        gate, value = net.b(x).chunk(2, -1)
+        return net.fc(net.d(F.silu(net.c(F.silu(gate) * value)) * net.e(x)))
+
+    layers = {"a": nn.Linear(64, 32), "b": nn.Linear(16, 24), "c": nn.Linear(12, 20), "d": nn.Linear(20, 8)}
+    return Net(call, **layers, e=nn.Linear(16, 20), fc=nn.Linear(8, 5))
+
+
+def prelu() -> nn.Module:
+    one, each = nn.PReLU(), nn.PReLU(12)
+    layers = (nn.Conv2d(1, 12, 3), one, nn.Conv2d(12, 12, 3, padding=1), each, nn.Conv2d(12, 8, 3), nn.PReLU())
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 16, 5))
+
+
+def decoder() -> nn.Module:
+    up = nn.Sequential(nn.ConvTranspose2d(8, 12, 4, 2, 1, bias=False), nn.BatchNorm2d(12), nn.LeakyReLU(0.1))
+    shuffle = nn.Sequential(nn.Conv2d(12, 32, 3, padding=1), nn.PixelShuffle(2), nn.ReLU())
+    return nn.Sequential(conv(1, 8), up, shuffle, nn.Upsample(scale_factor=0.5), nn.Conv2d(8, 1, 3, padding=1))
+
+
+def signal() -> nn.Module:
+    first = nn.Sequential(nn.Flatten(2), nn.Conv1d(1, 8, 5), nn.BatchNorm1d(8), nn.ReLU(), nn.ChannelShuffle(2))
+    rest = (nn.Conv1d(8, 12, 3, groups=2), nn.InstanceNorm1d(12, affine=True), nn.MaxPool1d(2), nn.Conv1d(12, 6, 3))
+    return nn.Sequential(first, *rest, nn.AdaptiveAvgPool1d(4), nn.Flatten(), nn.Linear(24, 5))
+
+
+ZOO: dict[Callable[[], nn.Module], tuple[float, dict[str, str]]] = {
+    shufflenet: (1.0, {}),
+    densenet: (1.0, {}),
+    c2f_sppf: (1.0, {}),
+    unet: (1.0, {}),
+    inception: (1.0, {}),
+    squeeze_excite: (1.0, {}),
+    resnext: (1.0, {}),
+    mobilenet: (1.0, {}),
+    convnext: (4 / 7, dict.fromkeys(("stem.weight", "depthwise.weight", "down.weight"), "norm (LayerNorm)")),
+    glu_mlp: (1.0, {}),
+    prelu: (1.0, {}),
+    decoder: (1.0, {}),
+    signal: (1.0, {}),
+}
+"""Networks, the share of the outputs of layers but for the last that can be removed, and why others stay."""
+
+
+def masked(net: nn.Module, x: Tensor) -> Pruner:
+    """Half of the channels masked; biases, shifts and statistics of the rest are not zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*net.parameters(), *net.buffers()]:
+            if tensor.is_floating_point():
+                noise = torch.rand(tensor.shape, generator=generator)
+                tensor.copy_((noise - 0.5) * 2 / max(1, tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else noise + 0.5)
+    pruner = Pruner("magnitude", "oneshot", Channel(coupled=True), "uniform", sparsity=0.5)
+    pruner.attach(net.eval(), x)
+    pruner.prepare(10)
+    for name, buffer in net.named_buffers():
+        if "running_mean" in name:  # as training leaves it where a channel is always zero
+            norm = net.get_submodule(name.rpartition(".")[0])
+            buffer.mul_((norm.get_parameter("weight") != 0).float())
+    return pruner
+
+
+@pytest.mark.parametrize("make", ZOO, ids=lambda make: make.__name__)
+def test_half_of_the_channels_leave_and_outputs_stay(make: Callable[[], nn.Module]) -> None:
+    share, reasons = ZOO[make]
+    net, x = make(), torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = couplings(net.eval(), x)
+    last = next(port.path for c in found if c.reason and "outputs of the model" in c.reason for port in c.sources(net))
+    sizes = [(c.reason, sum(len(p.places) * len(p.places[0]) for p in c.sources(net) if p.path != last)) for c in found]
+    assert sum(n for reason, n in sizes if reason is None) == pytest.approx(share * sum(n for _, n in sizes), rel=0.02)
+    pruner = masked(net, x)
+    for name, reason in reasons.items():
+        assert reason in pruner.skipped[name]
+    assert {name for name in pruner.skipped if not name.startswith(last)} == set(reasons)
+    with torch.no_grad():
+        before = net(x)
+        result = shrink(net, x)
+        after = net(x)
+    assert not result.left and result.after < 0.75 * result.before
+    assert float((after - before).abs().max()) < 1e-4 * float(before.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda x: x.roll(1, 1), "aten.roll"),
+        (lambda x: x.softmax(1), "aten.softmax"),
+        (lambda x: x @ torch.ones(8, 8), "aten.mm"),
+        (lambda x: torch.fft.rfft(x).real[:, :3].repeat(1, 2), "fft"),
+        (lambda x: x.split([3, 5], 1)[1], "aten.split_with_sizes"),
+        (lambda x: x + torch.arange(8.0), "no channels of a layer"),
+        (lambda x: x.cumsum(1), "aten.cumsum"),
+        (lambda x: x[:, [1, 0, 3]], "aten.index"),
+        (lambda x: torch.einsum("bi,ij->bj", x, torch.ones(8, 8)), "aten"),
+        (lambda x: x.view(2, 4, 2).amax(1), "channels"),
+        (lambda x: (x > 0).all(1, keepdim=True) * x, "aten.all"),
+        (lambda x: x[:, :4].sigmoid(), "trial"),  # what is zero does not stay so
+        (lambda x: x.cos(), "trial"),
+    ],
+)
+def test_what_no_rule_follows_stays_by_the_name_of_the_operation(make: Callable[[Tensor], Tensor], reason: str) -> None:
+    width = make(torch.ones(2, 8)).shape[1]
+    net = Net(lambda net, x: net.b(make(net.a(x))), a=nn.Linear(4, 8), b=nn.Linear(width, 3))
+    x = torch.randn(2, 4)
+    found = next(c for c in couplings(net, x) if any(port.path == "a" for port in c.ports))
+    assert found.reason is not None and reason in found.reason
+    before = net(x)
+    with torch.no_grad():
+        net.a.weight.zero_()
+    assert list(shrink(net, x).left) == ["a"] and net(x).shape == before.shape
+
+
+def test_a_rule_that_fails_is_a_reason_and_one_of_a_stranger_is_taken() -> None:
+    operation = torch.ops.aten.roll.default
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.randn(2, 4)
+    net[0].register_forward_hook(lambda module, args, out: out.roll(1, 0))  # samples change places
+    assert couplings(net, x)[0].reason is None
+    own = RULES.get(operation)
+    try:
+
+        @couples(operation)
+        def broken(call: Any) -> None:
+            raise IndexError("index 9 is out of bounds")
+
+        (reason,) = {c.reason for c in couplings(net, x) if c.ports[0].path == "0"}
+        assert reason is not None and "the rule of aten.roll.default failed (IndexError: index 9" in reason
+
+        @couples(operation)
+        def right(call: Any) -> Any:
+            return call.track(call["self"])
+
+        assert couplings(net, x)[0].reason is None
+    finally:
+        RULES.pop(operation)
+        if own is not None:
+            RULES[operation] = own
+
+
+def test_code_that_cannot_be_followed_keeps_all_channels_and_a_wrong_example_is_refused() -> None:
+    net = Net(lambda net, x: net.b(net.a(x)), a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+    with pytest.raises(ValueError, match="Net cannot be called with the example of its inputs"):
+        couplings(net, torch.randn(2, 5))
+
+    def call(net: Any, x: Tensor) -> Tensor:
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            raise NotImplementedError("not under a dispatch mode")
+        return net.b(net.a(x))
+
+    net.call = call
+    reasons = {c.ports[0].path: c.reason for c in couplings(net, torch.randn(2, 4))}
+    assert reasons.keys() == {"a", "b"} and all("not under a dispatch mode" in str(r) for r in reasons.values())
+
+
+def test_attaching_leaves_the_module_alone() -> None:
+    """Its parameters, their gradients and nodes of autograd, buffers, hooks, modes and random numbers."""
+    net, x = mobilenet().train(), torch.randn(2, 1, 8, 8)
+    net.stem[0].register_forward_hook(lambda *_: None)
+    net(x).sum().backward()
+    graph = net(x).square().sum()  # alive while channels are looked for
+
+    def seen() -> list[Any]:
+        parts = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks), set(vars(m))) for m in net.modules()]
+        nodes = [p.expand_as(p).grad_fn.next_functions[0][0] for p in net.parameters()]  # type: ignore[union-attr]
+        memory = [(id(t), t.data_ptr(), t._version) for t in [*net.parameters(), *net.buffers()]]
+        values = [t.clone().tolist() for t in [*net.parameters(), *net.buffers()]]
+        grads = [id(p.grad) for p in net.parameters()]
+        return [parts, nodes, memory, values, grads, torch.get_rng_state().tolist()]
+
+    before = seen()
+    couplings(net, x)
+    assert seen() == before
+    graph.backward()
+    handles = [m.register_forward_hook(lambda *_: None) for m in net.modules()]
+    for handle in handles:
+        handle.remove()
+
+
+def test_attaching_within_data_parallel_leaves_its_gradients_shared(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        net, x = mobilenet(), torch.randn(2, 1, 8, 8)
+        parallel = nn.parallel.DistributedDataParallel(net)
+        reduced = []
+        parallel.register_comm_hook(
+            None, lambda _, bucket: reduced.append(bucket.buffer().numel()) or bucket_of(bucket)
+        )
+        couplings(net, x)
+        for _ in range(2):
+            parallel(x).sum().backward()
+        assert sum(reduced) == 2 * sum(p.numel() for p in net.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def bucket_of(bucket: Any) -> torch.futures.Future[Tensor]:
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def test_outputs_are_found_not_guessed() -> None:
+    """The classifier is declared first; the last that is declared is within."""
+    net = Net(lambda net, x: net.fc(F.relu(net.a(x))), fc=nn.Linear(8, 3), a=nn.Linear(4, 8))
+    pruner = Pruner("magnitude", "oneshot", Channel(coupled=True), "uniform", sparsity=0.5)
+    pruner.attach(net, torch.randn(2, 4))
+    assert [param.name for param in pruner.params] == ["a.weight"]
+    assert pruner.skipped["fc.weight"] == "its channels are outputs of the model"
