@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
 from pl_sparse.app.arguments import COMPLETION, arranged, completed, here, ignored, without_leftovers
+from pl_sparse.app.deploy import FailedExportsError
 from pl_sparse.app.explanation import explanation, is_of_the_user, own_frames
 from pl_sparse.app.hydra_api import as_typed, entry, given, quoted
 from pl_sparse.app.namespaces import unify
@@ -64,7 +65,17 @@ def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
     board = (cfg.get("logger") or {}).get("wandb")
     if board is not None and board.get("group") is None and HydraConfig.get().mode == RunMode.MULTIRUN:
         board.group = Path(HydraConfig.get().sweep.dir).name
-    return run(cfg, train)
+    failed: dict[str, str] = {}
+
+    def noting(cfg: DictConfig) -> dict[str, Any]:
+        metrics = train(cfg)
+        failed.update(metrics.get("exports_failed", {}))
+        return metrics
+
+    value = run(cfg, noting)
+    if failed and HydraConfig.get().mode != RunMode.MULTIRUN:  # a run of a sweep has them in its metrics and run.log
+        raise FailedExportsError(failed, Path(cfg.output_dir))
+    return value
 
 
 def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
@@ -86,6 +97,8 @@ def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
             return _command(sys.argv[1:])
         except ConfigError as error:
             message, code, cause = str(error), 2, error
+        except FailedExportsError as error:
+            message, code, cause = str(error), 3, error
         except KeyboardInterrupt as error:
             sweep = {"-m", "--multirun"} & set(sys.argv)
             way = "resume=true" if sweep else "ckpt_path=<run>/checkpoints/last.ckpt"

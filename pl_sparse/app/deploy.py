@@ -27,13 +27,35 @@ from pl_sparse.surgery.plan import RemovalPlan
 from pl_sparse.surgery.saved import save_shrunk
 from pl_sparse.surgery.shrink import shrink
 
-__all__ = ["RANGES", "deploy", "filled", "integers_in_ranges", "merged", "metrics_with", "training_inputs"]
+__all__ = [
+    "RANGES",
+    "FailedExportsError",
+    "deploy",
+    "filled",
+    "integers_in_ranges",
+    "merged",
+    "metrics_with",
+    "training_inputs",
+]
 
 RANGES = "ranges.safetensors"
 """The file of a run that has the ranges of its activations."""
 _BATCHES = (1, 32)
 _CALIBRATION = 8
 """Training batches that post-training quantization looks at."""
+
+
+class FailedExportsError(RuntimeError):
+    """Formats that could not be written, though the run is there.
+
+    Args:
+        failed: by the name of the format the reason.
+        folder: the run's.
+    """
+
+    def __init__(self, failed: Mapping[str, str], folder: Path) -> None:
+        lines = [f"export={name}: {reason}" for name, reason in failed.items()]
+        super().__init__("\n".join([*lines, f"what else the run made is in {folder}"]))
 
 
 @dataclass(frozen=True)
@@ -93,22 +115,30 @@ def deploy(
 
     Returns:
         What enters metrics.json: of the first format `size_bytes.exported`, and with `measure` `latency_ms` and
-        `latency_dense_ms` (medians at batch 1) and the metrics of the test set, with the suffix "_exported".
-
-    Raises:
-        ConfigError: a format cannot represent the model, or needs a package that is missing.
+        `latency_dense_ms` (medians at batch 1) and the metrics of the test set, with the suffix "_exported". Where
+        formats failed, `exports_failed` has the reason of each: it costs that format alone.
     """
     module.cpu().eval()
-    networks = _networks(module, data, formats, folder, hardware, integers, removed)
     results: dict[str, Any] = {}
     comparisons: list[Comparison] = []
     verdicts: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    try:
+        networks = _networks(module, data, formats, folder, hardware, integers, removed)
+    except Exception as error:
+        failed = dict.fromkeys(formats, _line(error))
     for name, format in formats.items():
-        path = _write(name, format, networks, folder, hardware)
+        if name in failed:
+            continue
+        try:
+            path = _write(name, format, networks, folder, hardware)
+            compared = _compare(name, format, networks, module, data, path, seconds) if measure else []
+        except Exception as error:
+            failed[name] = _line(error)
+            continue
         results.setdefault("size_bytes.exported", path.stat().st_size)
         if not measure:
             continue
-        compared = _compare(name, format, networks, module, data, path, seconds)
         comparisons += compared
         verdicts[name] = verdict(compared, device_name("float16" in format.runtime), format.advice)
         single = compared[0]  # batch 1
@@ -116,10 +146,18 @@ def deploy(
         results.setdefault("latency_dense_ms", single.dense.median_ms)
         for key, value in single.metrics.items():
             results.setdefault(key, value)
-    if measure:
+    if comparisons:
         device = device_name(any("float16" in format.runtime for format in formats.values()))
         _write_costs(comparisons, verdicts, device, folder)
-    return results
+    for name, reason in failed.items():
+        Console().print(f"export={name} failed: {reason}", style="bold red", highlight=False, soft_wrap=True)
+    return {**results, "exports_failed": failed} if failed else results
+
+
+def _line(error: Exception) -> str:
+    """An error in a line; one that nobody foresaw with its kind."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return line if isinstance(error, (ValueError, ImportError)) and line else f"{type(error).__name__}: {line}"
 
 
 def _networks(
@@ -207,8 +245,8 @@ def _without_masked(net: nn.Module, example: Tensor, folder: Path, multiple: int
     smaller = copy.deepcopy(net)
     try:
         removal = shrink(smaller, example[:2], multiple=multiple)
-    except (ImportError, ValueError) as error:
-        console.print(f"masked channels stay in the files: {error}", highlight=False, soft_wrap=True)
+    except Exception as error:
+        console.print(f"masked channels stay in the files: {_line(error)}", highlight=False, soft_wrap=True)
         return net
     for layer, reason in removal.left.items():
         console.print(f"{layer} has masked channels that stay: {reason}", highlight=False, soft_wrap=True)
@@ -244,11 +282,8 @@ def _write(name: str, format: Export, networks: _Networks, folder: Path, hardwar
     """Write the file of a format, and print its size."""
     console = Console()
     net, path = networks.of(format), folder / format.file
-    try:
-        with torch.no_grad():
-            notes = format.write(net, networks.example, path)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"export={name}: {error}") from error
+    with torch.no_grad():
+        notes = format.write(net, networks.example, path)
     size = path.stat().st_size
     ratio = _bytes(networks.baseline) / size
     console.print(
@@ -339,6 +374,8 @@ def _write_costs(comparisons: list[Comparison], verdicts: Mapping[str, str], dev
 def merged(metrics: Mapping[str, Any], costs: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of a run with those of its export; "size_bytes.exported" goes into `size_bytes`."""
     together = {**metrics, **costs}
+    if "exports_failed" not in costs:
+        together.pop("exports_failed", None)  # of an earlier attempt
     if "size_bytes.exported" in together:
         size = together.pop("size_bytes.exported")
         together["size_bytes"] = {**together.get("size_bytes", {}), "exported": size}

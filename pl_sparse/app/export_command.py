@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from pl_sparse.app.arguments import here
-from pl_sparse.app.deploy import RANGES, deploy, integers_in_ranges, merged, training_inputs
+from pl_sparse.app.deploy import RANGES, FailedExportsError, deploy, integers_in_ranges, merged, training_inputs
 from pl_sparse.app.finished import load_run
 from pl_sparse.app.formats import refuse
 from pl_sparse.app.instantiate import built, network
@@ -75,6 +75,9 @@ def _command(name: str, arguments: Sequence[str] | None) -> None:
     except (ConfigError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except FailedExportsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(3)
 
 
 def _export_run(folder: Path, names: Sequence[str] | None, measure: bool, seconds: float) -> None:
@@ -96,6 +99,8 @@ def _export_run(folder: Path, names: Sequence[str] | None, measure: bool, second
     removed = RemovalPlan.from_state_dict(json.loads(plan.read_text())) if plan.is_file() else None
     costs = deploy(module, data, formats, folder, hardware, integers, removed, measure, seconds)
     write_json(folder / "metrics.json", merged(metrics, costs))
+    if "exports_failed" in costs:
+        raise FailedExportsError(costs["exports_failed"], folder)
 
 
 def _trained_integers(
