@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pl_sparse import Sparsity
+from pl_sparse.app.artifacts import in_its_place
 from pl_sparse.callbacks import Quantize, RandomState
 from pl_sparse.export import (
     ONNXInt8,
@@ -281,3 +282,63 @@ def test_every_layer_of_a_residual_network_has_integers_on_both_sides(trained: b
     assert layers == 21
     # one rounding for each value: the input, layers (two of them projections), sums, and what is pooled
     assert sum(node.target is quantize for node in converted.graph.nodes) <= 33  # type: ignore[union-attr]
+
+
+def test_a_convolution_of_signals_with_its_norm_is_quantized_and_another_is_named_before_training() -> None:
+    torch.manual_seed(0)
+    signal = (nn.Conv1d(1, 8, 5, padding=2), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.BatchNorm1d(8))
+    net, x = nn.Sequential(*signal, nn.Flatten(), nn.Linear(8 * 14, 5)), torch.randn(8, 1, 16)
+    quantization = Int8()
+    quantization.prepare(net, x)
+    net.train()
+    net(x).square().sum().backward()
+    with torch.no_grad():
+        net[0].weight[:4] = 0
+    simulated, converted = net.eval()(x), quantization.convert()
+    found = integers(converted, net)
+    assert set(found) == {"0.weight", "3.weight", "6.weight"} and not found["0.weight"][:4].any()
+    with torch.no_grad():
+        assert float((converted(x) - simulated).abs().max()) < 0.04 * float(simulated.abs().max())
+
+    volume = nn.Sequential(nn.ConvTranspose2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 3))
+    with pytest.warns(UserWarning, match=r"^0\.weight stay in floating point: quantization=int8 finds"):
+        Int8().prepare(volume, torch.randn(4, 1, 4, 4))
+
+
+class Named(Module):
+    """The network under another name, or layers in the module itself."""
+
+    def __init__(self, inside: bool) -> None:
+        LightningModule.__init__(self)
+        layers = network()
+        if inside:
+            self.conv, self.norm, self.fc = layers[0], layers[1], nn.Linear(64, 3)
+        else:
+            self.model = layers
+        self.net = self.forward  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) if hasattr(self, "model") else self.fc(F.relu(self.norm(self.conv(x))).flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["net", "model", "itself"])
+def test_a_network_under_any_name_is_converted_in_its_place(kind: str) -> None:
+    module: Any = Module() if kind == "net" else Named(kind == "itself")
+    if kind == "net":
+        module.forward = lambda x: module.net(x)
+    x, _ = data()
+    quantize = Quantize(Int8())
+    net = quantize.net(module)
+    assert net is (module.net if kind == "net" else module)
+    quantize.quantization.prepare(net, x[:8])
+    with torch.no_grad():
+        net.train()(x)
+    converted = quantize.quantization.convert()
+    quantize.quantization.release()
+    names = {name for name, weight in net.named_parameters() if weight.dim() > 1}
+    assert set(integers(converted, net)) == names
+    whole = in_its_place(module, net, converted)
+    with torch.no_grad():
+        expected = module.eval()(x)
+        assert float((whole(x) - expected).abs().max()) < 0.1 * float(expected.abs().max())
+    assert all(part is not other for part in whole.modules() for other in module.modules())

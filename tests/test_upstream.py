@@ -303,6 +303,8 @@ def test_integers_of_torchao() -> None:
         assert bool((activation.activation_post_process.max_val == before).all()) is not enabled
     annotation = upstream.integer_output("spec")
     assert annotation.output_qspec == "spec" and annotation._annotated is True
+    annotation = upstream.integer_input({"x": "spec"})
+    assert annotation.input_qspec_map == {"x": "spec"} and annotation._annotated is True
 
     quantize_(net, IntxWeightOnlyConfig(torch.int4, PerGroup(32)))  # type: ignore[attr-defined]
     data = upstream.integer_data(net[0].weight)

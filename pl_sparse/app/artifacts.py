@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,17 @@ from pl_sparse.results.figures import plot_layers, plot_training
 from pl_sparse.results.summary import Summary, layer_rows, summary_table
 from pl_sparse.surgery.saved import save_plan
 
-__all__ = ["figures", "integer_network", "print_report", "save_weights", "write_reports"]
+__all__ = ["figures", "in_its_place", "integer_network", "print_report", "save_weights", "write_reports"]
 
 
 def integer_network(quantize: Quantize, parts: Parts) -> tuple[nn.Module, dict[str, float]]:
     """Convert the network to integers, and leave the module in floating point; ranges go to ranges.safetensors.
 
     Returns:
-        the network with integers, and "sparsity_quantized", the fraction of zeros among them; no fraction where no
-        pruned weight has integers.
+        what is deployed of the module, with integers, and "sparsity_quantized", the fraction of zeros among them; no
+        fraction where no pruned weight has integers.
     """
-    quantization, net = quantize.quantization, network(parts.module)
+    quantization, net = quantize.quantization, quantize.net(parts.module)
     ranges = quantization.state_dict()
     if ranges:
         with replacing(parts.folder / "ranges.safetensors") as temporary:
@@ -58,10 +59,21 @@ def integer_network(quantize: Quantize, parts: Parts) -> tuple[nn.Module, dict[s
         )
     values = [by_name[name] for name in pruned if name in by_name]
     count = sum(value.numel() for value in values)
+    converted = in_its_place(network(parts.module), net, converted)
     if not count:
         return converted, {}
     nonzero = sum(int(torch.count_nonzero(value)) for value in values)
     return converted, {"sparsity_quantized": 1 - nonzero / count}
+
+
+def in_its_place(deployed: nn.Module, net: nn.Module, converted: nn.Module) -> nn.Module:
+    """What is deployed of a module, in a copy that has the converted network in the place of the trained one."""
+    path = next((path for path, part in deployed.named_modules() if part is net), "")
+    if not path:
+        return converted
+    twin = copy.deepcopy(deployed)
+    twin.set_submodule(path, converted)
+    return twin
 
 
 def save_weights(parts: Parts, folder: Path) -> None:

@@ -55,8 +55,8 @@ class Quantize(Callback):
         self._example: Tensor | None = None
         self._judging: BestAtTarget | None = None
 
-    def _net(self, module: LightningModule) -> nn.Module:
-        """The network that is quantized."""
+    def net(self, module: LightningModule) -> nn.Module:
+        """The part of a module that is quantized, or the module itself."""
         if self.network is not None:
             return module.get_submodule(self.network)
         net = getattr(module, "net", None)
@@ -82,7 +82,7 @@ class Quantize(Callback):
         with torch.random.fork_rng():  # a loader that shuffles draws its seed
             x = _input(first_batches(trainer, 1)[0])
         self._example = x
-        net = self._net(pl_module)
+        net = self.net(pl_module)
         restored, self._restored = self._restored, None
         if trainer.global_step == 0 and self.active:  # a second fit
             self.quantization.release()
@@ -109,12 +109,12 @@ class Quantize(Callback):
         step = current_step(trainer)
         assert self._example is not None
         if step >= self._at[0] and not self.active:
-            self.quantization.prepare(self._net(pl_module), self._example)
+            self.quantization.prepare(self.net(pl_module), self._example)
             self.active = True
         if step >= self._at[1] and not self._frozen:
             self.quantization.freeze()
             self._frozen = True
-        net = self._net(pl_module)
+        net = self.net(pl_module)
         if self._first and "forward" in vars(net):
             # Multiply-accumulates of the first batch are counted by hooks of layers, which a graph does not call.
             training = net.training
@@ -130,7 +130,7 @@ class Quantize(Callback):
         self._first = False
         self._unhook()
         if not self._calls:
-            name = self.network or ("net" if self._net(pl_module) is not pl_module else "the module's forward")
+            name = self.network or ("net" if self.net(pl_module) is not pl_module else "the module's forward")
             raise ValueError(
                 f"training_step did not call {name}, so that nothing would be quantized: give Quantize(network=...) "
                 f"the submodule that it calls, one of {', '.join(key for key, _ in pl_module.named_children())}"

@@ -28,6 +28,7 @@ __all__ = [
     "forgets_metrics",
     "found_infinite_gradients",
     "integer_data",
+    "integer_input",
     "integer_output",
     "is_read_by_attention",
     "last_checkpoint_is_due",
@@ -318,6 +319,13 @@ def integer_output(spec: Any) -> Any:
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
 
     return QuantizationAnnotation(output_qspec=spec, _annotated=True)
+
+
+def integer_input(specs: dict[Any, Any]) -> Any:
+    """The annotation of a node whose inputs are integers, by the node that each comes from."""
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+
+    return QuantizationAnnotation(input_qspec_map=specs, _annotated=True)
 
 
 def integer_data(weight: Tensor) -> Tensor | None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.core.parametrized import behind
 from pl_sparse.core.upstream import fake_quantizers, override, restore
 from pl_sparse.network.graph import traced
+from pl_sparse.network.units import WEIGHTED
 from pl_sparse.quantize.base import Quantization, quiet_torchao
 from pl_sparse.quantize.x86 import x86_quantizer
 
@@ -50,6 +53,13 @@ class Int8(Quantization):
         if not fake_quantizers(graph):
             raise ValueError(
                 f"{type(net).__name__} has no layer that is quantized: quantization=int8 finds Linear, Conv"
+            )
+        floats = _in_floating_point(graph, net)
+        if floats:
+            warnings.warn(
+                f"{', '.join(floats)} stay in floating point: quantization=int8 finds linear layers, and convolutions "
+                "of one and two dimensions",
+                stacklevel=2,
             )
         for node in list(graph.graph.nodes):
             if node.target is torch.ops.aten.add_.Tensor and "num_batches_tracked" in str(node.args[0]):
@@ -126,6 +136,22 @@ def _ranges(graph: nn.Module) -> dict[str, Tensor]:
     """The state of what simulates integers in a graph."""
     names = set(fake_quantizers(graph))
     return {key: value for key, value in graph.state_dict().items() if key.partition(".")[0] in names}
+
+
+def _in_floating_point(graph: torch.fx.GraphModule, net: nn.Module) -> list[str]:
+    """The weights of layers that no integers are simulated of."""
+    rounded: set[str] = set()
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and getattr(graph.get_submodule(str(node.target)), "is_per_channel", False):
+            above = [node.args[0]]
+            while above:  # a weight may be multiplied by the scale of its BatchNorm first
+                source = above.pop()
+                above += source.all_input_nodes
+                rounded.add(str(source.target))
+    layers = {path: behind(m, "weight") for path, m in net.named_modules() if isinstance(m, WEIGHTED)}
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    weights = [names[id(weight)] for weight in layers.values() if weight is not None]
+    return [name for name in weights if name not in rounded]
 
 
 def _guard(graph: torch.fx.GraphModule) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pl_sparse.core.upstream import integer_output
+from pl_sparse.core.upstream import integer_input, integer_output
 
 __all__ = ["x86_quantizer"]
 
@@ -52,14 +52,28 @@ def x86_quantizer(training: bool) -> Any:
     )
 
     class WithSums(X86InductorQuantizer):  # type: ignore[misc]
-        """With integers on both sides of a sum, too, and none between a layer or a sum and its ReLU."""
+        """With integers in convolutions of signals that a BatchNorm follows, on both sides of a sum, too, and none
+        between a layer or a sum and its ReLU."""
 
         def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
             model = super().annotate(model)
+            if training:
+                _annotate_signals(model, activations, weights)
             _annotate_sums(model, activations)
             return model
 
     return WithSums().set_global(QuantizationConfig(activations, activations, weights, None, training))
+
+
+def _annotate_signals(model: torch.fx.GraphModule, activation: Any, weight: Any) -> None:
+    """Integers into a one-dimensional convolution, and out of the BatchNorm that follows it, as in two dimensions."""
+    ops, key = torch.ops.aten, "quantization_annotation"
+    for norm in model.graph.nodes:
+        conv = norm.args[0] if norm.target is ops.batch_norm.default else None
+        if conv is None or conv.target is not ops.conv1d.default or len(conv.users) > 1 or conv.meta.get(key):
+            continue
+        conv.meta[key] = integer_input({conv.args[0]: activation, conv.args[1]: weight})
+        norm.meta[key] = integer_output(activation)
 
 
 def _annotate_sums(model: torch.fx.GraphModule, spec: Any) -> None:
