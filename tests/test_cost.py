@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from pl_sparse.network.macs import MacCounter, macs
 
@@ -171,3 +173,37 @@ def test_counters_that_overlap_give_the_fused_path_back() -> None:
     assert not torch.backends.mha.get_fastpath_enabled()
     second.__exit__(None, None, None)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Products(nn.Module):
+    """Attention by hand, by torch's function and by einsum, and a product with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, 12) for _ in range(3))
+        self.weight = nn.Parameter(torch.randn(12, 6))
+        self.experts = nn.Parameter(torch.randn(2, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (3, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = torch.matmul((q @ k.transpose(-1, -2)).softmax(-1), v)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, value=v)
+        x = x + torch.einsum("bhqk,bhkd->bhqd", torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1), v)
+        x = x.transpose(1, 2).flatten(2) @ self.weight
+        return x[:, :2] @ self.experts[0]
+
+
+def test_all_that_flop_counter_mode_counts_is_counted_within_calls_alone() -> None:
+    net, x = Products(), torch.randn(2, 5, 12)
+    with FlopCounterMode(display=False) as flops, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        net(x)
+    with MacCounter(net) as counter, torch.no_grad():
+        (net(x) @ torch.ones(6, 50)).sum()  # a loss is no part of the network
+    assert macs(net, counter).dense == flops.get_total_flops() / 2
+    assert counter.other == 3 * 2 * (2 * 3 * 5 * 5 * 4)
+    assert counter.positions["weight"] == 2 * 5 and counter.positions["experts"] == 2 * 2 / 2
+    failing = nn.Sequential(nn.Linear(2, 2), nn.Linear(3, 3))
+    with MacCounter(failing) as counter, pytest.raises(RuntimeError):
+        failing(torch.ones(2, 2))
+    _ = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert counter.other == 0

@@ -7,14 +7,17 @@ activations are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.network.attention import keeps_inputs_first
@@ -24,18 +27,21 @@ __all__ = ["MacCounter", "Macs", "macs"]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+_COUNTED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Linear, nn.Bilinear, *_CONVOLUTIONS, *_TRANSPOSED)
+
 
 class MacCounter:
     """Counts how often each weight is used by the forward passes run inside a `with` block.
 
     Counted are Linear, Bilinear, (transposed) convolutions, recurrent layers and cells, MultiheadAttention and
-    transformers' Conv1D; embeddings look up and count as 0. Weights used outside such a module, or that are
-    parametrized, are not seen. Transposed convolutions count the products that padding crops away.
+    transformers' Conv1D, and matrix products of other modules: of attention, or with weights of their own. Embeddings
+    look up and count as 0. Weights used otherwise outside such a module, or that are parametrized, are not seen.
+    Transposed convolutions count the products that padding crops away.
 
     Attributes:
         positions: uses of each weight element, by parameter name; several calls add up, and a tied parameter has
             its first name in `model.named_parameters()`.
-        other: MACs that involve no weight (both attention products of MultiheadAttention).
+        other: MACs that involve no weight (both products of attention).
 
     >>> model = nn.Sequential(nn.Linear(8, 4))
     >>> with MacCounter(model) as counter:
@@ -53,6 +59,9 @@ class MacCounter:
         self.other = 0.0
         self._names: dict[int, str] = {}
         self._handles: list[RemovableHandle] = []
+        self._depth = 0  # of modules within modules, in a call
+        self._whole = 0  # of those that are counted whole, products within them included
+        self._products = _Products(self._count_product)
 
     def __enter__(self) -> MacCounter:
         # The fused transformer path of eval mode calls no submodule, so no hook would fire.
@@ -63,6 +72,8 @@ class MacCounter:
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         try:
             for module in self.model.modules():
+                self._handles.append(module.register_forward_pre_hook(self._enter))
+                self._handles.append(module.register_forward_hook(self._leave, always_call=True))
                 self._handles.append(module.register_forward_hook(self._count, with_kwargs=True))
         except BaseException:  # a scripted module takes no hook
             self.__exit__(None, None, None)
@@ -78,6 +89,32 @@ class MacCounter:
         MacCounter._open -= 1
         if not MacCounter._open:
             torch.backends.mha.set_fastpath_enabled(MacCounter._fastpath)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook: within a call of the model matrix products are seen."""
+        if not self._depth:
+            self._products.__enter__()  # type: ignore[no-untyped-call]
+        self._depth += 1
+        self._whole += isinstance(module, _COUNTED) or keeps_inputs_first(module)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook, after errors too."""
+        self._whole -= isinstance(module, _COUNTED) or keeps_inputs_first(module)
+        self._depth -= 1
+        if not self._depth:
+            self._products.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _count_product(self, operands: tuple[Tensor, ...], products: float) -> None:
+        """Add a matrix product: to the uses of the weight that has part in it, or to those that involve none."""
+        if self._whole:
+            return
+        for tensor in operands:
+            whole = tensor if tensor._base is None else tensor._base
+            name = self._names.get(id(whole))
+            if name is not None:
+                self.positions[name] = self.positions.get(name, 0.0) + products / whole.numel()
+                return
+        self.other += products
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: add the uses of one call of `module`."""
@@ -129,6 +166,36 @@ class MacCounter:
         name = self._names.get(id(module._parameters.get(weight)))  # reading a parametrized weight may change it
         if name is not None:
             self.positions[name] = self.positions.get(name, 0.0) + uses
+
+
+class _Products(TorchFunctionMode):
+    """Within the block sees products of matrices: matmul, bmm, einsum and attention, called as functions or methods."""
+
+    _PLAIN: ClassVar[set[Any]] = {
+        *(torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm),
+    }
+
+    def __init__(self, note: Callable[[tuple[Tensor, ...], float], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in self._PLAIN:
+            a, b = [*args, *kwargs.values()][:2]
+            self._note((a, b), out.numel() * a.shape[-1])
+        elif func in (torch.baddbmm, Tensor.baddbmm):
+            a, b = [*args, *(kwargs[key] for key in ("batch1", "batch2") if key in kwargs)][1:3]
+            self._note((a, b), out.numel() * a.shape[-1])
+        elif func is F.scaled_dot_product_attention:
+            query, key, value = [*args, *(kwargs[key] for key in ("query", "key", "value") if key in kwargs)][:3]
+            self._note((), query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
+        elif func is torch.einsum and len(args) == 3 and "." not in args[0]:
+            sides = args[0].replace(" ", "").partition("->")[0].split(",")
+            sizes = {i: n for side, x in zip(sides, args[1:], strict=True) for i, n in zip(side, x.shape, strict=True)}
+            self._note(args[1:], math.prod(sizes.values()))
+        return out
 
 
 @dataclass(frozen=True)
