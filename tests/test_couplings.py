@@ -346,6 +346,23 @@ def bucket_of(bucket: Any) -> torch.futures.Future[Tensor]:
     return future
 
 
+def test_heads_that_leave_are_not_named_as_channels_that_stay() -> None:
+    class Attention(nn.Module):
+        num_heads = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (f(x).unflatten(-1, (-1, 2)).mT for f in (self.q_proj, self.k_proj, self.v_proj))
+            return self.out_proj(F.scaled_dot_product_attention(q.mT, k.mT, v.mT).flatten(-2))
+
+    net, x = nn.Sequential(Attention(), nn.Linear(8, 3)), torch.randn(2, 3, 8)
+    paths = {port.path for coupling in couplings(net, x) for port in coupling.ports if port.side == "out"}
+    assert paths == {"0.out_proj", "1"}
+
+
 def test_outputs_are_found_not_guessed() -> None:
     """The classifier is declared first; the last that is declared is within."""
     net = Net(lambda net, x: net.fc(F.relu(net.a(x))), fc=nn.Linear(8, 3), a=nn.Linear(4, 8))

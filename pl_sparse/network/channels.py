@@ -50,6 +50,7 @@ def traced_couplings(model: nn.Module, example: Any) -> list[Coupling]:
     except Exception as error:
         _check_call(model, example)
         return _all_stay(model, f"keeps its channels: they could not be followed ({_short(error)})")
+    follow.forget_heads()
     _block_ports(units, model)
     return units.couplings()
 
@@ -156,6 +157,11 @@ class _Follow(DispatchMode):
             self._tracks.pop(tensor, None)
         else:
             self._tracks[tensor] = track
+
+    def forget_heads(self) -> None:
+        """Leave out what comes out of the layers before attention: it belongs to heads, and is removed as such."""
+        for module in self._heads:
+            self.units.ports.pop((self._paths[module], "out"), None)
 
     def block_outputs(self, outputs: Iterable[Tensor]) -> None:
         """Note that the channels of some tensors are outputs of the model."""
