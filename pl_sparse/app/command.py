@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +21,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
-from pl_sparse.app.hydra_api import composition, entry
+from pl_sparse.app.ends import EndedError, Interrupted, how_to_go_on, say, signals
+from pl_sparse.app.folder import leave
+from pl_sparse.app.hydra_api import composition, entry, quoted
 from pl_sparse.app.namespaces import unify
 from pl_sparse.app.plugins import provide_options
 from pl_sparse.app.settings import CONF, ConfigError
 from pl_sparse.app.sweep.job import run
 from pl_sparse.app.sweep.launch import arguments
 from pl_sparse.app.training import train
+from pl_sparse.core.files import is_full, read_yaml
 from pl_sparse.core.registry import suggestion
 
 __all__ = ["main", "sweep"]
@@ -50,28 +55,54 @@ def _entry(cfg: DictConfig) -> float | tuple[float, ...] | None:
 
 
 def main() -> float | None:
-    """`python train.py ...` and `pl-sparse ...`: one run, or a sweep with -m; the objective is what it returns."""
+    """`python train.py ...` and `pl-sparse ...`: one run, or a sweep with -m; the objective is what it returns.
+
+    The exit code is 2 for what is refused before training, 1 for a training that ended early, 128 and the number of
+    the signal that ended it otherwise. With HYDRA_FULL_ERROR=1 the traceback of an error is printed, too.
+    """
+    wanted = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are printed in a few lines
+    asked, refused = sys.argv[1:], True
     unify()
     provide_hydra_callbacks()
     try:
-        provide_options()
-        sys.argv[1:] = arguments(current_options(_with_earlier(sys.argv[1:])))
-        result: float | None = _entry()
-        return result
+        with signals():
+            provide_options()
+            sys.argv[1:] = arguments(current_options(_with_earlier(asked)))
+            result: float | None = _entry()
+            return result
     except ConfigError as error:
-        message = str(error)
+        code, message = 2, str(error)
+    except EndedError as error:
+        code, message = 1, str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        message = _explanation(error, sys.argv[1:])
+        code, message = 2, _explanation(error, sys.argv[1:])
     except (FileNotFoundError, ImportError) as error:
         if not str(error):
             raise
-        message = str(error)
-    except KeyboardInterrupt:
-        sweep = {"-m", "--multirun"} & set(sys.argv)
-        message = f"interrupted. It goes on with {'resume=true' if sweep else 'ckpt_path=<run>/checkpoints/last.ckpt'}"
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        code, message = 2, str(error)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        code, message = 1, f"the disk is full: {error.filename} could not be written\n  make room on it, then start again"
+    except KeyboardInterrupt as end:
+        refused = False
+        code = 128 + (end.number if isinstance(end, Interrupted) else signal.SIGINT)
+        message = how_to_go_on(end, asked, sweep=bool({"-m", "--multirun"} & set(sys.argv)))
+    finally:
+        leave(undo=refused)
+        _restore(wanted)
+    if wanted == "1" and refused:
+        traceback.print_exc()
+    say(message if not refused else f"error: {message}")
+    sys.exit(code)
+
+
+def _restore(wanted: str | None) -> None:
+    """Let HYDRA_FULL_ERROR be what the user wants."""
+    os.environ.pop("HYDRA_FULL_ERROR", None)
+    if wanted is not None:
+        os.environ["HYDRA_FULL_ERROR"] = wanted
 
 
 def sweep() -> float | None:
@@ -89,12 +120,15 @@ def _with_earlier(arguments: list[str]) -> list[str]:
     saved = run / ".hydra" / "overrides.yaml"
     if path == "null" or not saved.is_file():
         return arguments
-    earlier = [
-        override
-        for override in map(str, OmegaConf.load(saved))
-        if _key(override) not in {*values, "ckpt_path", "output_dir"}
-    ]
-    folder = [] if "hydra.run.dir" in values else [f"hydra.run.dir='{run}'"]
+    try:
+        overrides = read_yaml(saved)
+    except ValueError as error:
+        raise ConfigError(f"the settings of the run {run} cannot be read: {error}") from error
+    if not isinstance(overrides, list):
+        raise ConfigError(f"the settings of the run {run} cannot be read: {saved} is no list")
+    how = {"ckpt_path", "output_dir", "overwrite", "resume", "resume_with"}
+    earlier = [override for override in map(str, overrides) if _key(override) not in {*values, *how}]
+    folder = [] if {"hydra.run.dir", "output_dir"} & set(values) else [f"hydra.run.dir={quoted(run)}"]
     return [*earlier, *folder, *arguments]
 
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.settings import CONF
 
-__all__ = ["PACKAGES", "composition", "entry", "instantiate", "register_resolver"]
+__all__ = ["PACKAGES", "composition", "entry", "instantiate", "quoted", "register_resolver"]
 
 PACKAGES = ("pl_sparse.*", "torch.*", "lightning.*", "pytorch_lightning.*", "torchmetrics.*")
 """The libraries that `_target_` may always name."""
@@ -57,6 +57,15 @@ def _targets(node: Any) -> Iterator[str]:
         node = list(node.values())
     for value in node if isinstance(node, list) else ():
         yield from _targets(value)
+
+
+def quoted(value: object) -> str:
+    """A value as a string in an override.
+
+    >>> quoted("a'b")
+    "'a\\\\'b'"
+    """
+    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
