@@ -84,7 +84,10 @@ def main() -> float | None:
     except OSError as error:
         if not is_full(error):
             raise
-        code, message = 1, f"the disk is full: {error.filename} could not be written\n  make room on it, then start again"
+        code, message = (
+            1,
+            f"the disk is full: {error.filename} could not be written\n  make room on it, then start again",
+        )
     except KeyboardInterrupt as end:
         refused = False
         code = 128 + (end.number if isinstance(end, Interrupted) else signal.SIGINT)

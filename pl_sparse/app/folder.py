@@ -97,6 +97,7 @@ class RunFolder:
         for folder in {self.path, *(self.path / name for name in self._folders())}:
             remove_temporaries(folder)
         if self.continues:
+            self.ledger.written |= self._known() - self.ledger.found  # it may have been killed before it was noted
             self._before = {path: path.read_bytes() for name in _SAVED if (path := self.path / name).is_file()}
             return
         if not (cfg.get("overwrite") is True or _is_sweep()) and any(any(self.path.glob(name)) for name in _RESULTS):

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}(\.[^.]+)?")  # a folder; in 0.1.0 a file with its suffix
+_DEEPEST = 64
 _notes: list[Callable[[Path], None]] = []
 
 
@@ -131,7 +132,7 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]
     write_text(path, text.getvalue())
 
 
-def read_yaml(path: str | os.PathLike[str], limit: int = 1 << 22) -> Any:
+def read_yaml(path: str | os.PathLike[str], limit: int = 1 << 19) -> Any:
     """What a YAML file holds, as plain values.
 
     Anchors and aliases, by which a short text can stand for more than any memory holds, are refused: nothing here
@@ -149,9 +150,15 @@ def read_yaml(path: str | os.PathLike[str], limit: int = 1 << 22) -> Any:
     if path.stat().st_size > limit:
         raise ValueError(f"{path.name} is larger than {limit:,} bytes, and no configuration")
     try:
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
-            raise ValueError(f"{path.name} has aliases (*name), which no configuration of a run has")
+        text, depth = path.read_text(encoding="utf-8"), 0
+        for token in yaml.scan(text, yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken):
+                raise ValueError(f"{path.name} has aliases (*name), which no configuration of a run has")
+            name = type(token).__name__  # Block or Flow, Mapping or Sequence, StartToken or EndToken
+            depth += name.endswith(("MappingStartToken", "SequenceStartToken"))
+            depth -= name.endswith("EndToken") and name.startswith(("Block", "Flow"))
+            if depth > _DEEPEST:
+                raise ValueError(f"{path.name} nests more than {_DEEPEST} levels")
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path.name}: {error}") from error

@@ -164,12 +164,11 @@ def read(folder: Path, within: Path | None = None) -> Run:
         run.overrides = [
             o for o in map(str, _yaml(folder / ".hydra/overrides.yaml", list, top) or []) if not o.startswith("hydra.")
         ]
-        run.config = (
-            _yaml(folder / "config.yaml", dict, top) or _yaml(folder / ".hydra/config.yaml", dict, top) or {}
-        )
+        run.config = _yaml(folder / "config.yaml", dict, top) or _yaml(folder / ".hydra/config.yaml", dict, top) or {}
         final = _json(folder / "metrics.json", dict, top)
         models = _json(folder / "front.json", list, top) or [
-            _ticket(_json(path, dict, top) or {}, final or {}) for path in sorted(folder.glob("levels/level_*/metrics.json"))
+            _ticket(_json(path, dict, top) or {}, final or {})
+            for path in sorted(folder.glob("levels/level_*/metrics.json"))
         ]
     except (ValueError, TypeError, KeyError, OSError) as error:
         run.state, run.error = "failed", f"cannot be read: {error}"

@@ -69,7 +69,9 @@ class Sweep(Callback):
         overrides = plain_overrides([*hydra.overrides.task, *searched])
         folder = Path(str(hydra.sweep.dir))
         if any(override.partition("=")[0].lstrip("+") == "output_dir" for override in map(str, hydra.overrides.task)):
-            _refuse("output_dir is the folder of one run: that of a sweep, with a folder for each run, is hydra.sweep.dir")
+            _refuse(
+                "output_dir is the folder of one run: that of a sweep, with a folder for each run, is hydra.sweep.dir"
+            )
         if config.get("resume"):
             if not any(str(override).startswith("hydra.sweep.dir=") for override in hydra.overrides.hydra):
                 folder = _latest(folder, overrides) or folder
