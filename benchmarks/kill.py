@@ -2,10 +2,11 @@
 
     python benchmarks/kill.py --kills 300 --seed 0 --configurations 30
 
-A kill is a SIGINT, SIGTERM, SIGHUP or SIGKILL to a process that trains, or (as root) a file system that is full. The run
-goes on by `ckpt_path=...`, `resume=true` or the same command, and may be killed again. At its end all of its files have
-to be those of the undisturbed run: weights, masks, optimizer, tables and figures to the bit, times and paths apart. What
-was done is in outputs/kill/<seed>/kills.jsonl, which the script goes on with, and the table in kills.md beside it.
+A kill is a SIGINT, SIGTERM, SIGHUP or SIGKILL to a process that trains, or (as root) a file system that is full. The
+run goes on by `ckpt_path=...`, `resume=true` or the same command, and may be killed again. At its end all of its files
+have to be those of the undisturbed run: weights, masks, optimizer, tables and figures to the bit, times and paths
+apart. What was done is in outputs/kill/<seed>/kills.jsonl, which the script goes on with, and the table in kills.md
+beside it.
 
 Runs are real processes, forked from one that has imported everything.
 """
@@ -42,7 +43,7 @@ CONFIGURATIONS: dict[str, list[str]] = {
     "lth": ["method=lth", "sparsity=0.36", "schedule.epochs=2"],
     "int8": ["quantization=int8", "quantization.begin=0.3", "model=lenet5"],
     "int4": ["quantization=int4_weight", "quantization.begin=0.3", *VIT],
-    "rigl": ["method=rigl", "updater.every=4"],
+    "rigl": ["method=rigl", "schedule.every=4"],
     "front": ["schedule=staircase", "levels=[0.5,0.8]", "front=true"],
     "shrink": ["structure=coupled", "allocation=uniform", "sparsity=0.5", "shrink_every=2"],
     "ema": ["callbacks=ema"],
@@ -93,7 +94,7 @@ def prepare() -> None:
     torch.set_num_threads(1)
     sklearn.datasets.load_digits()
     try:
-        import torchao.quantization.pt2e.quantize_pt2e  # noqa: F401
+        import torchao.quantization.pt2e.quantize_pt2e
         import torchao.quantization.qat  # noqa: F401
     except ImportError:
         pass
@@ -252,7 +253,7 @@ def killed(
         if not late:
             os.kill(process, signal.Signals[f"SIG{kind}"])
             code = wait(process, 120)
-        faults = [] if late and code == 0 else _faults(kind, code, folder)
+        faults = [] if late and code == 0 else _faults(kind, code, folder, process)
         rows.append({"configuration": name, "signal": kind, "code": code, "late": late, "differs": faults})
         if late:
             break
@@ -267,10 +268,11 @@ def killed(
     return rows
 
 
-def _faults(kind: str, code: int | None, folder: Path) -> list[str]:
+def _faults(kind: str, code: int | None, folder: Path, process: int) -> list[str]:
     """What is wrong with how a run ended."""
-    status = folder / "status.json"
-    state = json.loads(status.read_text())["state"] if status.is_file() else None
+    path = folder / "status.json"
+    status = json.loads(path.read_text()) if path.is_file() else {}
+    state = status["state"] if status.get("process") == process else None  # else it did not come to it
     faults = [] if code in (SIGNALS[kind], -int(signal.Signals[f"SIG{kind}"])) else [f"exit code {code} after {kind}"]
     if kind != "KILL" and code == SIGNALS[kind] and state not in (None, "interrupted", "finished"):
         faults.append(f"{state} after {kind}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import stat
@@ -124,7 +125,7 @@ def test_overwrite_clears_what_the_run_wrote_alone(tmp_path: Path, capsys: pytes
     train(config(tmp_path, ONE, "export=[csr]", "logger=csv", "method=lth", "sparsity=0.2", "schedule.epochs=1"))
     (tmp_path / "later.txt").write_text("mine")
     capsys.readouterr()
-    with pytest.raises(ConfigError, match="sparsity=1.5"):
+    with pytest.raises(ConfigError, match=r"sparsity=1\.5"):
         train(config(tmp_path, "overwrite=true", "sparsity=1.5"))
     assert (tmp_path / "metrics.json").is_file() and (tmp_path / "csv").is_dir()  # it was refused, and changed nothing
     train(config(tmp_path, ONE, "overwrite=true"))
@@ -232,7 +233,7 @@ def test_divergence_is_two_lines_and_nothing_is_lost(tmp_path: Path, settings: l
 
 
 BOMB = "a: &a {x: 1}\n" + "".join(
-    f"{b}: &{b} {{p: *{a}, q: *{a}, r: *{a}}}\n" for a, b in zip("abcdefghijk", "bcdefghijkl")
+    f"{b}: &{b} {{p: *{a}, q: *{a}, r: *{a}}}\n" for a, b in itertools.pairwise("abcdefghijkl")
 )
 
 

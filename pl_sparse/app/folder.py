@@ -72,7 +72,7 @@ class RunFolder:
         self._lock: FileLock | None = None
         self._noting: AbstractContextManager[None] | None = None
         self._made = [place for place in (path, *path.parents) if not place.exists()]
-        if rank_zero_only.rank == 0:  # the other processes of a training write nothing
+        if getattr(rank_zero_only, "rank", 0) == 0:  # the other processes of a training write nothing
             path.mkdir(parents=True, exist_ok=True)
             self._lock = lock(path)
             _held[path.resolve()] = self
@@ -97,7 +97,7 @@ class RunFolder:
         for folder in {self.path, *(self.path / name for name in self._folders())}:
             remove_temporaries(folder)
         if self.continues:
-            self.ledger.written |= self._known() - self.ledger.found  # it may have been killed before it was noted
+            self.ledger.written |= self._known() - self.ledger.found - set(_SAVED)  # it may have been killed before it was noted
             self._before = {path: path.read_bytes() for name in _SAVED if (path := self.path / name).is_file()}
             return
         if not (cfg.get("overwrite") is True or _is_sweep()) and any(any(self.path.glob(name)) for name in _RESULTS):
