@@ -70,6 +70,7 @@ def main() -> float | None:
             provide_options()
             sys.argv[1:] = arguments(current_options(_with_earlier(asked)))
             result: float | None = _entry()
+            refused = False
             return result
     except ConfigError as error:
         code, message = 2, str(error)

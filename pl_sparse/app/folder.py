@@ -97,7 +97,9 @@ class RunFolder:
         for folder in {self.path, *(self.path / name for name in self._folders())}:
             remove_temporaries(folder)
         if self.continues:
-            self.ledger.written |= self._known() - self.ledger.found - set(_SAVED)  # it may have been killed before it was noted
+            self.ledger.written |= (
+                self._known() - self.ledger.found - set(_SAVED)
+            )  # it may have been killed before it was noted
             self._before = {path: path.read_bytes() for name in _SAVED if (path := self.path / name).is_file()}
             return
         if not (cfg.get("overwrite") is True or _is_sweep()) and any(any(self.path.glob(name)) for name in _RESULTS):
@@ -135,7 +137,8 @@ class RunFolder:
             return
         if self.continues:
             for path, content in self._before.items():
-                path.write_bytes(content)
+                if not path.is_file() or path.read_bytes() != content:
+                    path.write_bytes(content)
         else:
             self.ledger.clear(self._known())
         if self._aside.is_dir():

@@ -109,6 +109,12 @@ class Status(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(trainer, now=True)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"accuracy": self.values["accuracy"]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.values["accuracy"] = state_dict["accuracy"]
+
     def _look(self, trainer: Trainer, now: bool = False) -> None:
         if not now and time.time() - self.values["updated"] < 1:
             return
