@@ -72,6 +72,8 @@ class Sweep(Callback):
             _refuse(
                 "output_dir is the folder of one run: that of a sweep, with a folder for each run, is hydra.sweep.dir"
             )
+        if "direction" in hydra.sweeper:
+            _check_directions(config)
         if config.get("resume"):
             if not any(str(override).startswith("hydra.sweep.dir=") for override in hydra.overrides.hydra):
                 folder = _latest(folder, overrides) or folder
@@ -82,8 +84,6 @@ class Sweep(Callback):
                 f"{folder} holds a sweep\n  resume=true goes on with it, overwrite=true trains its runs anew, "
                 "hydra.sweep.dir=... is another folder"
             )
-        if "direction" in hydra.sweeper:
-            _check_directions(config)
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock = lock(folder)
