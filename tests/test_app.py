@@ -289,7 +289,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     last = tmp_path / "a" / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
     with pytest.raises(ConfigError, match="another model"):
-        train(config(tmp_path / "a", f"ckpt_path={last}", "model=lenet5"))
+        train(config(tmp_path / "a", f"ckpt_path={last}", "model=lenet5", "resume_with=changed"))
     assert last.read_bytes() == before
 
 

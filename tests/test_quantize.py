@@ -281,3 +281,26 @@ def test_every_layer_of_a_residual_network_has_integers_on_both_sides(trained: b
     assert layers == 21
     # one rounding for each value: the input, layers (two of them projections), sums, and what is pooled
     assert sum(node.target is quantize for node in converted.graph.nodes) <= 33  # type: ignore[union-attr]
+
+
+def test_simulating_and_converting_draw_no_random_numbers() -> None:
+    pytest.importorskip("torchao")
+    net = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    quantization = Int4Weight()
+    before = torch.get_rng_state()
+    quantization.prepare(net, torch.zeros(2, 64))
+    quantization.convert()
+    quantization.release()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_that_is_killed_after_training_has_its_macs(tmp_path: Path) -> None:
+    from test_app import config
+
+    from pl_sparse.app.training import train
+
+    asked = ["quantization=int8", "model=lenet5", "trainer.max_epochs=2", "data.limit=128"]
+    whole = train(config(tmp_path, *asked))
+    (tmp_path / "metrics.json").unlink()
+    again = train(config(tmp_path, *asked, f"ckpt_path={tmp_path}/checkpoints/last.ckpt"))
+    assert whole["macs_dense"] > 0 and {**again, "train_seconds": 0} == {**whole, "train_seconds": 0}

@@ -130,7 +130,7 @@ def test_replacing_keeps_the_old_file_after_an_error(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.txt"
     write_text(path, "old\r\n")
     with pytest.raises(RuntimeError), replacing(path) as temporary:
-        assert temporary.suffix == ".txt" and temporary.parent == path.parent
+        assert temporary.name == "a.txt" and temporary.parent.parent == path.parent
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_bytes() == b"old\r\n"

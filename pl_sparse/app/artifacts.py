@@ -20,6 +20,7 @@ from pl_sparse.app.instantiate import network
 from pl_sparse.app.parts import Parts
 from pl_sparse.callbacks import Quantize
 from pl_sparse.core.files import replacing, write_csv, write_text
+from pl_sparse.core.ledger import Ledger
 from pl_sparse.core.optional import nice_to_have
 from pl_sparse.quantize import integers
 from pl_sparse.results.figures import plot_layers, plot_training
@@ -181,7 +182,9 @@ _WRITTEN = {
 }
 
 
-def print_report(folder: Path, summary: Summary, metrics: Mapping[str, Any], levels: list[dict[str, Any]]) -> None:
+def print_report(
+    folder: Path, summary: Summary, metrics: Mapping[str, Any], levels: list[dict[str, Any]], ledger: Ledger
+) -> None:
     """Print layers, levels and scores, and what is where.
 
     Args:
@@ -189,6 +192,7 @@ def print_report(folder: Path, summary: Summary, metrics: Mapping[str, Any], lev
         summary: of its layers.
         metrics: those of metrics.json.
         levels: rows of front.json; empty without a front.
+        ledger: which files the run wrote; others are not listed.
     """
     console = Console()
     console.print()
@@ -210,5 +214,5 @@ def print_report(folder: Path, summary: Summary, metrics: Mapping[str, Any], lev
     console.print(f"{line} ({source} of {metrics['epochs']}, {metrics['train_seconds']:.1f} s of training)".lstrip())
     console.print(f"\nwritten to {folder}:", highlight=False, soft_wrap=True, markup=False)
     for name, content in _WRITTEN.items():
-        if (folder / name).exists():
+        if ledger.has(name):
             console.print(f"  {name:<18} {content}", highlight=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -20,7 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
 from pl_sparse.app.arguments import COMPLETION, arranged, completed, here, ignored, without_leftovers
+from pl_sparse.app.ends import EndedError, Interrupted, how_to_go_on, say, signals
 from pl_sparse.app.explanation import explanation, is_of_the_user, own_frames
+from pl_sparse.app.folder import leave
 from pl_sparse.app.hydra_api import as_typed, entry, given, quoted
 from pl_sparse.app.namespaces import unify
 from pl_sparse.app.plugins import provide_options
@@ -29,10 +32,13 @@ from pl_sparse.app.settings import ConfigError, check
 from pl_sparse.app.sweep.job import run
 from pl_sparse.app.sweep.launch import arguments as plugin_settings
 from pl_sparse.app.training import train
+from pl_sparse.core.files import is_full, read_yaml
 
 __all__ = ["main", "sweep"]
 
 _SHORT = "PL_SPARSE_SHORT_ERRORS"
+_OF_A_COMMAND = ("ckpt_path", "output_dir", "overwrite", "resume", "resume_with")
+"""Settings that a run which goes on does not take over."""
 
 
 class _Ended(BaseException):
@@ -71,30 +77,41 @@ def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
     """`python train.py ...` and `pl-sparse ...`: one run, or a sweep with -m; the objective is what it returns.
 
     An error is a line or two, or the user's own frames where it comes from them. HYDRA_FULL_ERROR=1 shows all frames.
+    The exit code is 2 for what is refused before training, 1 for a training that ended early, 128 and the number of
+    the signal that ended it otherwise.
 
     Args:
         config_dir: a folder with groups of one's own, unless the command names one by --config-dir.
     """
     if config_dir is not None and not any(argument.startswith(("--config-dir", "-cd")) for argument in sys.argv[1:]):
         sys.argv.insert(1, f"--config-dir={os.fspath(config_dir)}")
+    asked, refused = sys.argv[1:], True
     unify()
     provide_hydra_callbacks()
     here()
     cause: BaseException
     with _errors() as full:
         try:
-            return _command(sys.argv[1:])
+            with signals():
+                result = _command(asked)
+            refused = False
+            return result
         except ConfigError as error:
-            message, code, cause = str(error), 2, error
-        except KeyboardInterrupt as error:
-            sweep = {"-m", "--multirun"} & set(sys.argv)
-            way = "resume=true" if sweep else "ckpt_path=<run>/checkpoints/last.ckpt"
-            message, code, cause = f"interrupted. It goes on with {way}", 2, error
+            message, code, cause = f"error: {error}", 2, error
+        except EndedError as error:
+            message, code, cause = f"error: {error}", 1, error
+        except KeyboardInterrupt as end:
+            refused = False
+            code, cause = 128 + (end.number if isinstance(end, Interrupted) else signal.SIGINT), end
+            message = how_to_go_on(end, asked, sweep=bool({"-m", "--multirun"} & set(sys.argv)))
         except Exception as error:
-            message, code, cause = _told(error)
+            explained, code, cause = _told(error)
+            message = f"error: {explained}"
+        finally:
+            leave(undo=refused)
     if full and not isinstance(cause, KeyboardInterrupt):
         traceback.print_exception(cause)
-    print(f"error: {message}", file=sys.stderr)
+    say(message)
     sys.exit(code)
 
 
@@ -140,6 +157,8 @@ def _check(seen: Seen, cfg: DictConfig, typed: list[str]) -> None:
 
 def _told(error: Exception) -> tuple[str, int, BaseException]:
     """What to print of an error that nobody foresaw, the exit code, and the error itself."""
+    if isinstance(error, OSError) and is_full(error):
+        return f"the disk is full: {error.filename} could not be written\n  make room on it, then start again", 1, error
     if is_of_the_user(error):
         return own_frames(error), 1, error
     if isinstance(error, (FileNotFoundError, ImportError)) and str(error):
@@ -180,13 +199,20 @@ def _with_earlier(arguments: list[str]) -> list[str]:
     saved = run / ".hydra" / "overrides.yaml"
     if path == "null" or not saved.is_file():
         return arguments
-    earlier = [
-        override
-        for override in as_typed(OmegaConf.load(saved))
-        if _key(override) not in {*values, "ckpt_path", "output_dir"}
-    ]
-    folder = [] if "hydra.run.dir" in values else [f"hydra.run.dir={quoted(str(run))}"]
+    earlier = [override for override in as_typed(_read_list(saved)) if _key(override) not in {*values, *_OF_A_COMMAND}]
+    folder = [] if {"hydra.run.dir", "output_dir"} & set(values) else [f"hydra.run.dir={quoted(str(run))}"]
     return [*_folder_of_groups(run, arguments), *earlier, *folder, *arguments]
+
+
+def _read_list(path: Path) -> list[Any]:
+    """The overrides that a run has saved."""
+    try:
+        overrides = read_yaml(path)
+    except ValueError as error:
+        raise ConfigError(f"the settings of the run {path.parents[1]} cannot be read: {error}") from error
+    if not isinstance(overrides, list):
+        raise ConfigError(f"the settings of the run {path.parents[1]} cannot be read: {path} is no list")
+    return overrides
 
 
 def _folder_of_groups(run: Path, arguments: list[str]) -> list[str]:

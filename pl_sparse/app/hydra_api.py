@@ -57,17 +57,17 @@ def given() -> list[str]:
 
 def as_typed(settings: Any) -> list[str]:
     """Settings of a list of Hydra's, in which `key=${other}` stays what it is."""
-    plain: Any = OmegaConf.to_container(settings, resolve=False)
+    plain: Any = OmegaConf.to_container(settings, resolve=False) if OmegaConf.is_config(settings) else settings
     return [str(setting) for setting in plain]
 
 
-def quoted(text: str) -> str:
-    """A text as a value in Hydra's grammar, whatever is in it.
+def quoted(value: object) -> str:
+    """A value as a string in Hydra's grammar, whatever is in it.
 
     >>> quoted("it's")
     "'it\\\\'s'"
     """
-    text = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text)
+    text = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", str(value))
     ending = len(text) - len(text.rstrip("\\"))
     return f"'{text}{chr(92) * ending}'"
 

@@ -48,6 +48,8 @@ _TOP: dict[str, Any] = {
     "front": bool,
     "levels": list[float] | None,
     "resume": bool,
+    "resume_with": typing.Literal["same", "changed"],
+    "overwrite": bool,
     "prefix_cache": str,
     "threads": int | None,
     "mode": typing.Literal["max", "min"] | None,

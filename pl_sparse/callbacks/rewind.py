@@ -80,6 +80,8 @@ class Rewind(Callback):
         if trainer.sanity_checking:
             return
         for name, value in _floats(trainer.callback_metrics).items():
+            if not name.startswith("val"):  # of the training before: a resumed one does not have them
+                continue
             better = min if "loss" in name else max
             self._best[name] = better(self._best.get(name, value), value)
 
@@ -141,7 +143,7 @@ class Rewind(Callback):
         row: dict[str, Any] = {"level": len(self.rows), "remaining": kept / total, "weights": kept}
         metrics = _floats(trainer.callback_metrics) or self._last
         row |= {name: value for name, value in metrics.items() if name != "sparsity"}
-        row |= {f"best/{name}": value for name, value in self._best.items() if name.startswith("val")}
+        row |= {f"best/{name}": value for name, value in self._best.items()}
         self._best = {}
         self.rows.append(row)
         if not trainer.is_global_zero:
@@ -171,7 +173,7 @@ class Rewind(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict["saved"]
         self.rows = [dict(row) for row in state_dict["rows"]]
-        self._best = dict(state_dict["best"])
+        self._best = {name: value for name, value in state_dict["best"].items() if name.startswith("val")}
         self._last = dict(state_dict["last"])
 
 

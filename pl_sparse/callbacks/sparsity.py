@@ -363,7 +363,7 @@ class Sparsity(Callback):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        return self.pruner.state_dict()
+        return {**self.pruner.state_dict(), "macs": self._macs.state_dict()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = [key for key in checkpoint.get("callbacks", {}) if key.startswith("Sparsity{")]
@@ -376,6 +376,8 @@ class Sparsity(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pruner.load_state_dict(state_dict)
+        if "macs" in state_dict:
+            self._macs.load_state_dict(state_dict["macs"])
         self._restored = True
 
 

@@ -1,44 +1,106 @@
 """Files that are written whole or not at all.
 
-Text goes to a temporary file beside its destination, is flushed to disk and then takes the destination's place in
-one step, so a reader (or a crash) never sees half a file.
+A file is made in a temporary folder beside its destination, is flushed to disk and then takes the destination's place
+in one step, so a reader (or a crash) never sees half a file.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-__all__ = ["replacing", "write_csv", "write_json", "write_text"]
+__all__ = [
+    "is_full",
+    "noting",
+    "read_yaml",
+    "remove_temporaries",
+    "replacing",
+    "write_csv",
+    "write_json",
+    "write_text",
+]
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}(\.[^.]+)?")  # a folder; in 0.1.0 a file with its suffix
+_DEEPEST = 64
+_notes: list[Callable[[Path], None]] = []
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, with its suffix, which replaces `path` when the block ends.
+    """Yield a path of the same name in a temporary folder beside `path`, which replaces `path` when the block ends.
 
-    The caller creates the file. Missing parent folders are made. After an exception `path` is as it was and the
-    temporary file is gone.
+    The caller creates the file; it gets the mode that a new file has, whatever made it. Missing parent folders are
+    made. After an exception `path` is as it was and the temporary folder is gone.
 
     Raises:
         FileNotFoundError: the block wrote nothing.
+        OSError: the disk is full (ENOSPC), whatever the block raised of it; `filename` is `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem[:100]}.{uuid4().hex}{path.suffix}")
+    folder = path.with_name(f".{path.stem[:100]}.{uuid4().hex}")
+    temporary = folder / path.name
     try:
+        folder.mkdir()
+        temporary.touch()  # some writers replace it by a file that only its owner may read
+        mode = temporary.stat().st_mode & 0o777
+        temporary.unlink()
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(mode)
         os.replace(temporary, path)
+    except Exception as error:
+        if is_full(error) or (not isinstance(error, OSError) and _has_no_room(path.parent)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    for note in _notes:
+        note(path)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk or a quota is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _has_no_room(folder: Path) -> bool:
+    """Whether the disk of a folder has no block left; what did not fit is still there."""
+    try:
+        return shutil.disk_usage(folder).free < 1 << 16
+    except OSError:
+        return False
+
+
+@contextmanager
+def noting(note: Callable[[Path], None]) -> Iterator[None]:
+    """Within the block `note(path)` is called for each file that was written."""
+    _notes.append(note)
+    try:
+        yield
+    finally:
+        _notes.remove(note)
+
+
+def remove_temporaries(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed writes left in a folder; none may be under way there."""
+    for path in [path for path in Path(folder).glob(".*") if _TEMPORARY.fullmatch(path.name)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -68,6 +130,38 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]
         writer.writeheader()
         writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def read_yaml(path: str | os.PathLike[str], limit: int = 1 << 19) -> Any:
+    """What a YAML file holds, as plain values.
+
+    Anchors and aliases, by which a short text can stand for more than any memory holds, are refused: nothing here
+    writes them.
+
+    Args:
+        limit: bytes that the file may have.
+
+    Raises:
+        ValueError: it is no YAML, uses aliases, nests too deeply or is larger than the limit.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    path = Path(path)
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path.name} is larger than {limit:,} bytes, and no configuration")
+    try:
+        text, depth = path.read_text(encoding="utf-8"), 0
+        for token in yaml.scan(text, yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken):
+                raise ValueError(f"{path.name} has aliases (*name), which no configuration of a run has")
+            name = type(token).__name__  # Block or Flow, Mapping or Sequence, StartToken or EndToken
+            depth += name.endswith(("MappingStartToken", "SequenceStartToken"))
+            depth -= name.endswith("EndToken") and name.startswith(("Block", "Flow"))
+            if depth > _DEEPEST:
+                raise ValueError(f"{path.name} nests more than {_DEEPEST} levels")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
 
 
 def _finite(obj: object) -> object:

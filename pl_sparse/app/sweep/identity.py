@@ -22,7 +22,9 @@ from pl_sparse.callbacks.run.status import read_status
 __all__ = ["code", "data", "digest", "fingerprint", "run_fingerprint", "settings"]
 
 _PACKAGE = Path(__file__).parents[2]
-_BESIDE = ("output_dir", "ckpt_path", "resume", "prefix_cache", "threads", "print_config")
+_BESIDE = (
+    "output_dir", "ckpt_path", "resume", "resume_with", "overwrite", "prefix_cache", "threads", "print_config",
+)  # fmt: skip
 """Settings that say where and how, not what is trained."""
 
 
