@@ -229,7 +229,7 @@ def test_any_lightning_module(tmp_path: Path) -> None:
     metrics = train(cfg)
     tensors = load_file(tmp_path / "model.safetensors")
     assert tensors["body.1.weight"].shape == (16, 64) and metrics["sparsity"] == pytest.approx(0.9, abs=0.0005)
-    assert "test/acc" not in metrics and metrics["epoch_best"] == 3
+    assert "test/acc" not in metrics and metrics["epoch_best"] == 4
 
 
 def test_dense_is_dense_whatever_the_dial_says(tmp_path: Path) -> None:
