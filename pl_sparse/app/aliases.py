@@ -39,7 +39,7 @@ TARGETS = {
 """Classes that a configuration of 0.1.0 may name, and where they are."""
 OPTIONS = {"masking=shrunk": "masking=softthresholded"}
 """Options of groups, and what they are called."""
-ADDED: dict[str, Any] = {"frozen": "skip", "layouts": {}}
+ADDED: dict[str, Any] = {"frozen": "skip", "layouts": {}, "trust": None}
 """Settings that a configuration of 0.1.0 does not have, with their defaults."""
 _HYDRA = ("pl_sparse.hooks.Overview", "pl_sparse.sweep.monitor.Sweep")
 _announced: set[str] = set()

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
+from pl_sparse.app.earlier import earlier_overrides
 from pl_sparse.app.hydra_api import composition, entry
 from pl_sparse.app.namespaces import unify
 from pl_sparse.app.plugins import provide_options
@@ -85,17 +86,12 @@ def _with_earlier(arguments: list[str]) -> list[str]:
     """The arguments of a command; with `ckpt_path` of a run, after the settings and folder that the run had."""
     values = {_key(argument): argument.partition("=")[2] for argument in arguments}
     path = values.get("ckpt_path", "null").strip("'\"")
-    run = Path(path).parent.parent
-    saved = run / ".hydra" / "overrides.yaml"
-    if path == "null" or not saved.is_file():
+    if path == "null":
         return arguments
-    earlier = [
-        override
-        for override in map(str, OmegaConf.load(saved))
-        if _key(override) not in {*values, "ckpt_path", "output_dir"}
-    ]
-    folder = [] if "hydra.run.dir" in values else [f"hydra.run.dir='{run}'"]
-    return [*earlier, *folder, *arguments]
+    run = Path(path).parent.parent
+    taken_over = (run / ".hydra" / "overrides.yaml").is_file() and "hydra.run.dir" not in values
+    folder = [f"hydra.run.dir='{run}'"] if taken_over else []
+    return [*earlier_overrides(path, arguments), *folder, *arguments]
 
 
 def _key(argument: str) -> str:

@@ -48,6 +48,7 @@ class Parts:
         shrink: takes masked channels out of the model.
         quantize: trains for integers.
         budget: finds the sparsity that costs little accuracy.
+        trust: whether checkpoints of the folder may hold pickled objects; None where the run has not been gone on with.
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class Parts:
     shrink: Shrink | None = None
     quantize: Quantize | None = None
     budget: AccuracyBudget | None = None
+    trust: bool | None = None
 
     @property
     def callbacks(self) -> list[Callback]:
@@ -134,6 +136,7 @@ def assemble(cfg: DictConfig, identity: str) -> Parts:
         quantize=quantize,
         budget=budget,
         random_state=RandomState(),
+        trust=cfg.get("trust"),
     )
     _attach(sparsity, module)
     return parts

@@ -14,9 +14,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-__all__ = ["replacing", "write_csv", "write_json", "write_text"]
+__all__ = ["DamagedFileError", "read_yaml", "replacing", "write_csv", "write_json", "write_text"]
+
+
+class DamagedFileError(ValueError):
+    """A file is not what was written, not of this model, or would fill more memory than it may."""
 
 
 @contextmanager
@@ -59,15 +64,59 @@ def write_json(path: str | os.PathLike[str], obj: object) -> None:
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]) -> None:
     """Write `rows` to `path` under one header line: the keys of all rows, in order of first appearance.
 
-    A key a row lacks, or holds as None, is an empty cell. No rows make an empty file.
+    A key a row lacks, or holds as None, is an empty cell. No rows make an empty file. A text that a spreadsheet would
+    take for a formula has an apostrophe before it.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO(newline="")
     if columns:
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(map(_cell, columns))
+        writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
     write_text(path, text.getvalue())
+
+
+def _cell(value: object) -> object:
+    """
+    >>> _cell("=1+1"), _cell(" @x"), _cell("-0.5"), _cell(-0.5), _cell("a=b")
+    ("'=1+1", "' @x", '-0.5', -0.5, 'a=b')
+    """
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r", " ")  # which begins a row
+    if not value.lstrip().startswith(("=", "+", "-", "@")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def read_yaml(path: str | os.PathLike[str], limit: int = 1 << 22) -> Any:
+    """What a YAML file holds, as plain values.
+
+    Anchors and aliases, by which a short text can stand for more than any memory holds, are refused: nothing here
+    writes them.
+
+    Args:
+        limit: bytes that the file may have.
+
+    Raises:
+        ValueError: it is no YAML, uses aliases, nests too deeply or is larger than the limit.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    path = Path(path)
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path.name} is larger than {limit:,} bytes, and no configuration")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
+            raise ValueError(f"{path.name} has aliases (*name), which no configuration of a run has")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
 
 
 def _finite(obj: object) -> object:

@@ -11,7 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CHOICES", "Run", "flat", "gather", "is_run", "read"]
+from rich.markup import escape
+
+from pl_sparse.core.files import read_yaml
+
+__all__ = ["CHOICES", "Run", "flat", "gather", "is_run", "printable", "read", "shown"]
 
 CHOICES = ("method", "scorer", "structure", "schedule", "allocation", "masking")
 """The metrics that name the parts of a run's method."""
@@ -93,6 +97,20 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def printable(text: str) -> str:
+    """A text of a run without control characters, which terminals act on.
+
+    >>> printable("a\\x1b]52;c;")
+    'a\\\\x1b]52;c;'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(text: str) -> str:
+    """A text of a run for rich: printable, and no markup."""
+    return escape(printable(text))
 
 
 # Reading
@@ -186,14 +204,9 @@ def _ticket(row: dict[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: {error}") from error
 
 
 def _yaml(path: Path) -> Any:
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+    return read_yaml(path) if path.is_file() else None

@@ -28,7 +28,7 @@ from pl_sparse.core.registry import suggestion
 
 __all__ = ["Train", "metric", "objective", "plain_overrides", "run", "subdir", "threads"]
 
-_HOW = ("resume", "ckpt_path", "prefix_cache", "threads", "output_dir")
+_HOW = ("resume", "ckpt_path", "trust", "prefix_cache", "threads", "output_dir")
 """Settings that say how and where a run is run."""
 Train = Callable[[DictConfig], dict[str, Any]]
 """From a configuration to the metrics of the run."""
@@ -208,7 +208,8 @@ def _train_apart(cfg: DictConfig) -> dict[str, Any]:
     overrides = [override for override in task if not override.startswith(("resume=", "ckpt_path="))]
     command = [sys.executable, "-m", "pl_sparse", "train", *overrides, "prefix_cache='off'"]
     command += [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null", "trainer.enable_progress_bar=false"]
-    command += [f"ckpt_path='{cfg.ckpt_path}'"] if cfg.ckpt_path is not None else []
+    if cfg.ckpt_path is not None:  # with resume=true it is the run's own
+        command += [f"ckpt_path='{cfg.ckpt_path}'", f"trust={str(cfg.trust is not False).lower()}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     with open(folder / "run.log", "a", encoding="utf-8") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
