@@ -108,10 +108,10 @@ pl_sparse.app.sweep.job.subprocess.run pl_sparse.core.files.write_text pl_sparse
 pl_sparse.export.hardware.Hardware.__init__.__globals__ mine.Writer mine.re_exported mine.subprocess.run
 mine.numpy.load mine.anything mine.erase mine.instance mine.Lit.load_from_checkpoint mine nowhere.Net __main__
 run_outside.Net os.system
-""".split()
+"""
 
 
-@pytest.mark.parametrize("target", [*REFUSED, "", "..", "a b.c", 3, None, ["os.system"]])
+@pytest.mark.parametrize("target", [*REFUSED.split(), "", "..", "a b.c", 3, None, ["os.system"]])
 def test_a_target_that_does_something_else_is_refused(target: Any, run: Path) -> None:
     Path("mine.py").write_text(MINE)
     sys.modules.pop("mine", None)
@@ -126,10 +126,10 @@ torch.optim.lr_scheduler.StepLR lightning.pytorch.Trainer lightning.pytorch.call
 lightning.pytorch.loggers.CSVLogger torchmetrics.classification.MulticlassAccuracy pl_sparse.Sparsity
 pl_sparse.scorer.Magnitude pl_sparse.tasks.data.Digits pl_sparse.masking.Shrunk pl_sparse.hardware.Hardware
 pl_sparse.tasks.lr.CosineLR
-""".split()
+"""
 
 
-@pytest.mark.parametrize("target", BUILT)
+@pytest.mark.parametrize("target", BUILT.split())
 def test_a_part_of_a_run_is_built(target: str, run: Path) -> None:
     Path("mine.py").write_text(MINE)
     sys.modules.pop("mine", None)
@@ -266,7 +266,7 @@ def test_the_name_of_a_format_is_no_path(run: Path, monkeypatch: pytest.MonkeyPa
     cfg = OmegaConf.load(run / "config.yaml")
     cfg["export"] = {path: {"level": 1}}
     (run / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
-    with pytest.raises((SystemExit, AttributeError)):
+    with pytest.raises(SystemExit, match="2"):
         command(monkeypatch, "export", run)
     assert not Path("executed").exists()
 

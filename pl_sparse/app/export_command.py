@@ -84,6 +84,9 @@ def _export_run(folder: Path, names: Sequence[str] | None, measure: bool, second
         names = [str(name) for name in cfg.get("export") or ()] or list(hardware.exports)
     paths = [path for path in (CONF / "export").glob("*.yaml") if path.stem in names]  # a name is no path
     nodes: Any = OmegaConf.merge(*map(OmegaConf.load, paths), cfg.get("export") or {})
+    for name in names:
+        if "_target_" not in (nodes.get(name) or {}):
+            raise ConfigError(f"export={name}: there is no such format. {suggestion(name, [*nodes])}")
     formats = {name: built(nodes, name) for name in names}
     refuse(formats, module, data, structure, metrics["sparsity"])
     wanted = any(format.dtype == "int8" for format in formats.values())
