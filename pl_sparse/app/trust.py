@@ -128,7 +128,7 @@ class Untrusted:
     def _reason(self, name: str) -> str | None:
         """Why the thing of a name is not built; None if it is."""
         name = TARGETS.get(name, name)
-        if name in _plugins():
+        if name.partition(".")[0] not in _TOPS and name in _plugins():
             return None
         try:
             found = self._located(name)
