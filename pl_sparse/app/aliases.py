@@ -41,6 +41,7 @@ OPTIONS = {"masking=shrunk": "masking=softthresholded"}
 """Options of groups, and what they are called."""
 ADDED: dict[str, Any] = {
     "frozen": "skip", "layouts": {}, "print_config": False, "resume_with": "same", "overwrite": False,
+    "trust": None,
 }  # fmt: skip
 """Settings that a configuration of 0.1.0 does not have, with their defaults."""
 _HYDRA = ("pl_sparse.hooks.Overview", "pl_sparse.sweep.monitor.Sweep")

@@ -21,10 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
 from pl_sparse.app.arguments import COMPLETION, arranged, completed, here, ignored, without_leftovers
+from pl_sparse.app.earlier import earlier_overrides
 from pl_sparse.app.ends import EndedError, Interrupted, how_to_go_on, say, signals
 from pl_sparse.app.explanation import explanation, is_of_the_user, own_frames
 from pl_sparse.app.folder import leave
-from pl_sparse.app.hydra_api import as_typed, entry, given, quoted
+from pl_sparse.app.hydra_api import entry, given, quoted
 from pl_sparse.app.namespaces import unify
 from pl_sparse.app.plugins import provide_options
 from pl_sparse.app.seen import Seen
@@ -37,8 +38,6 @@ from pl_sparse.core.files import is_full, read_yaml
 __all__ = ["main", "sweep"]
 
 _SHORT = "PL_SPARSE_SHORT_ERRORS"
-_OF_A_COMMAND = ("ckpt_path", "output_dir", "overwrite", "resume", "resume_with")
-"""Settings that a run which goes on does not take over."""
 
 
 class _Ended(BaseException):
@@ -118,7 +117,10 @@ def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
 def _command(typed: list[str]) -> float | None:
     """Run what was typed, completed by what Hydra needs to hear."""
     provide_options()
-    options, settings = arranged(current_options(_with_earlier(typed)))
+    try:
+        options, settings = arranged(current_options(_with_earlier(typed)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explanation(error, *arranged(current_options(typed)))) from error
     settings = plugin_settings(settings)
     if not {"-h", "--help", "--hydra-help", "--version", *COMPLETION} & set(options):
         try:
@@ -195,33 +197,32 @@ def _with_earlier(arguments: list[str]) -> list[str]:
     """The arguments of a command; with `ckpt_path` of a run, after the settings and folder that the run had."""
     values = {_key(argument): argument.partition("=")[2] for argument in arguments}
     path = values.get("ckpt_path", "null").strip("'\"")
-    run = Path(path).parent.parent
-    saved = run / ".hydra" / "overrides.yaml"
-    if path == "null" or not saved.is_file():
+    if path == "null":
         return arguments
-    earlier = [override for override in as_typed(_read_list(saved)) if _key(override) not in {*values, *_OF_A_COMMAND}]
-    folder = [] if {"hydra.run.dir", "output_dir"} & set(values) else [f"hydra.run.dir={quoted(str(run))}"]
-    return [*_folder_of_groups(run, arguments), *earlier, *folder, *arguments]
+    run = Path(path).parent.parent
+    taken_over = (run / ".hydra" / "overrides.yaml").is_file() and not {"hydra.run.dir", "output_dir"} & set(values)
+    folder = [f"hydra.run.dir={quoted(run)}"] if taken_over else []
+    groups = _folder_of_groups(run, arguments, trusted=values.get("trust", "").lower() == "true")
+    return [*groups, *earlier_overrides(path, [*groups, *arguments]), *folder, *arguments]
 
 
-def _read_list(path: Path) -> list[Any]:
-    """The overrides that a run has saved."""
-    try:
-        overrides = read_yaml(path)
-    except ValueError as error:
-        raise ConfigError(f"the settings of the run {path.parents[1]} cannot be read: {error}") from error
-    if not isinstance(overrides, list):
-        raise ConfigError(f"the settings of the run {path.parents[1]} cannot be read: {path} is no list")
-    return overrides
-
-
-def _folder_of_groups(run: Path, arguments: list[str]) -> list[str]:
-    """The option --config-dir that a run had."""
+def _folder_of_groups(run: Path, arguments: list[str], trusted: bool) -> list[str]:
+    """The option --config-dir that a run had: a folder of the user's, and none that came with the run."""
     saved = run / ".hydra" / "hydra.yaml"
     if not saved.is_file() or any(argument.startswith(("--config-dir", "-cd")) for argument in arguments):
         return []
-    sources: Any = OmegaConf.select(OmegaConf.load(saved), "hydra.runtime.config_sources") or []
-    return [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    try:
+        settings: Any = read_yaml(saved)
+        sources = settings["hydra"]["runtime"]["config_sources"]
+        folders = [Path(source["path"]) for source in sources if source["provider"] == "command-line"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    for folder in folders:
+        if not trusted and folder.resolve().is_relative_to(run.resolve()):
+            raise ConfigError(
+                f"{saved} names {folder} as --config-dir, which came with the run\n  if you trust whoever wrote the run, add trust=true"
+            )
+    return [f"--config-dir={folder}" for folder in folders]
 
 
 def _key(argument: str) -> str:

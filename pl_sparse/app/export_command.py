@@ -53,6 +53,7 @@ def _command(name: str, arguments: Sequence[str] | None) -> None:
         help=f"{', '.join(formats)}; if none is given, those of the run, else of its hardware",
     )
     parser.add_argument("--threads", type=int, help="of torch and ONNX Runtime")
+    parser.add_argument("--trust", action="store_true", help="build whatever the run's config.yaml names")
     if measure:
         parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, a format and batch size (2)")
     options = parser.parse_args(arguments)
@@ -71,23 +72,25 @@ def _command(name: str, arguments: Sequence[str] | None) -> None:
         for format in options.to or ():
             if format not in formats:
                 raise ConfigError(f"--to {format}: there is no such format. {suggestion(format, formats)}")
-        _export_run(options.run, options.to, measure, options.seconds if measure else 0.0)
+        _export_run(options.run, options.to, measure, options.seconds if measure else 0.0, options.trust)
     except (ConfigError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _export_run(folder: Path, names: Sequence[str] | None, measure: bool, seconds: float) -> None:
+def _export_run(folder: Path, names: Sequence[str] | None, measure: bool, seconds: float, trust: bool) -> None:
     """Export a finished run, and bring its metrics.json up to date."""
-    module, data, cfg = load_run(folder)
+    module, data, cfg = load_run(folder, trust)
     hardware: Hardware = built(cfg, "hardware")
     structure: Structure = built(cfg, "structure")
     metrics = json.loads((folder / "metrics.json").read_text())
     if names is None:
         names = [str(name) for name in cfg.get("export") or ()] or list(hardware.exports)
-    nodes: Any = OmegaConf.merge(
-        *(OmegaConf.load(CONF / "export" / f"{name}.yaml") for name in names), cfg.get("export") or {}
-    )
+    paths = [path for path in (CONF / "export").glob("*.yaml") if path.stem in names]  # a name is no path
+    nodes: Any = OmegaConf.merge(*map(OmegaConf.load, paths), cfg.get("export") or {})
+    for name in names:
+        if "_target_" not in (nodes.get(name) or {}):
+            raise ConfigError(f"export={name}: there is no such format. {suggestion(name, [*nodes])}")
     formats = {name: built(nodes, name) for name in names}
     refuse(formats, module, data, structure, metrics["sparsity"])
     wanted = any(format.dtype == "int8" for format in formats.values())

@@ -4,7 +4,8 @@ Hydra 1.3 asks for `version_base`; 1.4 deprecates it. From 1.5 on Hydra instanti
 targets, which 1.4 takes already. The list has two parts. `PACKAGES` holds the libraries that configurations are made
 of: it covers what Hydra itself instantiates, such as its callbacks. Below a node that is instantiated here, the targets
 which that node names are on the list one by one: a configuration comes from the user's own files and command line, and
-is trusted as the user's code is. What Hydra never calls for a configuration, such as `os.system`, stays refused.
+is trusted as the user's code is; `app.trust` has looked at one that comes from the folder of a run. What Hydra never
+calls for a configuration, such as `os.system`, stays refused.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ class Parts:
         shrink: takes masked channels out of the model.
         quantize: trains for integers.
         budget: finds the sparsity that costs little accuracy.
+        trust: whether checkpoints of the folder may hold pickled objects; None where the run has not been gone on with.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class Parts:
     shrink: Shrink | None = None
     quantize: Quantize | None = None
     budget: AccuracyBudget | None = None
+    trust: bool | None = None
 
     @property
     def callbacks(self) -> list[Callback]:
@@ -150,6 +152,7 @@ def assemble(cfg: DictConfig, identity: str) -> Parts:
         quantize=quantize,
         budget=budget,
         random_state=RandomState(),
+        trust=cfg.get("trust"),
     )
     _attach(sparsity, module)
     return parts

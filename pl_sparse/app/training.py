@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.aliases import current_targets
 from pl_sparse.app.artifacts import figures, integer_network, print_report, save_weights, write_reports
-from pl_sparse.app.checkpoints import is_plain
 from pl_sparse.app.deploy import deploy, merged
+from pl_sparse.app.earlier import loads_plain
 from pl_sparse.app.ends import Reminder, explained
 from pl_sparse.app.folder import Keep, RunFolder, take
 from pl_sparse.app.parts import Parts, assemble
@@ -88,7 +88,7 @@ def _fit(cfg: DictConfig, parts: Parts, trainer: Trainer, shared: Prefix | None)
         if steps:
             parts.status.share(steps)
     try:
-        plain = checkpoint is None or is_plain(checkpoint, parts.folder)
+        plain = checkpoint is None or loads_plain(checkpoint, parts.folder, parts.trust)
         trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=plain)
     except MissingMetricError as error:
         raise ConfigError(
@@ -188,7 +188,8 @@ def _load_best(parts: Parts, trainer: Trainer) -> int | None:
 
 def _load(path: str | Path, parts: Parts, trainer: Trainer) -> Mapping[str, Any]:
     """Load weights, masks and ranges of a checkpoint, which is returned."""
-    checkpoint: Mapping[str, Any] = trainer.strategy.load_checkpoint(path, weights_only=is_plain(path, parts.folder))
+    plain = loads_plain(path, parts.folder, parts.trust)
+    checkpoint: Mapping[str, Any] = trainer.strategy.load_checkpoint(path, weights_only=plain)
     if (shrink := Shrink.of(trainer)) is not None:
         shrink.load(trainer, parts.module, checkpoint)
     parts.module.load_state_dict(checkpoint["state_dict"])

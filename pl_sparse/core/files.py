@@ -21,6 +21,7 @@ from typing import Any
 from uuid import uuid4
 
 __all__ = [
+    "DamagedFileError",
     "is_full",
     "noting",
     "read_yaml",
@@ -34,6 +35,10 @@ __all__ = [
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}(\.[^.]+)?")  # a folder; in 0.1.0 a file with its suffix
 _DEEPEST = 64
 _notes: list[Callable[[Path], None]] = []
+
+
+class DamagedFileError(ValueError):
+    """A file is not what was written, not of this model, or would fill more memory than it may."""
 
 
 @contextmanager
@@ -121,15 +126,33 @@ def write_json(path: str | os.PathLike[str], obj: object) -> None:
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]) -> None:
     """Write `rows` to `path` under one header line: the keys of all rows, in order of first appearance.
 
-    A key a row lacks, or holds as None, is an empty cell. No rows make an empty file.
+    A key a row lacks, or holds as None, is an empty cell. No rows make an empty file. A text that a spreadsheet would
+    take for a formula has an apostrophe before it.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO(newline="")
     if columns:
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(map(_cell, columns))
+        writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
     write_text(path, text.getvalue())
+
+
+def _cell(value: object) -> object:
+    """
+    >>> _cell("=1+1"), _cell(" @x"), _cell("-0.5"), _cell(-0.5), _cell("a=b")
+    ("'=1+1", "' @x", '-0.5', -0.5, 'a=b')
+    """
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r", " ")  # which begins a row
+    if not value.lstrip().startswith(("=", "+", "-", "@")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def read_yaml(path: str | os.PathLike[str], limit: int = 1 << 19) -> Any:

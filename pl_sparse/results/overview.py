@@ -16,13 +16,12 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from pl_sparse.core.files import write_csv, write_json, write_text
 from pl_sparse.results.fronts import AXES, CostAxis, merge_seeds, metric
 from pl_sparse.results.page import render
-from pl_sparse.results.runs import gather
+from pl_sparse.results.runs import gather, shown
 from pl_sparse.results.scatter import plot_scatter
 from pl_sparse.results.tables import Criteria, baseline_accuracies, csv_rows, json_contents
 
@@ -89,12 +88,12 @@ def _print(contents: Mapping[str, Any], out: Path, others: bool) -> None:
     """Print the table of methods, the runs that are not finished, and the names of the files."""
     console = Console()
     summary = contents["summary"]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), title="", caption=escape(summary["note"]))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), title="", caption=shown(summary["note"]))
     table.caption_justify = "left"
     for i, column in enumerate(summary["columns"]):
         table.add_column(column, overflow="fold", justify="right" if i in (1, 2) else "left")
     for row in summary["rows"]:
-        table.add_row(*map(escape, row), style="bold" if row[0] == "all" else None)
+        table.add_row(*map(shown, row), style="bold" if row[0] == "all" else None)
     console.print(table)
     if contents["others"] and not others:
         states = Counter(run["state"] for run in contents["others"])
@@ -106,7 +105,7 @@ def _print(contents: Mapping[str, Any], out: Path, others: bool) -> None:
         for column in table.columns:
             column.overflow = "fold"
         for run in contents["others"]:
-            table.add_row(*(escape(run[key]) for key in columns), style="red" if run["state"] == "failed" else None)
+            table.add_row(*(shown(run[key]) for key in columns), style="red" if run["state"] == "failed" else None)
         console.print(table)
     console.print(f"\n{contents['lead']}; written to {out}:", highlight=False, soft_wrap=True)
     for name, text in (

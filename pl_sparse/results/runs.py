@@ -11,9 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from pl_sparse.core.files import read_yaml
 
-__all__ = ["CHOICES", "Run", "flat", "gather", "is_run", "read"]
+__all__ = ["CHOICES", "Run", "flat", "gather", "is_run", "printable", "read", "shown"]
 
 _LARGEST = 1 << 26  # bytes of a file of figures
 CHOICES = ("method", "scorer", "structure", "schedule", "allocation", "masking")
@@ -97,6 +99,20 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def printable(text: str) -> str:
+    """A text of a run without control characters, which terminals act on.
+
+    >>> printable("a\\x1b]52;c;")
+    'a\\\\x1b]52;c;'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(text: str) -> str:
+    """A text of a run for rich: printable, and no markup."""
+    return escape(printable(text))
 
 
 # Reading

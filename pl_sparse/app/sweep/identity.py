@@ -24,6 +24,7 @@ __all__ = ["code", "data", "digest", "fingerprint", "run_fingerprint", "settings
 _PACKAGE = Path(__file__).parents[2]
 _BESIDE = (
     "output_dir", "ckpt_path", "resume", "resume_with", "overwrite", "prefix_cache", "threads", "print_config",
+    "trust",
 )  # fmt: skip
 """Settings that say where and how, not what is trained."""
 
@@ -38,7 +39,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
         plain.pop(key, None)
     for key, default in ADDED.items():  # with its default it is a run of 0.1.0
         if plain.get(key) == default:
-            plain.pop(key)
+            plain.pop(key, None)
     plain["trainer"].pop("enable_progress_bar", None)
     return plain
 

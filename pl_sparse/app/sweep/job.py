@@ -32,6 +32,7 @@ __all__ = ["Train", "metric", "objective", "plain_overrides", "run", "subdir", "
 
 _HOW = (
     "resume", "resume_with", "overwrite", "ckpt_path", "prefix_cache", "threads", "output_dir", "print_config",
+    "trust",
 )  # fmt: skip
 """Settings that say how and where a run is run."""
 _PATIENCE = 30
@@ -221,7 +222,8 @@ def _train_apart(cfg: DictConfig) -> dict[str, Any]:
     groups = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     command = [sys.executable, "-m", "pl_sparse", "train", *groups, *overrides, "prefix_cache='off'"]
     command += [f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=null", "trainer.enable_progress_bar=false"]
-    command += [f"ckpt_path={quoted(cfg.ckpt_path)}"] if cfg.ckpt_path is not None else []
+    if cfg.ckpt_path is not None:  # with resume=true it is the run's own
+        command += [f"ckpt_path={quoted(cfg.ckpt_path)}", f"trust={str(cfg.trust is not False).lower()}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     with open(folder / "run.log", "a", encoding="utf-8") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
