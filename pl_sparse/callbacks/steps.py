@@ -57,7 +57,7 @@ class StepHooks:
         trainer_of, before, after = weakref.ref(trainer), self._before, self._after
 
         def starts(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            running, call = trainer_of(), before and before()
+            running, call = trainer_of(), None if before is None else before()
             if running is not None and call is not None and steps_directly(running):
                 call(running, optimizer)
 
@@ -69,17 +69,19 @@ class StepHooks:
         return [optimizer.register_step_pre_hook(starts), optimizer.register_step_post_hook(stepped)]
 
     def _follow_averages(self, optimizer: Any) -> None:
-        for name in ("train", "eval"):
-            own, written = getattr(optimizer, name, None), self._written
-            if not callable(own):
-                continue
+        written = self._written
 
-            def swapped(own: Callable[[], None] = own) -> None:
+        def with_masks(own: Callable[[], None]) -> Callable[[], None]:
+            def swapped() -> None:
                 own()
                 if written is not None and (call := written()) is not None:
                     call()
 
-            override(optimizer, name, swapped)
+            return swapped
+
+        for name in ("train", "eval"):
+            if callable(own := getattr(optimizer, name, None)):
+                override(optimizer, name, with_masks(own))
 
     def release(self) -> None:
         """Leave the optimizers as they were."""

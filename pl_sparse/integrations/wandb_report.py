@@ -6,6 +6,7 @@ import argparse
 import json
 import netrc
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -109,12 +110,13 @@ def build(project: str, entity: str, groups: Sequence[str], contents: Mapping[st
         )
         for axis in contents["axes"]
     ]
+    judged = re.sub("^test", "val", contents["metric"])
     curves = [
         wr.LinePlot(title=title, x="trainer/global_step", y=list(keys))
         for title, keys in {
             "sparsity": ("sparsity",),
-            "accuracy": ("val/acc",),
-            "loss": ("train/loss", "val/loss"),
+            judged: (judged,),
+            "loss": ("train/loss", "train_loss", "val/loss", "val_loss"),
             "overlap of masks": ("mask/overlap",),
         }.items()
     ]
