@@ -28,10 +28,10 @@ from pl_sparse.core.group import Group
 from pl_sparse.core.masked_model import MaskedModel
 from pl_sparse.core.optimizers import clear_state, skip_step
 from pl_sparse.core.parameter import MaskedParameter, zero_pruned
+from pl_sparse.core.places import Places
 from pl_sparse.core.registry import Axis, build, name_of
 from pl_sparse.core.state import Masks, load_state, refuse_other_settings, settings_of, state_of
 from pl_sparse.core.targets import TargetOptions, Targets
-from pl_sparse.core.places import Places
 from pl_sparse.core.upstream import plain_name, unwrapped
 from pl_sparse.masking import Masking, auto
 from pl_sparse.network.probe import Probe
@@ -535,7 +535,8 @@ class Pruner(MaskedModel):
         levels = self._clock.levels(step) or self._overdue
         if not levels or step == self._updated:
             return False
-        earlier = Masks(self.masked, self.groups)
+        writes = self.updater.writes_weights or (len(levels) > 1 and not self.masking.remembers)
+        earlier = Masks(self.masked, self.groups, weights=writes)
         counters = self.level, self.num_updates
         try:
             self._set_masks(levels, step, gradients)
