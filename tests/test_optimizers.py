@@ -1,4 +1,4 @@
-"""Every kind of optimizer: the sparsity asked for, counted in the weights, and a resumed training that is the whole one."""
+"""Every kind of optimizer: the sparsity asked for is counted in the weights; a resumed training is the whole one."""
 
 from __future__ import annotations
 
@@ -334,7 +334,8 @@ def test_states_of_8_bits(tmp_path: Path, make: Any) -> None:
     codes = state["exp_avg"].codes if "exp_avg" in state else state["state1"]
     assert codes.dtype == torch.uint8 and codes.shape == weight.shape
     qmap = state["exp_avg"].qmap if "exp_avg" in state else state["qmap1"]
-    assert not qmap[codes.long()][weight == 0].any() and qmap[codes.long()][weight != 0].any()
+    momentum = qmap[codes.long()].abs()  # of 1; bitsandbytes rounds 0 to 2e-5
+    assert momentum[weight == 0].max() < 1e-4 and momentum[weight != 0].max() > 0.5
 
 
 # Several processes

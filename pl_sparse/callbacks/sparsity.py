@@ -173,8 +173,8 @@ class Sparsity(Callback):
         alone = [param.name for param in self.pruner.params if param.name in new and param not in trained]
         if alone and not trained:
             raise RuntimeError(
-                f"{', '.join(alone[:5])}: replaced after the optimizers were made, none of which trains a weight that is "
-                "pruned any more. Make the optimizers anew, or replace weights in configure_model"
+                f"{', '.join(alone[:5])}: replaced after the optimizers were made, none of which trains a weight that "
+                "is pruned any more. Make the optimizers anew, or replace weights in configure_model"
             )
         if alone:
             rank_zero_warn(
