@@ -14,7 +14,7 @@ A plain training loop needs no more than this:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Unpack
 
 import torch
@@ -28,10 +28,11 @@ from pl_sparse.core.group import Group
 from pl_sparse.core.masked_model import MaskedModel
 from pl_sparse.core.optimizers import clear_state, skip_step
 from pl_sparse.core.parameter import MaskedParameter, zero_pruned
+from pl_sparse.core.places import Places
 from pl_sparse.core.registry import Axis, build, name_of
 from pl_sparse.core.state import Masks, load_state, refuse_other_settings, settings_of, state_of
 from pl_sparse.core.targets import TargetOptions, Targets
-from pl_sparse.core.upstream import unwrapped
+from pl_sparse.core.upstream import plain_name, unwrapped
 from pl_sparse.masking import Masking, auto
 from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Schedule
@@ -147,8 +148,11 @@ class Pruner(MaskedModel):
                 model's.
         """
         model = unwrapped(model)
+        if self.attached and model is self._model:
+            self.find_again(example)
+            return
         if self.attached:
-            bound = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
+            bound = {plain_name(name): weight for name, weight in model.named_parameters()}
             if not all(bound.get(param.name) is param.weight for param in self.params):
                 self._rebind(model, example)
             return
@@ -187,6 +191,7 @@ class Pruner(MaskedModel):
             refuse_unreachable(units, self.schedule.final, self._overrides)
         self.bind(groups, {**choice.spared, **misfits}, choice)
         self.scorer.start(groups, self.structure)
+        self._places = Places(self._model)
 
     @property
     def thaws(self) -> bool:
@@ -206,13 +211,59 @@ class Pruner(MaskedModel):
         Returns:
             The names of the weights that joined.
         """
-        before = state_of(self.masked, self.groups)
-        self._bind_weights(example, trained=before)
-        new = [param for param in self.masked if param.name not in before]
-        load_state(self.masked, self.groups, {**state_of(new, []), **before})
-        if self.level:
+        before = {param.name for param in self.masked}
+        self._bind_again(example)
+        return [param.name for param in self.masked if param.name not in before]
+
+    @torch.no_grad()
+    def find_again(self, example: Any = None) -> list[str]:
+        """Take up parameters that the model has replaced or added. Call it between two steps; `before_step` does so.
+
+        Masks go over to a new weight of the same name and shape. What has not been pruned yet may go or change its
+        shape. The level that is in force is set anew at the next step where other weights are pruned than before.
+
+        Args:
+            example: inputs that the model can be called with, for a structure that looks at how layers are joined.
+
+        Returns:
+            The names of the weights that are new.
+
+        Raises:
+            RuntimeError: a pruned weight is no longer in the model, or has another shape.
+        """
+        if not self.moved:
+            return []
+        assert self._model is not None
+        earlier, self._places = self._places, Places(self._model)
+        assert earlier is not None
+        added = any(weight.dim() > 1 and weight not in earlier for weight in self._model.parameters())
+        if not added and all(param.weight in self._places for param in self.masked):
+            return []  # a submodule went somewhere else, or was compiled
+        before = {param.name: param.weight for param in self.masked}
+        self._bind_again(example)
+        return [param.name for param in self.masked if before.get(param.name) is not param.weight]
+
+    def _bind_again(self, example: Any) -> None:
+        """Choose and bind the weights of the model anew; masks and all that goes with them stay."""
+        before, state = {param.name: param for param in self.masked}, state_of(self.masked, self.groups)
+        chosen = {param.name for param in self.params}
+        self._bind_weights(example, trained=state)
+        now = {param.name: param for param in self.masked}
+        same = [name for name, param in before.items() if name in now and now[name].shape == param.shape]
+        lost = [name for name, param in before.items() if param.pruned and name not in same]
+        if lost:
+            raise RuntimeError(
+                f"{', '.join(lost)}: pruned, and now gone from the model or of another shape, as something replaced "
+                "the layer while training went on. Replace layers before training (in configure_model), or keep their "
+                "names and shapes"
+            )
+        for name in same:
+            now[name].cut = before[name].cut
+        new = [param for name, param in now.items() if name not in same]
+        load_state(self.masked, self.groups, {**state_of(new, []), **{name: state[name] for name in same}})
+        self._hold([now[name] for name in same if now[name].weight is not before[name].weight], written=True)
+        if self.level and {param.name for param in self.params} != chosen:
             self._overdue, self._updated = self._overdue or (self.level,), -1
-        return [param.name for param in new]
 
     @torch.no_grad()
     def _start_from_zeros(self) -> None:
@@ -227,8 +278,8 @@ class Pruner(MaskedModel):
     @torch.no_grad()
     def carries_on(self, model: nn.Module) -> bool:
         """Whether a model is the one that the masks were made for, or is zero where they are, as a copy of it is."""
-        model = getattr(model, "_orig_mod", model)
-        bound = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
+        model = unwrapped(model)
+        bound = {plain_name(name): weight for name, weight in model.named_parameters()}
 
         def agrees(param: MaskedParameter) -> bool:
             weight = bound.get(param.name)
@@ -243,7 +294,7 @@ class Pruner(MaskedModel):
         self.bind([], {})
         self.cuts = {}
         self._clock = Clock(self.schedule)
-        self._model = self._probe = self._pending = self._counted = None
+        self._model = self._probe = self._pending = self._counted = self._places = None
         self.restart()
         self.num_updates = 0
         self.level = self._floor = 0.0
@@ -440,11 +491,21 @@ class Pruner(MaskedModel):
                 self._moved()
         if self._clock.total is None:
             raise ValueError("the length of training is not known: give `total`, or call prepare(total) first")
+        if self.moved and not self._open:
+            self.find_again()
         live = self.weights_of(optimizer)
         key = id(optimizer)
         if key in self._open:  # a closure that is evaluated again within one step
+            if self.masking.trains_pruned:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} evaluates the loss again within its step, where "
+                    f"masking={name_of(self.masking)} has the values behind the masks in the weights: use masking=hard "
+                    "or frozen, or another optimizer"
+                )
             self.masking.shape_gradients(self._open[key], self.groups)
             return
+        if live and any(live[0] in self._owned[other][2] for other in self._open if other in self._owned):
+            return  # another optimizer steps this one within its own step
         if observe and (bool(self._overdue) or (self.step if step is None else step) <= self._clock.span[1]):
             if self.masking.samples and not self._sampled and any(param.pruned for param in live):
                 raise ValueError(
@@ -508,7 +569,8 @@ class Pruner(MaskedModel):
         levels = levels or self._clock.levels(step) or self._overdue
         if not levels or step == self._updated:
             return False
-        earlier = Masks(self.masked, self.groups)
+        writes = self.updater.writes_weights or (len(levels) > 1 and not self.masking.remembers)
+        earlier = Masks(self.masked, self.groups, weights=writes)
         counters = self.level, self.num_updates
         try:
             self._set_masks(levels, step, gradients)
@@ -613,10 +675,18 @@ class Pruner(MaskedModel):
         self._owned = {}
         self._open = {}
         self._counted = None
-        for param in self.masked:
+        self._hold(self.masked)
+
+    def _hold(self, params: Sequence[MaskedParameter], written: bool = False) -> None:
+        """Mask weights that were loaded, moved or replaced; kept latent values follow them.
+
+        Args:
+            written: whether the weights are new values, and not what was made of latent ones.
+        """
+        for param in params:
             param.to_weight()
             if param.pruned:
-                if param.latent is not None and not self.masking.transforms:
+                if param.latent is not None and (written or not self.masking.transforms):
                     param.latent.copy_(torch.where(param.mask, param.weight, param.latent))
                 zero_pruned([param.weight], [param])
 

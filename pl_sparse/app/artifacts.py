@@ -22,6 +22,7 @@ from pl_sparse.callbacks import Quantize
 from pl_sparse.core.files import replacing, write_csv, write_text
 from pl_sparse.core.ledger import Ledger
 from pl_sparse.core.optional import nice_to_have
+from pl_sparse.core.upstream import plain_name
 from pl_sparse.quantize import integers
 from pl_sparse.results.figures import plot_layers, plot_training
 from pl_sparse.results.summary import Summary, layer_rows, summary_table
@@ -68,7 +69,7 @@ def integer_network(quantize: Quantize, parts: Parts) -> tuple[nn.Module, dict[s
 def save_weights(parts: Parts, folder: Path) -> None:
     """Save the weights that the module has to model.safetensors, and what was removed from it to shrunk.json."""
     tensors = {
-        name.replace("_orig_mod.", "").removeprefix(parts.prefix): tensor.detach().cpu().contiguous()
+        plain_name(name).removeprefix(parts.prefix): tensor.detach().cpu().contiguous()
         for name, tensor in parts.module.state_dict().items()
     }
     first_names: dict[int, str] = {}

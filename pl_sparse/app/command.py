@@ -220,7 +220,8 @@ def _folder_of_groups(run: Path, arguments: list[str], trusted: bool) -> list[st
     for folder in folders:
         if not trusted and folder.resolve().is_relative_to(run.resolve()):
             raise ConfigError(
-                f"{saved} names {folder} as --config-dir, which came with the run\n  if you trust whoever wrote the run, add trust=true"
+                f"{saved} names {folder} as --config-dir, which came with the run\n"
+                "  if you trust whoever wrote the run, add trust=true"
             )
     return [f"--config-dir={folder}" for folder in folders]
 

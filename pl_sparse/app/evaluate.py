@@ -53,6 +53,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, help="the folder of a finished run (its output_dir)")
     parser.add_argument("--batch-size", type=int, default=256, help="samples at once, of inputs from a file (256)")
+    parser.add_argument("--trust", action="store_true", help="build whatever the run's config.yaml names")
     return parser
 
 
@@ -77,7 +78,7 @@ def _guarded(command: Any, options: argparse.Namespace) -> None:
 
 
 def _test(options: argparse.Namespace) -> None:
-    module, data, _ = load_run(options.run)
+    module, data, _ = load_run(options.run, trust=options.trust)
     if not _has(module, "test_step") or (data is None and not _has(module, "test_dataloader")):
         raise ConfigError(f"{options.run}: its module has no test_step, or there are no test data")
     scores = _trainer().test(module, datamodule=data, verbose=False)[0]
@@ -91,7 +92,7 @@ def _predict(options: argparse.Namespace) -> None:
     target = options.to or options.run / "predictions.csv"
     if target.suffix not in (".csv", ".npy", ".pt"):
         raise ConfigError(f"--to {target} must be a .csv, .npy or .pt file")
-    module, data, _ = load_run(options.run)
+    module, data, _ = load_run(options.run, trust=options.trust)
     if options.data is None:
         out = torch.cat([_outputs(value) for value in _predicted(module, data, options.run)])
     else:

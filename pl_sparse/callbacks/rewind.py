@@ -15,6 +15,7 @@ from torch import Tensor
 from pl_sparse.callbacks.clock import total_steps
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.core.files import replacing, write_csv, write_json
+from pl_sparse.results.judged import is_loss
 from pl_sparse.schedule import Tickets
 
 __all__ = ["Rewind", "training_length"]
@@ -82,7 +83,7 @@ class Rewind(Callback):
         for name, value in _floats(trainer.callback_metrics).items():
             if not name.startswith("val"):  # of the training before: a resumed one does not have them
                 continue
-            better = min if "loss" in name else max
+            better = min if is_loss(name) else max
             self._best[name] = better(self._best.get(name, value), value)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

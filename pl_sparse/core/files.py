@@ -22,6 +22,7 @@ from uuid import uuid4
 
 __all__ = [
     "DamagedFileError",
+    "finite",
     "is_full",
     "noting",
     "read_yaml",
@@ -120,7 +121,7 @@ def write_json(path: str | os.PathLike[str], obj: object) -> None:
     Raises:
         TypeError: `obj` holds something JSON cannot; nothing is written.
     """
-    write_text(path, json.dumps(_finite(obj), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(finite(obj), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]) -> None:
@@ -187,16 +188,16 @@ def read_yaml(path: str | os.PathLike[str], limit: int = 1 << 19) -> Any:
         raise ValueError(f"{path.name}: {error}") from error
 
 
-def _finite(obj: object) -> object:
+def finite(obj: object) -> object:
     """A copy of `obj` in which every float that is not finite is None.
 
-    >>> _finite({"a": [1.5, float("nan")]})
+    >>> finite({"a": [1.5, float("nan")]})
     {'a': [1.5, None]}
     """
     if isinstance(obj, float):
         return obj if math.isfinite(obj) else None
     if isinstance(obj, Mapping):
-        return {key: _finite(value) for key, value in obj.items()}
+        return {key: finite(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple)):
-        return [_finite(value) for value in obj]
+        return [finite(value) for value in obj]
     return obj

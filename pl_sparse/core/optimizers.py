@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.upstream import zero_memory
 
-__all__ = ["clear_state", "owned_by", "skip_step"]
+__all__ = ["clear_state", "owned_by", "skip_step", "with_inner"]
 
 
 def owned_by(optimizer: Optimizer, params: Sequence[MaskedParameter]) -> list[MaskedParameter]:
@@ -18,14 +19,28 @@ def owned_by(optimizer: Optimizer, params: Sequence[MaskedParameter]) -> list[Ma
     return [param for param in params if id(param.weight) in weights]
 
 
+def with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """An optimizer, and those that it holds and steps itself: SAM's base, the local one of ZeRO."""
+    yield optimizer
+    for inner in vars(optimizer).values():
+        if isinstance(inner, Optimizer):
+            yield from with_inner(inner)
+
+
 def clear_state(optimizer: Optimizer, param: MaskedParameter) -> None:
     """Zero the optimizer's memory of pruned weights, which would move them once they return.
 
-    That is every floating-point tensor of its state that has the weight's shape: momentum, second moments.
+    That is every floating-point tensor of its state that has the weight's shape (momentum, second moments), and what
+    8-bit optimizers keep in their place. L-BFGS, whose directions are of all weights at once, begins anew.
     """
-    for value in optimizer.state.get(param.weight, {}).values():
-        if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point():
-            value.masked_fill_(~param.mask, 0)
+    for owner in with_inner(optimizer):
+        if isinstance(owner, LBFGS):
+            for memory in owner.state.values():
+                memory["n_iter"] = 0
+        state = owner.state.get(param.weight) or {}  # ZeRO's own has None, and its local optimizer the state
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == param.shape:
+                zero_memory(state, key, param.mask)
 
 
 def skip_step(weights: Sequence[Tensor]) -> None:

@@ -20,19 +20,23 @@ class Masks:
     Args:
         params: whose masks they are.
         groups: whose gates have a level.
+        weights: whether to copy the weights too, which an update writes before it may fail.
     """
 
-    def __init__(self, params: Sequence[MaskedParameter], groups: Sequence[Group]) -> None:
+    def __init__(self, params: Sequence[MaskedParameter], groups: Sequence[Group], weights: bool = False) -> None:
+        self._weights = [(param.weight, param.weight.detach().clone()) for param in params] if weights else []
         self._masks = [(param, param.mask.clone() if param.pruned else None) for param in params]
         self._levels = [(group.gate, group.gate.level) for group in groups if group.gate is not None]
 
     def restore(self) -> None:
-        """Give the weights the masks they had; those that had none are dense again."""
+        """Give the weights the masks they had, and the values; those that had none are dense again."""
         for param, mask in self._masks:
             if mask is not None:
                 param.put_mask(mask)
             elif param.pruned:
                 param.unset_mask()
+        for weight, values in self._weights:
+            weight.copy_(values)
         for gate, level in self._levels:
             gate.level = level
 

@@ -20,7 +20,7 @@ from pl_sparse.network.attention import keeps_inputs_first
 from pl_sparse.network.dropout import without_dropout
 from pl_sparse.network.hooks import evaluated, hooked, trained, undisturbed
 
-__all__ = ["NORMS", "Probe"]
+__all__ = ["NORMS", "Probe", "columns_of"]
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -169,6 +169,42 @@ class Probe:
                 self.loss(batch)
 
     @torch.no_grad()
+    def sums(
+        self, params: Sequence[MaskedParameter], of: Callable[[Tensor], Tensor], shape: Callable[[torch.Size], Any]
+    ) -> list[Tensor | None]:
+        """The sum over batches, and the mean over processes, of something of what each weight is multiplied with.
+
+        All processes take part for all weights, in their order, also where one of them does not call a layer.
+
+        Args:
+            params: the weights.
+            of: from (groups, positions, in / groups, *kernel) to what is summed.
+            shape: from (groups, in / groups, *kernel) to the shape of that.
+
+        Returns:
+            One for each weight; None where no process has seen it.
+        """
+        total: dict[MaskedParameter, Tensor] = {}
+
+        def see(param: MaskedParameter, x: Tensor) -> None:
+            total[param] = total[param] + of(x) if param in total else of(x)
+
+        self.activations(params, see)
+        found: list[Tensor | None] = []
+        for param in params:
+            size = columns_of(param)
+            mine = total.get(param)
+            if size is None or self.reduce is None:
+                found.append(mine)
+                continue
+            dtype = torch.promote_types(param.weight.dtype, torch.float32)
+            none = torch.zeros(*shape(size), dtype=dtype, device=param.weight.device)
+            seen = none.new_tensor(float(mine is not None))
+            value, seen = self.reduced([none if mine is None else mine.to(dtype), seen])
+            found.append(value if seen > 0 else None)
+        return found
+
+    @torch.no_grad()
     def following_norms(self, modules: Sequence[nn.Module]) -> dict[nn.Module, nn.Module]:
         """The batch norm with scales that takes the output of each of the modules, where one does."""
         outputs: list[tuple[Tensor, nn.Module]] = []  # the tensors are held, so that none takes another's place
@@ -220,6 +256,17 @@ def _inputs(batch: Any) -> Tensor:
     if not parts:
         raise ValueError("a calibration batch holds no tensor")
     return _inputs(parts[0])
+
+
+def columns_of(param: MaskedParameter) -> torch.Size | None:
+    """The size of what a weight is multiplied with at a position, (groups, in / groups, *kernel); None if unseen."""
+    module, shape = param.module, param.weight.shape
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return torch.Size((module.groups, *shape[1:]))
+    if keeps_inputs_first(module):
+        return torch.Size((1, shape[0]))
+    projects = isinstance(module, nn.MultiheadAttention) and param.name.endswith("in_proj_weight")
+    return torch.Size((1, shape[1])) if projects or isinstance(module, nn.Linear) else None
 
 
 def _columns(param: MaskedParameter, x: Tensor) -> Tensor | None:

@@ -33,17 +33,11 @@ class Wanda(Scorer):
     calibrates: ClassVar[bool] = True
 
     def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
-        squares: dict[str, Tensor] = {}
-
-        def see(param: MaskedParameter, x: Tensor) -> None:
-            more = x.square().sum(1)
-            squares[param.name] = squares[param.name] + more if param.name in squares else more
-
-        probe.activations(params, see)
-        for param in params:
+        sums = probe.sums(params, lambda x: x.square().sum(1), lambda size: size)
+        for param, squares in zip(params, sums, strict=True):
             score = param.layout.view(param.values.abs())
-            if param.name in squares:
-                norms = probe.reduced([squares[param.name]])[0].sqrt()
+            if squares is not None:
+                norms = squares.sqrt()
                 score = score * norms.repeat_interleave(len(score) // len(norms), 0).to(score.dtype)
             param.state["calibrated"] = param.layout.restore(score, param.shape).clone()
 

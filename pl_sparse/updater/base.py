@@ -67,6 +67,7 @@ class Updater(Axis, ABC):
             makes no sense.
         targets_sparsity: whether the schedule's level is a sparsity that it meets.
         calibrates: whether it looks at the whole model through `Update.probe`.
+        writes_weights: whether it gives the weights that are left other values.
     """
 
     axis: ClassVar[str] = "updater"
@@ -75,6 +76,7 @@ class Updater(Axis, ABC):
     fixed_count: ClassVar[bool] = False
     targets_sparsity: ClassVar[bool] = True
     calibrates: ClassVar[bool] = False
+    writes_weights: ClassVar[bool] = False
 
     def target(self, scheduled: float) -> float | None:
         """The final sparsity it is asked for, given the schedule's; None where it comes out of training."""

@@ -51,6 +51,7 @@ class Reconstruct(Updater):
     damping: float = 0.01
     needs_zeros: ClassVar[bool] = True
     calibrates: ClassVar[bool] = True
+    writes_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -86,7 +87,10 @@ class Reconstruct(Updater):
             order_of_calls.setdefault(param.name, len(order_of_calls))
 
         due.probe.activations(params, see)
-        for i in sorted(range(len(params)), key=lambda i: order_of_calls.get(params[i].name, len(order_of_calls))):
+        places = [order_of_calls.get(param.name, len(order_of_calls)) for param in params]
+        here = torch.tensor(places, dtype=torch.float32, device=params[0].weight.device)
+        mean = due.probe.reduced([here])[0].tolist()
+        for i in sorted(range(len(params)), key=mean.__getitem__):  # the same in all processes
             self._reconstruct(params[i], counts[i], structure, due)
 
     def _reconstruct(self, param: MaskedParameter, count: int, structure: Structure, due: Update) -> None:
@@ -130,17 +134,15 @@ class Reconstruct(Updater):
 
 def _hessian(param: MaskedParameter, columns: int, probe: Probe) -> Tensor:
     """2 X X^T of each group of a layer's inputs, (groups, columns, columns), summed batch by batch; ones if unseen."""
-    total: list[Tensor] = []
 
-    def see(_: MaskedParameter, x: Tensor) -> None:
+    def product(x: Tensor) -> Tensor:
         flat = x.movedim(2, -1).flatten(2)
-        product = 2 * (flat.mT @ flat)
-        total[:] = [total[0] + product if total else product]
+        return 2 * (flat.mT @ flat)
 
-    probe.activations([param], see)
-    if not total:
+    (total,) = probe.sums([param], product, lambda size: (size[0], size[1:].numel(), size[1:].numel()))
+    if total is None:
         return torch.eye(columns, dtype=torch.float64, device=param.weight.device).unsqueeze(0)
-    return probe.reduced(total)[0].double()
+    return total.double()
 
 
 def _inverse_factor(hessian: Tensor, weight: Tensor, damping: float) -> Tensor:
