@@ -440,7 +440,7 @@ class Pruner(MaskedModel):
             for param in pruned:
                 if param.name in self._stale:
                     self._stale.discard(param.name)
-                    clear_state(optimizer, param)
+                    clear_state(optimizer, param, scales=self.updater.grows)
         self.masking.shape_gradients(pruned, self.groups)
         self.masking.before_step(pruned)
 
@@ -525,7 +525,7 @@ class Pruner(MaskedModel):
                     param.weight.copy_(value)
             pruned = [param for param in self.masked if param.pruned]
             self.masking.changed(pruned, self.groups)
-            if self.masking.clears_state:
+            if not self.masking.remembers:
                 self._stale |= {param.name for param in pruned}
 
     @torch.no_grad()

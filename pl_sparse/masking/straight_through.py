@@ -28,7 +28,6 @@ class STE(Masking):
 
     remembers: ClassVar[bool] = True
     trains_pruned: ClassVar[bool] = True
-    clears_state: ClassVar[bool] = False
 
     def shape_gradients(self, params: Params, groups: Groups) -> None:
         return
@@ -49,7 +48,6 @@ class SRSTE(Masking):
     decay: float = 2e-4
     remembers: ClassVar[bool] = True
     trains_pruned: ClassVar[bool] = True
-    clears_state: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.decay < 0:
@@ -82,7 +80,6 @@ class TopKAST(Masking):
     reg: float = 1e-4
     remembers: ClassVar[bool] = True
     trains_pruned: ClassVar[bool] = True
-    clears_state: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.exploration <= 1:
