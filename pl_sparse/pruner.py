@@ -26,7 +26,7 @@ from pl_sparse.allocation.zeros import mask_zeros
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.group import Group
 from pl_sparse.core.masked_model import MaskedModel
-from pl_sparse.core.optimizers import clear_state, skip_step
+from pl_sparse.core.optimizers import clear_state, pace, skip_step
 from pl_sparse.core.parameter import MaskedParameter, zero_pruned
 from pl_sparse.core.registry import Axis, build, name_of
 from pl_sparse.core.state import Masks, load_state, refuse_other_settings, settings_of, state_of
@@ -53,7 +53,7 @@ class Pruner(MaskedModel):
     """Trains a model to be sparse.
 
     Args:
-        scorer: what importance is, e.g. "magnitude" or `Movement(lr=0.1)`.
+        scorer: what importance is, e.g. "magnitude" or `Movement(rule="sum")`.
         schedule: when to prune and how much, e.g. "cubic" or `OneShot(final=0.8, begin=0.2)`.
         structure: what is pruned together, e.g. "unstructured", "nm24", "block4x4", `Channel()`.
         allocation: how the kept weights are shared among tensors: "global", "uniform", "erk", "lamp".
@@ -420,9 +420,10 @@ class Pruner(MaskedModel):
             for param in live:
                 self.scorer.observe(param)
                 self.updater.observe(param)
-            for group in self.groups:
-                if group.gate is not None and any(param is group.members[-1][0] for param in live):
-                    self.scorer.learn(group)
+            learning = [g for g in self.groups if g.gate is not None and any(p is g.members[-1][0] for p in live)]
+            pace([group.gate for group in learning if group.gate is not None], live, optimizer)
+            for group in learning:
+                self.scorer.learn(group)
         if step is not None:
             self.step = step
             started = self.num_updates > 0

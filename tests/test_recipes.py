@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from references import movement
+from test_contract import compose
 from torch import Tensor, nn
 
 from pl_sparse import Pruner
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.schedule import Constant, Cyclic
-from pl_sparse.scorer import Scorer
+from pl_sparse.scorer import HardConcrete, Movement, Scorer, SoftMovement
 from pl_sparse.updater import DropGrow
 
 OPTIMIZERS = {
@@ -118,3 +120,78 @@ def test_grown_weights_start_with_nothing_remembered(kind: str) -> None:
                     assert not value[param.mask & ~mask].any() and not value[~param.mask].any()
         optimizer.step()
         pruner.after_step()
+
+
+# Movement
+
+
+def test_movement_is_the_recipe_of_its_numbers() -> None:
+    """Scores under an Adam with the schedule of the weights, clipped with them, and masks at every step."""
+    steps, density = 30, 0.4
+    model = net().double()
+    start = {f"{i}.weight": model[i].weight.detach().clone() for i in (0, 2)}
+    biases = {f"{i}.bias": model[i].bias.detach() for i in (0, 2)}
+    for i in (0, 2):
+        model[i].bias.requires_grad_(False)
+    rates = [min(1.0, (step + 1) / 5) * (1 - step / steps) for step in range(steps)]
+    data = [4 * x.double() for x in batches(steps)]
+    scores, masks = movement.train(
+        start,
+        [lambda w, x=x: loss(torch.func.functional_call(model, {**w, **biases}, x)) for x in data],
+        [density] * steps,
+        rates,
+        score_lr=0.02,
+        lr=0.1,
+        clip=0.05,
+    )
+
+    schedule = Constant(final=1 - density, every=1, end=1.0)
+    pruner = Pruner(Movement(0.02, clip=0.05), schedule, allocation="uniform", masking="frozen")
+    pruner.attach(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[min(step, steps - 1)])
+    shrunk = 0
+    for step, x in enumerate(data):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        pruner.before_step(step, steps, optimizer)
+        shrunk += float(nn.utils.clip_grad_norm_(model.parameters(), 0.05)) > 0.05
+        optimizer.step()
+        pruner.after_step()
+        scheduler.step()
+    assert shrunk > 0
+    for group in pruner.groups:
+        assert group.gate is not None
+        assert torch.allclose(-group.gate.value.detach(), -scores[group.name], atol=1e-6)
+        assert torch.equal(group.members[0][0].mask, masks[group.name].bool())
+
+
+def test_the_preset_of_movement_is_the_recipe() -> None:
+    cfg = compose(["method=movement"])
+    assert (cfg.scorer.rule, cfg.scorer.lr, cfg.scorer.clip) == ("adam", 0.01, 1.0)
+    assert cfg.schedule.every == 1 and cfg.trainer.gradient_clip_val == 1.0 and cfg.lr_schedule.warmup > 0
+
+
+@pytest.mark.parametrize("scorer", [SoftMovement(penalty=400.0, lr=0.1), HardConcrete(penalty=0.1, lr=0.1)])
+def test_a_penalty_acts_under_a_threshold_alone(scorer: SoftMovement | HardConcrete) -> None:
+    """With another updater what is kept is asked for, and a default of the scorer must not bend it."""
+
+    def masks(penalty: float, updater: str) -> list[Tensor]:
+        model = net()
+        pruner = Pruner(replace(scorer, penalty=penalty), Constant(final=0.5, every=1), updater=updater)
+        pruner.attach(model)
+        pruner.prepare(20)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for step, x in enumerate(batches(20)):
+            optimizer.zero_grad()
+            pruner.before_forward()
+            loss(model(x)).backward()
+            pruner.before_step(step, 20, optimizer)
+            optimizer.step()
+            pruner.after_step()
+        return [group.gate.value.detach() for group in pruner.groups if group.gate is not None]
+
+    for free, priced in zip(masks(0.0, "prune"), masks(scorer.penalty, "prune"), strict=True):
+        assert torch.equal(free, priced)
+    for free, priced in zip(masks(0.0, "threshold"), masks(scorer.penalty, "threshold"), strict=True):
+        assert not torch.equal(free, priced)

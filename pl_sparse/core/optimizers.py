@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pl_sparse.core.gate import Gate
 from pl_sparse.core.parameter import MaskedParameter
 
-__all__ = ["clear_state", "owned_by", "skip_step"]
+__all__ = ["clear_state", "owned_by", "pace", "skip_step"]
 
 _SCALES = frozenset(("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "step_size"))
 """What torch's optimizers keep of the size of gradients, not of their direction: second moments and the like."""
@@ -34,6 +36,40 @@ def clear_state(optimizer: Optimizer, param: MaskedParameter, scales: bool = Fal
         directs = scales or name not in _SCALES
         if directs and isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point():
             value.masked_fill_(~param.mask, 0)
+
+
+def pace(gates: Sequence[Gate], params: Sequence[MaskedParameter], optimizer: Optimizer | None) -> None:
+    """Let gates learn as their weights do: where they follow, at the part of their rate that the learning-rate schedule
+    has in force, and from gradients that are clipped, where they clip.
+
+    The schedule is known by what torch's schedulers leave in the parameter groups (`initial_lr`, `max_lr`); without
+    them the rate is constant.
+
+    Args:
+        gates: those that learn at this step.
+        params: the weights that the optimizer trains, with their gradients, which are not masked yet.
+        optimizer: None: there is none to follow, and clipping looks at `params` alone.
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    by_weight = {id(weight): group for group in groups for weight in group["params"]}
+    for gate in gates:
+        group = by_weight.get(id(gate.members[-1][0].weight), {})
+        peak = group.get("max_lr", group.get("initial_lr", 0))
+        gate.rate = float(group["lr"] / peak) if gate.follows and peak else 1.0
+    clips = {gate.clip for gate in gates if gate.clip is not None}
+    if clips:
+        masked = {id(param.weight): param for param in params}
+        trained = [w for group in groups for w in group["params"]] or [param.weight for param in params]
+        gradients = [
+            w.grad.detach() * masked[id(w)].factor if id(w) in masked else w.grad.detach()
+            for w in trained
+            if w.grad is not None
+        ]
+        norms = [norm.to(gates[0].value) for norm in torch._foreach_norm(gradients)]
+        norm = torch.stack(norms).norm() if norms else torch.zeros_like(gates[0].value.sum())
+        for gate in gates:
+            if gate.clip is not None:
+                gate.shrink = (gate.clip / (norm + 1e-6)).clamp(max=1)
 
 
 def skip_step(weights: Sequence[Tensor]) -> None:

@@ -12,7 +12,7 @@ from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
 from pl_sparse.scorer.base import Scorer, average_into, check_decay, observed
 
-__all__ = ["Gradient", "Momentum", "Movement", "Taylor"]
+__all__ = ["Gradient", "Momentum", "Taylor"]
 
 
 @register
@@ -62,39 +62,6 @@ class Taylor(Scorer):
 
     def score(self, param: MaskedParameter) -> Tensor:
         return observed(param, "taylor")
-
-
-@register
-@dataclass(frozen=True)
-class Movement(Scorer):
-    """S = -lr * sum over steps of g w: high for weights that move away from zero.
-
-    g is the gradient at the masked weights, for pruned positions too (straight-through), and w the value behind the
-    mask, so that a pruned weight can come back.
-
-    Source: Sanh, Wolf, Rush, Movement pruning: adaptive sparsity by fine-tuning, 2020, arXiv:2005.07683, equation 3.
-
-    Args:
-        lr: the learning rate of the scores, which ranks nothing by itself but scales them for thresholds.
-    """
-
-    lr: float = 1.0
-    needs_latent: ClassVar[bool] = True
-    observes: ClassVar[bool] = True
-    signed: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr!r} must be positive")
-
-    def observe(self, param: MaskedParameter) -> None:
-        if param.grad is not None:
-            if "movement" not in param.state:
-                param.state["movement"] = torch.zeros_like(param.values)
-            param.state["movement"].addcmul_(param.grad.detach(), param.values, value=-self.lr)
-
-    def score(self, param: MaskedParameter) -> Tensor:
-        return observed(param, "movement")
 
 
 @register
