@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
-from references import movement
-from test_contract import compose
+from references import dropgrow, movement
+from test_contract import compose, pattern
 from torch import Tensor, nn
 
 from pl_sparse import Pruner
@@ -195,3 +196,54 @@ def test_a_penalty_acts_under_a_threshold_alone(scorer: SoftMovement | HardConcr
         assert torch.equal(free, priced)
     for free, priced in zip(masks(0.0, "threshold"), masks(scorer.penalty, "threshold"), strict=True):
         assert not torch.equal(free, priced)
+
+
+# Dynamic sparse training
+
+
+def test_rows_drop_and_grow_alike() -> None:
+    """RigL with a constant fan-in, against loops over rows."""
+    model = net(24, 12, 6)
+    pruner = Pruner(
+        "magnitude", Constant(final=0.5, every=4), "row", "uniform", DropGrow(fraction=0.5, decay="constant")
+    )
+    pruner.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    pruner.prepare(20)
+    moved = 0
+    for step, x in enumerate(batches(20, 24)):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        seen = [(p.weight.detach().clone(), p.weight.grad.clone(), p.mask.clone()) for p in pruner.params]  # type: ignore[union-attr]
+        before = pruner.num_updates
+        pruner.before_step(step, 20, optimizer)
+        if pruner.num_updates > before:
+            for param, (weight, gradient, mask) in zip(pruner.params, seen, strict=True):
+                fan_in = int(mask.sum()) // len(mask)
+                assert torch.equal(param.mask, dropgrow.update(weight, gradient, mask, fan_in // 2))
+                assert set(param.mask.sum(1).tolist()) == {fan_in}
+                moved += int((param.mask & ~mask).sum())
+        optimizer.step()
+        pruner.after_step()
+    assert moved > 20
+
+
+@pytest.mark.parametrize("grow", ["gradient", "random", "momentum"])
+@pytest.mark.parametrize("structure", ["row", "block2x2", "channel"])
+def test_growth_keeps_the_structure(structure: str, grow: Any) -> None:
+    """Rows that do not divide: as many in each, but for one; no unit is in part."""
+    model = net(9, 12, 6)
+    updater = DropGrow(fraction=0.4, grow=grow)
+    pruner = Pruner("magnitude", Constant(final=0.6, every=3), structure, "uniform", updater, misfit="dense", last=True)
+    pruner.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    kept = None
+    for step, x in enumerate(batches(20, 9)):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        pruner.before_step(step, 20, optimizer)
+        optimizer.step()
+        pruner.after_step()
+        pattern(pruner.structure, pruner)
+        assert kept in (None, pruner.kept)
+        kept = pruner.kept
