@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from references import dropgrow, movement
 from test_contract import compose, pattern
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from pl_sparse import Pruner
+from pl_sparse import Pruner, Sparsity
 from pl_sparse.core.parameter import MaskedParameter
-from pl_sparse.schedule import Constant, Cyclic
-from pl_sparse.scorer import HardConcrete, Movement, Scorer, SoftMovement
+from pl_sparse.network.probe import Probe
+from pl_sparse.schedule import Constant, Cyclic, OneShot
+from pl_sparse.scorer import SNIP, GraSP, HardConcrete, Movement, Scorer, SoftMovement
 from pl_sparse.updater import DropGrow
 
 OPTIMIZERS = {
@@ -247,3 +251,129 @@ def test_growth_keeps_the_structure(structure: str, grow: Any) -> None:
         pattern(pruner.structure, pruner)
         assert kept in (None, pruner.kept)
         kept = pruner.kept
+
+
+# Scores at initialization
+
+
+class Module(LightningModule):
+    """Notes which batches it sees, and trains with dropout and a batch norm."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(p), nn.Linear(24, 3)]
+        self.net = nn.Sequential(*layers)
+        self.seen: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append(int(batch[2][0]))
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(module: LightningModule, *callbacks: Any, epochs: int = 1, folder: Any = None) -> Trainer:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(40, 6, generator=generator), torch.randint(3, (40,), generator=generator)
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(x, y, torch.arange(40) // 8), batch_size=8))
+    return trainer
+
+
+@pytest.mark.parametrize("scorer", ["snip", "grasp"])
+def test_scores_at_initialization_do_not_depend_on_dropout(scorer: str) -> None:
+    """Half of what is dropped out would decide half of the masks; norms have the statistics of their batch."""
+
+    def masks(p: float) -> list[Tensor]:
+        sparsity = Sparsity(scorer=scorer, schedule=OneShot(final=0.9), allocation="global", report=False)
+        fit(Module(p), sparsity)
+        return [param.mask for param in sparsity.pruner.params]
+
+    for a, b in zip(masks(0.5), masks(0.0), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_rounds_of_snip_look_at_fresh_batches(fresh: bool) -> None:
+    """Round after round through the training data and from its start again; the old way stays on the first."""
+    module = Module()
+    schedule = OneShot(final=0.9, rounds=7)
+    fit(module, Sparsity(scorer=SNIP(fresh=fresh), schedule=schedule, calibration_batches=1, report=False))
+    looked = module.seen[:-5]  # each is tried for a loss, then scored
+    assert looked == ([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 0, 0, 1, 1] if fresh else [0] * 8)
+
+
+def test_rounds_of_snip_against_a_loop_over_batches() -> None:
+    model, naive = net(6, 12, 3), net(6, 12, 3)
+    data = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(3)]
+    following = iter([[batch] for batch in data[1:]])
+    probe = Probe(model, lambda: data[:1], lambda b: F.cross_entropy(model(b[0]), b[1]), fresh=lambda: next(following))
+    schedule = OneShot(final=0.875, rounds=3)
+    pruner = Pruner("snip", schedule, allocation="global")
+    pruner.attach(model)
+    pruner.prepare(10, probe=probe)
+    weights = [naive[0].weight, naive[2].weight]
+    total = sum(w.numel() for w in weights)
+    alive = torch.ones(total, dtype=torch.bool)
+    for (x, y), density in zip(data, (0.5, 0.25, 0.125), strict=True):
+        gradients = torch.autograd.grad(F.cross_entropy(naive(x), y), weights)
+        score = torch.cat([(g * w).abs().flatten() for g, w in zip(gradients, weights, strict=True)])
+        order = torch.where(alive, score, -1.0).argsort(descending=True, stable=True)
+        alive = torch.zeros(total, dtype=torch.bool).index_fill(0, order[: round(density * total)], True)
+        with torch.no_grad():
+            for w, mask in zip(weights, alive.split([w.numel() for w in weights]), strict=True):
+                w *= mask.view_as(w)
+    assert torch.equal(torch.cat([p.mask.flatten() for p in pruner.params]), alive)
+
+
+class Heads(nn.Module):
+    """Two heads; the auxiliary one is registered last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.aux = nn.Linear(6, 12), nn.Linear(12, 3), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.body(x))
+        return self.head(h), self.aux(h)
+
+
+def test_the_temperature_of_grasp_acts_on_the_logits() -> None:
+    model = Heads().double()
+    x, y = torch.randn(20, 6).double(), torch.randint(3, (20,))
+    probe = Probe(model, [(x, y)], lambda b: F.cross_entropy(model(b[0])[0], b[1]))
+    weights = [model.body.weight, model.head.weight]
+
+    def expected(temperature: float) -> list[Tensor]:
+        loss = F.cross_entropy(model(x)[0] / temperature, y)
+        first = torch.autograd.grad(loss, weights, create_graph=True)
+        product = torch.stack([(g * g.detach()).sum() for g in first]).sum()
+        return list(torch.autograd.grad(product, weights))
+
+    for temperature in (1.0, 200.0):
+        found = probe.hessian_gradients(weights, temperature, logits="head")
+        for a, b in zip(found, expected(temperature), strict=True):
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-15)
+    pruner = Pruner(GraSP(logits="head"), OneShot(final=0.5))
+    pruner.attach(model)
+    pruner.prepare(10, probe=probe)
+    for scorer, message in (
+        (GraSP(), "the loss does not depend on the output of aux"),
+        (GraSP(logits="haed"), "matches no module of the model. Did you mean 'head'"),
+    ):
+        pruner = Pruner(scorer, OneShot(final=0.5))
+        pruner.attach(model)
+        with pytest.raises(ValueError, match=message):
+            pruner.prepare(10, probe=probe)
