@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from references import dropgrow, movement
 from test_contract import compose, pattern
 from torch import Tensor, nn
@@ -15,9 +17,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Pruner, Sparsity
+from pl_sparse.callbacks import Rewind
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.network.probe import Probe
-from pl_sparse.schedule import Constant, Cyclic, OneShot
+from pl_sparse.schedule import Constant, Cyclic, OneShot, Tickets
 from pl_sparse.scorer import SNIP, GraSP, HardConcrete, Movement, Scorer, SoftMovement
 from pl_sparse.updater import DropGrow
 
@@ -377,3 +380,31 @@ def test_the_temperature_of_grasp_acts_on_the_logits() -> None:
         pruner.attach(model)
         with pytest.raises(ValueError, match=message):
             pruner.prepare(10, probe=probe)
+
+
+# Lottery tickets
+
+
+class Record(Callback):
+    """The weights after each optimizer step."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.weights.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+
+@pytest.mark.parametrize("weights", ["rewind", "reinit"])
+def test_averaged_weights_are_taken_back_with_a_ticket(weights: Any, tmp_path: Path) -> None:
+    """At the end they are the average of the last round alone."""
+    module, record = Module(0.0), Record()
+    sparsity = Sparsity(schedule=Tickets(final=0.5, rate=0.3), report=False)
+    average = EMAWeightAveraging(decay=0.9)
+    fit(module, sparsity, Rewind(weights), average, record, epochs=3, folder=tmp_path)
+    last = record.weights[-5:]
+    for name, value in module.named_parameters():
+        expected = last[0][name]
+        for step in last[1:]:
+            expected = 0.9 * expected + 0.1 * step[name]
+        assert torch.allclose(value, expected, atol=1e-6), name

@@ -272,7 +272,7 @@ class Sparsity(Callback):
     def _check(self, trainer: Trainer) -> None:
         """Compare weights with masks, and averaged weights too."""
         self._audit.check(self.pruner, trainer)
-        self._mask_averages(trainer)
+        self.mask_averages(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._keep_time(trainer, ended=True)  # an epoch may be left before its last batch
@@ -341,7 +341,7 @@ class Sparsity(Callback):
         self.sparsity = 1 - sum(kept.values()) / self.pruner.numel
         for logger in trainer.loggers:
             logger.log_metrics({self._log_name: self.sparsity}, step=trainer.global_step)
-        self._mask_averages(trainer)
+        self.mask_averages(trainer)
         died = [name for name, count in kept.items() if count == 0 and name not in self._dead]
         if died and self.pruner.level < 1:
             self._dead |= set(died)
@@ -352,7 +352,7 @@ class Sparsity(Callback):
             )
 
     @torch.no_grad()
-    def _mask_averages(self, trainer: Trainer) -> None:
+    def mask_averages(self, trainer: Trainer) -> None:
         """Averages over weights of several masks are denser than any of them: mask them with the newest."""
         masks = {param.name: param for param in self.pruner.masked if param.pruned}
         for average in averaged_models(trainer):
