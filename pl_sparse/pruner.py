@@ -209,7 +209,7 @@ class Pruner(MaskedModel):
     def _start_from_zeros(self) -> None:
         """Take up the zeros of a model that is sparse already, where masks only lose weights."""
         updater = self.updater
-        if updater.fixed_count or updater.needs_training or not updater.targets_sparsity or not self.schedule.final:
+        if updater.grows or updater.needs_training or not updater.targets_sparsity or not self.schedule.final:
             return
         if mask_zeros(self.groups, self.structure):
             self.masking.changed([param for param in self.masked if param.pruned], self.groups)
@@ -570,7 +570,7 @@ class Pruner(MaskedModel):
             return (
                 f"masking={name_of(self.masking)} remembers pruned weights, which removing would lose: use masking=hard"
             )
-        if self.updater.fixed_count or not isinstance(self.updater, Prune):
+        if not isinstance(self.updater, Prune):
             return f"updater={name_of(self.updater)} brings pruned weights back: use updater=prune to remove them"
         return None
 

@@ -10,19 +10,21 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from references import dropgrow, movement
+from references import dropgrow, movement, posttraining
 from test_contract import compose, pattern
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Pruner, Sparsity
+from pl_sparse.allocation import OWL
 from pl_sparse.callbacks import Rewind
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.targets import find
 from pl_sparse.network.probe import Probe
-from pl_sparse.schedule import Constant, Cyclic, OneShot, Tickets
-from pl_sparse.scorer import SNIP, GraSP, HardConcrete, Movement, Scorer, SoftMovement
-from pl_sparse.updater import DropGrow
+from pl_sparse.schedule import Constant, Cyclic, Linear, OneShot, Tickets
+from pl_sparse.scorer import RIA, SNIP, GraSP, HardConcrete, Movement, Scorer, SoftMovement, Taylor
+from pl_sparse.updater import DropGrow, GraNet
 
 OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
@@ -408,3 +410,99 @@ def test_averaged_weights_are_taken_back_with_a_ticket(weights: Any, tmp_path: P
         for step in last[1:]:
             expected = 0.9 * expected + 0.1 * step[name]
         assert torch.allclose(value, expected, atol=1e-6), name
+
+
+# After training
+
+
+def test_ria_against_loops() -> None:
+    torch.manual_seed(0)
+    layer, data = nn.Linear(6, 5), [torch.randn(3, 4, 6), torch.randn(3, 4, 6)]
+    pruner = Pruner(RIA(power=0.7), OneShot(final=0.5))
+    pruner.attach(layer)
+    pruner.scorer.calibrate(pruner.params, Probe(layer, data, lambda x: layer(x).sum()))
+    expected = posttraining.ria(layer.weight.detach(), torch.cat(data).flatten(0, 1), 0.7)
+    assert torch.allclose(pruner.scorer.score(pruner.params[0]), torch.tensor(expected), rtol=1e-5)
+
+
+def test_ria_of_a_convolution_looks_at_its_groups() -> None:
+    """A convolution with two groups is two of one."""
+    torch.manual_seed(0)
+    whole, x = nn.Conv2d(4, 6, 3, groups=2, bias=False), torch.randn(2, 4, 5, 5)
+    parts = [nn.Conv2d(2, 3, 3, bias=False) for _ in range(2)]
+    scores = []
+    for i, layer in enumerate((whole, *parts)):
+        if i:
+            layer.weight.data = whole.weight.data[3 * i - 3 : 3 * i]
+        pruner = Pruner("ria", OneShot(final=0.5))
+        pruner.attach(layer)
+        inputs = x if not i else x[:, 2 * i - 2 : 2 * i]
+        pruner.scorer.calibrate(pruner.params, Probe(layer, [inputs], lambda x, layer=layer: layer(x).sum()))
+        scores.append(pruner.scorer.score(pruner.params[0]))
+    assert torch.allclose(scores[0], torch.cat(scores[1:]), rtol=1e-5)
+
+
+def test_owl_against_loops() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20), nn.Linear(20, 10))
+    for index, layer in enumerate(model):  # the later, the more outliers
+        layer.weight.data[torch.rand(layer.weight.shape) < 0.05 * index] *= 30
+    scores = [layer.weight.detach().abs().flatten().tolist() for layer in model]
+    pruner = Pruner("magnitude", OneShot(final=0.7), allocation=OWL(outlier=3.0, spread=0.1))
+    pruner.attach(model)
+    pruner.prepare(10)
+    densities = posttraining.owl(scores, 0.7, 3.0, 0.1)
+    assert max(densities) - min(densities) == pytest.approx(0.2)
+    for param, density in zip(pruner.params, densities, strict=True):
+        assert abs(param.kept - density * param.numel) <= 1
+    assert pruner.kept == round(0.3 * pruner.numel)
+    with pytest.raises(ValueError, match="allocation=owl compares scores with their mean"):
+        Pruner("movement", OneShot(final=0.7), allocation="owl")
+
+
+def test_granet_prunes_and_grows_to_the_schedules_count() -> None:
+    """Each update by sorting: the best of all at the level, then half of each tensor's weights exchanged."""
+    model = net(16, 12, 8)
+    updater = GraNet(fraction=0.5, decay="constant")
+    pruner = Pruner("magnitude", Linear(final=0.75, begin=0.0, end=1.0, every=5), "unstructured", "global", updater)
+    pruner.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    returned = 0
+    for step, x in enumerate(batches(30, 16)):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        seen = [(p.weight.detach().clone(), p.weight.grad.clone(), p.mask.clone()) for p in pruner.params]  # type: ignore[union-attr]
+        before = pruner.num_updates
+        pruner.before_step(step, 30, optimizer)
+        if pruner.num_updates > before and pruner.level:
+            total = sum(mask.numel() for *_, mask in seen)
+            keep = round((1 - pruner.level) * total)
+            flat = torch.cat([w.abs().where(m, torch.tensor(-1.0)).flatten() for w, _, m in seen])
+            best = torch.zeros(total).index_fill(0, flat.argsort(descending=True, stable=True)[:keep], 1.0).bool()
+            parts = best.split([mask.numel() for *_, mask in seen])
+            for param, (weight, gradient, mask), part in zip(pruner.params, seen, parts, strict=True):
+                left = int(part.sum()) - int(part.sum()) // 2
+                order = weight.abs().flatten().where(part, torch.tensor(-1.0)).argsort(descending=True, stable=True)
+                stay = torch.zeros_like(part).index_fill(0, order[:left], True)
+                order = gradient.abs().flatten().where(~stay, torch.tensor(-1.0)).argsort(descending=True, stable=True)
+                new = stay.index_fill(0, order[: int(part.sum()) - left], True)
+                assert torch.equal(param.mask.flatten(), new)
+                returned += int((param.mask & ~mask).sum())
+        optimizer.step()
+        pruner.after_step()
+    assert pruner.kept == round(0.25 * pruner.numel) and returned > 10
+
+
+def test_taylor_squares_or_not() -> None:
+    """Over two steps the mean of squares and the square of means rank another way round."""
+    (param,) = find(nn.Linear(2, 1, bias=False))
+    param.weight.data = torch.ones(1, 2)
+    found = []
+    for squared in (True, False):
+        param.state.clear()
+        scorer = Taylor(decay=0.5, squared=squared)
+        for gradient in ([3.0, 2.0], [0.0, 2.0]):
+            param.weight.grad = torch.tensor([gradient])
+            scorer.observe(param)
+        found.append(scorer.score(param).flatten().tolist())
+    assert found == [[4.5, 4.0], [1.5, 2.0]]

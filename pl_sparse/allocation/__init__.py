@@ -9,8 +9,21 @@ from pl_sparse.allocation.base import Allocation
 from pl_sparse.allocation.budget import Budget
 from pl_sparse.allocation.choose import choose
 from pl_sparse.allocation.count import apportion, kept
-from pl_sparse.allocation.layerwise import ERK, Uniform
+from pl_sparse.allocation.layerwise import ERK, OWL, Uniform
 from pl_sparse.allocation.ranked import LAMP, Global, lamp
 from pl_sparse.allocation.units import Units
 
-__all__ = ["ERK", "LAMP", "Allocation", "Budget", "Global", "Uniform", "Units", "apportion", "choose", "kept", "lamp"]
+__all__ = [
+    "ERK",
+    "LAMP",
+    "OWL",
+    "Allocation",
+    "Budget",
+    "Global",
+    "Uniform",
+    "Units",
+    "apportion",
+    "choose",
+    "kept",
+    "lamp",
+]

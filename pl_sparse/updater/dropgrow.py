@@ -19,7 +19,7 @@ from pl_sparse.scorer import Momentum, Random, Scorer
 from pl_sparse.structure import Structure
 from pl_sparse.updater.base import Update, Updater
 
-__all__ = ["DropGrow"]
+__all__ = ["DropGrow", "GraNet"]
 
 
 @register
@@ -62,8 +62,8 @@ class DropGrow(Updater):
     seed: int = 0
     needs_zeros: ClassVar[bool] = True
     fixed_count: ClassVar[bool] = True
-
     grows: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:
             raise ValueError(f"fraction={self.fraction!r} must be in [0, 1]")
@@ -119,6 +119,7 @@ class DropGrow(Updater):
         dropped = [min(int(self.rate(due.progress) * n), max(n - structure.least, 0)) for n in counts]
         grown = self._shares(groups, units, counts, dropped) if self.redistribute else dropped
         growth = Units(groups, structure, lambda param: self._growth(param, due))
+        limits = torch.finfo(torch.float32)
         for index in range(len(units)):
             left = counts[index] - dropped[index]
             stay = structure.select(units[index].float().masked_fill(~alive[index], limits.min), left) & alive[index]
@@ -159,3 +160,26 @@ class DropGrow(Updater):
                 left -= count * units.weights[i]
             open_ = [i for i in open_ if shares[i] < space[i]]
         return shares
+
+
+@register
+@dataclass(frozen=True)
+class GraNet(DropGrow):
+    """Gradual pruning with regrowth: each update keeps what scores best at the schedule's level, then drops and grows.
+
+    The second half is an update of `DropGrow`, so that the count is the schedule's. A weight that is pruned and grown
+    at once keeps its value.
+
+    Source: Liu et al., Sparse training via boosting pruning plasticity with neuroregeneration, 2021, arXiv:2106.10404,
+    Algorithm 1.
+    """
+
+    fraction: float = 0.5
+    skip_step: bool = False
+    fixed_count: ClassVar[bool] = False
+
+    def update(
+        self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update
+    ) -> None:
+        choose(due.units(groups, scorer, structure), allocation, due.level, due.overrides)
+        super().update(groups, scorer, structure, allocation, due)
