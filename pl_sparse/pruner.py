@@ -26,7 +26,7 @@ from pl_sparse.allocation.zeros import mask_zeros
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.group import Group
 from pl_sparse.core.masked_model import MaskedModel
-from pl_sparse.core.optimizers import clear_state, skip_step
+from pl_sparse.core.optimizers import clear_state, pace, skip_step
 from pl_sparse.core.parameter import MaskedParameter, zero_pruned
 from pl_sparse.core.places import Places
 from pl_sparse.core.registry import Axis, build, name_of
@@ -54,7 +54,7 @@ class Pruner(MaskedModel):
     """Trains a model to be sparse.
 
     Args:
-        scorer: what importance is, e.g. "magnitude" or `Movement(lr=0.1)`.
+        scorer: what importance is, e.g. "magnitude" or `Movement(rule="sum")`.
         schedule: when to prune and how much, e.g. "cubic" or `OneShot(final=0.8, begin=0.2)`.
         structure: what is pruned together, e.g. "unstructured", "nm24", "block4x4", `Channel()`.
         allocation: how the kept weights are shared among tensors: "global", "uniform", "erk", "lamp".
@@ -269,7 +269,7 @@ class Pruner(MaskedModel):
     def _start_from_zeros(self) -> None:
         """Take up the zeros of a model that is sparse already, where masks only lose weights."""
         updater = self.updater
-        if updater.fixed_count or updater.needs_training or not updater.targets_sparsity or not self.schedule.final:
+        if updater.grows or updater.needs_training or not updater.targets_sparsity or not self.schedule.final:
             return
         if mask_zeros(self.groups, self.structure):
             self.masking.changed([param for param in self.masked if param.pruned], self.groups)
@@ -514,9 +514,10 @@ class Pruner(MaskedModel):
             for param in live:
                 self.scorer.observe(param)
                 self.updater.observe(param)
-            for group in self.groups:
-                if group.gate is not None and any(param is group.members[-1][0] for param in live):
-                    self.scorer.learn(group)
+            learning = [g for g in self.groups if g.gate is not None and any(p is g.members[-1][0] for p in live)]
+            pace([group.gate for group in learning if group.gate is not None], live, optimizer)
+            for group in learning:
+                self.scorer.learn(group)
         if step is not None:
             self.step = step
             started = self.num_updates > 0
@@ -534,7 +535,7 @@ class Pruner(MaskedModel):
             for param in pruned:
                 if param.name in self._stale:
                     self._stale.discard(param.name)
-                    clear_state(optimizer, param)
+                    clear_state(optimizer, param, scales=self.updater.grows)
         self.masking.shape_gradients(pruned, self.groups)
         self.masking.before_step(pruned)
 
@@ -618,7 +619,7 @@ class Pruner(MaskedModel):
                     param.weight.copy_(value)
             pruned = [param for param in self.masked if param.pruned]
             self.masking.changed(pruned, self.groups)
-            if self.masking.clears_state:
+            if not self.masking.remembers:
                 self._stale |= {param.name for param in pruned}
 
     @torch.no_grad()
@@ -662,7 +663,7 @@ class Pruner(MaskedModel):
             return (
                 f"masking={name_of(self.masking)} remembers pruned weights, which removing would lose: use masking=hard"
             )
-        if self.updater.fixed_count or not isinstance(self.updater, Prune):
+        if not isinstance(self.updater, Prune):
             return f"updater={name_of(self.updater)} brings pruned weights back: use updater=prune to remove them"
         return None
 

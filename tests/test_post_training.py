@@ -101,11 +101,12 @@ def obs(weight: torch.Tensor, x: torch.Tensor, keep: int, block: int, n: int = 0
     """
     rows, columns = weight.shape
     w = weight.clone()
-    hessian = 2 * x.t() @ x
-    for j in range(columns):
-        if hessian[j, j] == 0:
-            hessian[j, j], w[:, j] = 1, 0
-    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(columns).double()
+    hessian = 2 * x.t() @ x / len(x)
+    live = [j for j in range(columns) if hessian[j, j] > 0]
+    damping = 0.01 * sum(float(hessian[j, j]) for j in live) / len(live)
+    for j in set(range(columns)) - set(live):
+        hessian[j, j], w[:, j] = 1, 0
+    hessian += damping * torch.eye(columns).double()
     inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(columns)]
     for start in range(0, columns, block):
         inside = range(start, min(start + block, columns))
@@ -135,6 +136,20 @@ def test_sparsegpt_is_the_optimal_brain_surgeon_column_by_column(block: int) -> 
     assert torch.allclose(layer.weight, expected, rtol=1e-8, atol=1e-10)
     assert pruner.kept == 20 and not layer.weight[~pruner.params[0].mask].any()
     assert torch.isfinite(layer.weight).all() and not layer.weight[:, 3].any()
+
+
+def test_sparsegpt_depends_neither_on_the_number_of_batches_nor_on_their_scale() -> None:
+    """Where an input is dead, the sum over batches and a 1 for it would damp by how many there are."""
+
+    def made(times: int, scale: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer, x = nn.Linear(8, 5, bias=False).double(), correlated(30, 8) * scale
+        x[:, 3] = 0
+        pruned(layer, [x] * times, 0.5, "magnitude", "unstructured", "reconstruct")
+        return layer.weight.detach()
+
+    for other in (made(7, 1.0), made(1, 0.01)):
+        torch.testing.assert_close(made(1, 1.0), other, rtol=1e-9, atol=1e-12)
 
 
 def test_sparsegpt_chooses_n_of_m_as_it_goes() -> None:

@@ -57,6 +57,9 @@ def current_targets(cfg: DictConfig) -> DictConfig:
     _rename(cfg)
     if "misfit" in cfg:  # it is composed from train.yaml
         OmegaConf.set_struct(cfg, False)
+        scorer = cfg.get("scorer")
+        if "frozen" not in cfg and scorer is not None and scorer.get("_target_") == "pl_sparse.scorer.Movement":
+            scorer.setdefault("rule", "sum")  # in 0.1.0 movement was equation 3
         for key, default in ADDED.items():
             cfg.setdefault(key, default)
     return cfg

@@ -313,7 +313,7 @@ class Sparsity(Callback):
         assert trainer.lightning_module is not None
         self._find_again(trainer, trainer.lightning_module)
         self._audit.check(self.pruner, trainer)
-        self._mask_averages(trainer)
+        self.mask_averages(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._keep_time(trainer, ended=True)  # an epoch may be left before its last batch
@@ -383,11 +383,11 @@ class Sparsity(Callback):
         self.sparsity = 1 - sum(kept.values()) / self.pruner.numel
         for logger in trainer.loggers:
             logger.log_metrics({self._log_name: self.sparsity}, step=trainer.global_step)
-        self._mask_averages(trainer)
+        self.mask_averages(trainer)
         self._collapse.look(self.pruner, kept)
 
     @torch.no_grad()
-    def _mask_averages(self, trainer: Trainer) -> None:
+    def mask_averages(self, trainer: Trainer) -> None:
         """Averages over weights of several masks are denser than any of them: mask them with the newest."""
         masks = {param.name: param for param in self.pruner.masked if param.pruned}
         for average in averaged_models(trainer):

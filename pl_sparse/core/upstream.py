@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 __all__ = [
     "CHANNEL_NORMS",
@@ -40,6 +41,7 @@ __all__ = [
     "plain_name",
     "registries",
     "replace_data",
+    "restart_average",
     "restore",
     "saving_best",
     "skipping_checks",
@@ -102,6 +104,15 @@ def averaged_models(trainer: Any) -> Iterator[nn.Module]:
         average = getattr(callback, "_average_model", None)
         if isinstance(average, nn.Module):
             yield average
+
+
+@torch.no_grad()
+def restart_average(average: nn.Module, module: nn.Module) -> None:
+    """Let averaged weights start from a module's, as if nothing had been averaged yet."""
+    inner = average.module if isinstance(average, AveragedModel) else average
+    inner.load_state_dict(module.state_dict())
+    if isinstance(average, AveragedModel):
+        average.n_averaged.zero_()
 
 
 def found_infinite_gradients(trainer: Any, optimizer: Optimizer) -> bool:
