@@ -38,13 +38,8 @@ def is_plain(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bo
     Raises:
         ConfigError: it cannot be read, or holds pickled objects and is not the run's own.
     """
-    return _read(path, folder)[1]
-
-
-def _read(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Any, bool]:
-    """What a checkpoint holds, its tensors without values, and whether it is plain."""
     try:
-        return _loaded(path, weights_only=True), True
+        _loaded(path, weights_only=True)
     except pickle.UnpicklingError as error:
         kind = " ".join(str(error).partition("Unsupported global: ")[2].split(" ")[:2])
         if not kind and not _is_archive(path):
@@ -54,10 +49,17 @@ def _read(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple
                 f"ckpt_path={path} holds pickled objects ({kind or 'see save_hyperparameters'}), and loading them runs "
                 f"code: a run takes those of its own folder alone, which is {folder}"
             ) from error
+        return False
     except Exception as error:
         raise ConfigError(_unreadable(path, _reason(error))) from error
+    return True
+
+
+def _read(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Any:
+    """What a checkpoint holds, its tensors without values."""
+    plain = is_plain(path, folder)
     try:
-        return _loaded(path, weights_only=False), False
+        return _loaded(path, weights_only=plain)
     except Exception as error:
         raise ConfigError(_unreadable(path, _reason(error))) from error
 
@@ -102,7 +104,7 @@ def refuse_other_settings(cfg: DictConfig) -> None:
     path = Path(str(cfg.ckpt_path))
     if not path.is_file():
         raise ConfigError(f"ckpt_path={path} is no file: checkpoints are in <run>/checkpoints/last.ckpt")
-    checkpoint, _ = _read(path, os.devnull if cfg.get("trust") is False else cfg.output_dir)
+    checkpoint = _read(path, os.devnull if cfg.get("trust") is False else cfg.output_dir)
     missing = [key for key in ("state_dict", "loops", "optimizer_states") if key not in checkpoint]
     if not isinstance(checkpoint, Mapping) or missing:
         raise ConfigError(_unreadable(path, f"it is none of a training by Lightning, it lacks {', '.join(missing)}"))

@@ -24,6 +24,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -46,7 +47,7 @@ __all__ = ["Untrusted", "leaves", "read_settings"]
 
 _KINDS = (
     nn.Module, Optimizer, LRScheduler, LRSchedule, Dataset, LightningDataModule, Callback, Logger, Trainer,
-    Axis, Export, Hardware, Quantization,
+    SimpleProfiler, Axis, Export, Hardware, Quantization,
 )  # fmt: skip
 _LIBRARIES = (
     "pl_sparse",
@@ -54,6 +55,7 @@ _LIBRARIES = (
     "torch.optim",
     "lightning.pytorch.callbacks",
     "lightning.pytorch.loggers",
+    "lightning.pytorch.profilers.simple",
     "lightning.pytorch.trainer.trainer",
     "pytorch_lightning.callbacks",
     "pytorch_lightning.loggers",
