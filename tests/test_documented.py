@@ -37,7 +37,7 @@ PLACEHOLDERS = (
     "=...",
     "<folder",
 )  # what a reader replaces by something of their own
-LOOKERS = ("pareto", "show", "compare", "export", "bench")
+LOOKERS = ("pareto", "show", "compare", "export", "bench", "test")
 START = re.compile(r"^(python train\.py|python benchmarks/|python -m benchmarks|pl-sparse |make )")
 PLACES = re.compile(r"outputs/(<date>/<time>|\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d)|<run>|\b(RUN|DIR)\b|^outputs$")
 
