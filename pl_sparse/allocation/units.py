@@ -136,8 +136,7 @@ class Units(LazyScores):
         """Which units of a group have a weight left, a bool tensor of the units' shape."""
         alive: Tensor | None = None
         for param, layout in self.groups[index].members:
-            mask = layout.view(param.fill(param.mask))
-            mask = self.structure.pool(mask.to(param.weight.dtype)) > 0  # a mean above 0: some weight is left
+            mask = self.structure.alive(layout.view(param.fill(param.mask)))
             alive = mask if alive is None else alive | mask
         assert alive is not None
         return alive
@@ -157,7 +156,7 @@ class Units(LazyScores):
         if not self.monotone:
             return self.sizes
         return [
-            int(self.alive(index).sum()) if group.pruned else size
+            int(torch.count_nonzero(self.alive(index))) if group.pruned else size
             for index, (group, size) in enumerate(zip(self.groups, self.sizes, strict=True))
         ]
 

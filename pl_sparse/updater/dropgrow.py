@@ -113,7 +113,7 @@ class DropGrow(Updater):
             return
         units = Units(groups, structure, scorer.score, unit_scores=scorer.unit_scores)
         alive = [units.alive(index) for index in range(len(units))]
-        counts = [int(mask.sum()) for mask in alive]
+        counts = [int(torch.count_nonzero(mask)) for mask in alive]
         leasts = units.leasts(due.level)
         rate = self.rate(due.progress)
         dropped = [min(int(rate * n), max(n - least, 0)) for n, least in zip(counts, leasts, strict=True)]
