@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pl_sparse.allocation import ERK, LAMP, Allocation, Global, Uniform, Units, choose, kept, lamp
+from pl_sparse.allocation import ERK, LAMP, Allocation, Global, Uniform, Units, choose, kept, lamp, ranked
 from pl_sparse.allocation.count import _move
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import build
 from pl_sparse.core.targets import find
+from pl_sparse.core.topk import threshold
 from pl_sparse.scorer import Magnitude
-from pl_sparse.structure import NM, Block, Channel, Structure, Unstructured
+from pl_sparse.structure import NM, Block, Channel, Row, Structure, Unstructured
 
 
 def lenet300() -> nn.Sequential:
@@ -215,3 +216,50 @@ def test_millions_of_units_are_shared_at_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(math, "ceil", lambda value, ceil=math.ceil: passes.append(value) or ceil(value))
     _move(counts, [3e6, 10.0], [1, 1], [0, 0], [2_000_000, 4_000_000], 3_000_000)
     assert counts == [2_000_000, 1_000_000] and len(passes) < 1000
+
+
+@pytest.mark.parametrize("kind", ["normal", "equal", "rounded", "zeros", "pruned", "infinite", "copies"])
+def test_lamp_counts_are_those_of_one_threshold_over_its_scores(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor is sorted once, and what its curve leaves open is looked at again."""
+    scores = [torch.randn(size).abs() * scale for size, scale in ((700, 1.0), (3, 9.0), (2000, 0.1), (1, 1.0))]
+    if kind == "equal":
+        scores = [torch.full_like(score, 0.1) for score in scores]
+    elif kind == "rounded":
+        scores = [score.mul(20).round() / 20 for score in scores]
+    elif kind == "zeros":
+        scores = [score.masked_fill(torch.rand(len(score)) < 0.8, 0) for score in scores]
+    elif kind == "pruned":
+        scores = [score.masked_fill(torch.rand(len(score)) < 0.8, torch.finfo(score.dtype).min) for score in scores]
+    elif kind == "infinite":
+        scores[0][::50] = float("inf")
+    elif kind == "copies":
+        scores = [scores[0], scores[0].flip(0), scores[0] * 2]
+    total = sum(map(len, scores))
+    for every in (1, 7, 256):
+        monkeypatch.setattr(ranked, "_EVERY", every)
+        for keep in {0, 1, 2, 30, total // 10, total // 2, total - 1, total}:
+            cutoff = threshold([lamp(score) for score in scores], keep)
+            expected = [int(mask.sum()) for mask in cutoff.masks([lamp(score) for score in scores])]
+            assert ranked._lamp_counts(LazyList(scores), keep) == expected
+
+
+class LazyList(list[torch.Tensor]):
+    @property
+    def sizes(self) -> list[int]:
+        return [score.numel() for score in self]
+
+
+def test_lamp_sorts_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sorted_ = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 100)), []
+    monkeypatch.setattr(ranked, "descending", lambda x, of=ranked.descending: sorted_.append(x.numel()) or of(x))
+    counts = prune(groups(model), LAMP(), 0.9)
+    assert sum(counts) == 8000 and sum(size > 10_000 for size in sorted_) == 2
+
+
+@pytest.mark.parametrize("name", ["global", "lamp"])
+def test_rows_keep_as_many_each_whatever_the_allocation(name: str) -> None:
+    found = groups(lenet300(), Row())
+    assert sum(prune(found, build(Allocation, name), 0.9, Row())) == 26_620
+    for param in params(found):
+        each = param.mask.sum(1)
+        assert int(each.max() - each.min()) <= 1
