@@ -45,8 +45,8 @@ from pl_sparse.updater.ablation import ABLATIONS, shuffle
 __all__ = ["Pruner", "PrunerOptions", "auto"]
 
 A = TypeVar("A", bound=Axis)
-_VERSION = 2
-_READABLE = (1, _VERSION)  # version 1 calls latent values dense
+_VERSION = 3
+_READABLE = (1, 2, _VERSION)  # version 1 calls latent values dense, version 2 has masks of bools
 
 
 class Pruner(MaskedModel):
