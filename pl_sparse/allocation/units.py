@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import Layout
-from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parameter import MaskedParameter, where_kept
 from pl_sparse.structure import Structure
 
 __all__ = ["LazyScores", "Units", "refuse_nan"]
@@ -92,7 +92,7 @@ class Units(LazyScores):
             units = self._mean(group)
         total = None if id(group) in self._checked else units.sum()  # not finite where a score is NaN
         if self.monotone and group.pruned:  # below all others, but finite: LAMP squares scores
-            units = torch.where(self.alive(index), units, torch.finfo(units.dtype).min)
+            units = where_kept(units, self.alive(index))
         if total is not None:
             if not math.isfinite(float(total)):
                 refuse_nan(group.name, units)

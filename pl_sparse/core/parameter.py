@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.layouts import Plain, Whole
 
-__all__ = ["MaskedParameter", "living", "zero_pruned"]
+__all__ = ["MaskedParameter", "living", "packed", "unpacked", "where_kept", "zero_pruned"]
 
 _LARGE = 1 << 18  # weights of a tensor, from which on its mask is turned into numbers piece by piece
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
@@ -231,8 +231,8 @@ def zero_pruned(tensors: Sequence[Tensor], params: Sequence[MaskedParameter]) ->
             if tensor.numel() > _LARGE and tensor.device.type == "cpu":
                 _zero_pruned_large(tensor, param.mask)
             else:
-                integers.append(tensor.view(param.bits.dtype))
                 bits.append(param.bits)
+                integers.append(tensor.view(bits[-1].dtype))
         elif tensor.is_sparse:
             tensor.mul_(param.factor)
         else:
@@ -246,6 +246,21 @@ def _zero_pruned_large(tensor: Tensor, mask: Tensor) -> None:
     rows = max(_LARGE * torch.get_num_threads() * len(tensor) // tensor.numel(), 1)
     for piece, kept in zip(tensor.view(dtype).split(rows), mask.view(torch.int8).split(rows), strict=True):
         piece.mul_(kept.to(dtype))
+
+
+def where_kept(values: Tensor, kept: Tensor) -> Tensor:
+    """The values where `kept` is, the lowest finite number elsewhere: `torch.where` by integers, which is faster."""
+    lowest = torch.finfo(values.dtype).min
+    if values.device.type != "cpu" or not (values.is_contiguous() and kept.is_contiguous()):
+        return torch.where(kept, values, lowest)
+    dtype = _INTEGERS[values.element_size()]
+    bits = int(torch.tensor(lowest, dtype=values.dtype).view(dtype))
+    out = torch.empty_like(values)
+    size = _LARGE * torch.get_num_threads()
+    pieces = (tensor.view(-1).split(size) for tensor in (values.view(dtype), kept.view(torch.int8), out.view(dtype)))
+    for value, keep, into in zip(*pieces, strict=True):
+        torch.bitwise_xor(value, bits, out=into).mul_(keep.to(dtype)).bitwise_xor_(bits)
+    return out
 
 
 def living(mask: Tensor, values: Tensor, dim: int) -> Tensor:

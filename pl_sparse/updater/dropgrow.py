@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pl_sparse.allocation import Allocation, Units, choose
 from pl_sparse.core.group import Group
-from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parameter import MaskedParameter, where_kept
 from pl_sparse.core.registry import register
 from pl_sparse.core.topk import top_k
 from pl_sparse.scorer import Momentum, Random, Scorer
@@ -120,9 +120,8 @@ class DropGrow(Updater):
         grown = self._shares(groups, units, counts, dropped) if self.redistribute else dropped
         growth = Units(groups, structure, lambda param: self._growth(param, due))
         for index in range(len(units)):
-            lowest = torch.finfo(torch.float32).min
-            stay = top_k(units[index].float().masked_fill(~alive[index], lowest), counts[index] - dropped[index])
-            new = top_k(growth[index].float().masked_fill(stay, lowest), grown[index])
+            stay = top_k(where_kept(units[index].float(), alive[index]), counts[index] - dropped[index])
+            new = top_k(where_kept(growth[index].float(), ~stay), grown[index])
             units.assign(index, stay | new)
 
     def _growth(self, param: MaskedParameter, due: Update) -> Tensor:
