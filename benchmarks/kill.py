@@ -183,7 +183,7 @@ def _content(path: Path, folder: Path) -> Any:
     if path.suffix == ".yaml":
         settings = yaml.safe_load(path.read_text())
         return _timeless(
-            {key: settings[key] for key in settings.keys() - {"ckpt_path", "resume", "output_dir"}}, folder
+            {key: settings[key] for key in settings.keys() - {"ckpt_path", "trust", "resume", "output_dir"}}, folder
         )
     if path.suffix == ".ckpt":
         return _timeless(torch.load(path, weights_only=True), folder)

@@ -26,7 +26,7 @@ from pl_sparse.allocation.zeros import mask_zeros
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.group import Group
 from pl_sparse.core.masked_model import MaskedModel
-from pl_sparse.core.optimizers import clear_state, pace, skip_step
+from pl_sparse.core.optimizers import begin_anew, clear_state, pace, skip_step
 from pl_sparse.core.parameter import MaskedParameter, zero_pruned
 from pl_sparse.core.places import Places
 from pl_sparse.core.registry import Axis, build, name_of
@@ -46,8 +46,8 @@ from pl_sparse.updater.ablation import ABLATIONS, shuffle
 __all__ = ["Pruner", "PrunerOptions", "auto"]
 
 A = TypeVar("A", bound=Axis)
-_VERSION = 2
-_READABLE = (1, _VERSION)  # version 1 calls latent values dense
+_VERSION = 3
+_READABLE = (1, 2, _VERSION)  # version 1 calls latent values dense, version 2 has masks of bools
 
 
 class Pruner(MaskedModel):
@@ -532,10 +532,12 @@ class Pruner(MaskedModel):
         if not pruned:
             return
         if optimizer is not None and self._stale:
+            begin_anew(optimizer)
             for param in pruned:
                 if param.name in self._stale:
                     self._stale.discard(param.name)
-                    clear_state(optimizer, param, scales=self.updater.grows)
+                    if not self.masking.remembers:
+                        clear_state(optimizer, param, scales=self.updater.grows)
         self.masking.shape_gradients(pruned, self.groups)
         self.masking.before_step(pruned)
 
@@ -619,8 +621,7 @@ class Pruner(MaskedModel):
                     param.weight.copy_(value)
             pruned = [param for param in self.masked if param.pruned]
             self.masking.changed(pruned, self.groups)
-            if not self.masking.remembers:
-                self._stale |= {param.name for param in pruned}
+            self._stale |= {param.name for param in pruned}
 
     @torch.no_grad()
     def reinitialize(self) -> None:

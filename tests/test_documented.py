@@ -34,6 +34,8 @@ PLACEHOLDERS = (
     "scorer=relative",
     "key=a",
     "package.Class",
+    "mymod.",
+    "my_project",
     "=...",
     "<folder",
 )  # what a reader replaces by something of their own

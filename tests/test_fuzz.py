@@ -351,7 +351,7 @@ def exact(pruner: Pruner) -> None:
             assert counts[i] == max(kept(override, units.sizes[i]), units.least(i, override)), pruner.groups[i].name
     if not free:
         return
-    some = int(type(pruner.allocation).__name__ in ("Uniform", "ERK"))
+    some = int(type(pruner.allocation).__name__ in ("Uniform", "ERK", "OWL"))
     leasts = [units.least(i, level, some) for i in free]
     assert all(counts[i] >= least for i, least in zip(free, leasts, strict=True))
     got = sum(counts[i] * units.weights[i] for i in free)

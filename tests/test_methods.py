@@ -26,7 +26,7 @@ from pl_sparse.structure import NM, Row, Unstructured
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 QUICK = ["trainer.max_epochs=8", "optimizer.lr=0.003"]
 UNIFORM = ["allocation=uniform"]  # one threshold over all leaves a layer of so young a network nothing
-SMALL = {"slimming": ["model.width=4"], "acdc": UNIFORM, "lth": UNIFORM}
+SMALL = {"slimming": ["model.width=4"], "acdc": UNIFORM, "lth": UNIFORM, "force": UNIFORM}
 
 
 class Interrupt(Callback):
@@ -132,7 +132,12 @@ def precisions() -> Any:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("method", "precision"), list(precisions()))
 def test_every_method_in_other_precisions(method: str, precision: Any, tmp_path: Path) -> None:
-    cfg = config(tmp_path, f"method={method}", *["sparsity=0.5", "schedule.epochs=1"] * (method == "lth"))
+    cfg = config(
+        tmp_path,
+        f"method={method}",
+        *["sparsity=0.5", "schedule.epochs=1"] * (method == "lth"),
+        *UNIFORM * (method == "force"),
+    )
     epochs = 4
 
     def fit(*extra: Callback, ckpt_path: Path | None = None) -> tuple[Small, Sparsity]:

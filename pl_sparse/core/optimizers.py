@@ -12,7 +12,7 @@ from pl_sparse.core.gate import Gate
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.upstream import zero_memory
 
-__all__ = ["clear_state", "owned_by", "pace", "skip_step", "with_inner"]
+__all__ = ["begin_anew", "clear_state", "owned_by", "pace", "skip_step", "with_inner"]
 
 _SCALES = frozenset(
     ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "step_size", "state2")
@@ -34,20 +34,24 @@ def with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
             yield from with_inner(inner)
 
 
+def begin_anew(optimizer: Optimizer) -> None:
+    """Let L-BFGS forget its directions, which are of all weights at once, pruned ones included; others stay."""
+    for owner in with_inner(optimizer):
+        if isinstance(owner, LBFGS):
+            for memory in owner.state.values():
+                memory["n_iter"] = 0
+
+
 def clear_state(optimizer: Optimizer, param: MaskedParameter, scales: bool = False) -> None:
     """Zero the optimizer's memory of pruned weights, which would move them once they return.
 
     That is every floating-point tensor of its state that has the weight's shape, and what 8-bit optimizers keep in
     their place, but for second moments: without them a weight that returns would move by several rates at once.
-    L-BFGS, whose directions are of all weights at once, begins anew.
 
     Args:
         scales: whether second moments are zeroed too.
     """
     for owner in with_inner(optimizer):
-        if isinstance(owner, LBFGS):
-            for memory in owner.state.values():
-                memory["n_iter"] = 0
         state = owner.state.get(param.weight) or {}  # ZeRO's own has None, and its local optimizer the state
         for key, value in state.items():
             if (scales or key not in _SCALES) and isinstance(value, Tensor) and value.shape == param.shape:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pl_sparse.allocation import Allocation, Units, choose
 from pl_sparse.core.group import Group
-from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parameter import MaskedParameter, where_kept
 from pl_sparse.core.registry import register
 from pl_sparse.scorer import Momentum, Random, Scorer
 from pl_sparse.structure import Structure
@@ -115,17 +115,16 @@ class DropGrow(Updater):
             return
         units = Units(groups, structure, scorer.score, unit_scores=scorer.unit_scores)
         alive = [units.alive(index) for index in range(len(units))]
-        counts = [int(mask.sum()) for mask in alive]
+        counts = [int(torch.count_nonzero(mask)) for mask in alive]
         leasts = units.leasts(due.level)
         rate = self.rate(due.progress)
         dropped = [min(int(rate * n), max(n - least, 0)) for n, least in zip(counts, leasts, strict=True)]
         grown = self._shares(groups, units, counts, dropped) if self.redistribute else dropped
         growth = Units(groups, structure, lambda param: self._growth(param, due))
-        limits = torch.finfo(torch.float32)
         for index in range(len(units)):
             left = counts[index] - dropped[index]
-            stay = structure.select(units[index].float().masked_fill(~alive[index], limits.min), left) & alive[index]
-            wanted = growth[index].float().masked_fill(stay, limits.max)
+            stay = structure.select(where_kept(units[index].float(), alive[index]), left) & alive[index]
+            wanted = growth[index].float().masked_fill(stay, torch.finfo(torch.float32).max)
             units.assign(index, structure.select(wanted, left + grown[index]))
 
     def _growth(self, param: MaskedParameter, due: Update) -> Tensor:
