@@ -161,7 +161,7 @@ def plain(data: Any) -> LightningModule:
     return make_module(cfg, data)[0]
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("int8", marks=pytest.mark.slow)])
 def test_masked_channels_leave_exported_files(tmp_path: Path, quantization: str) -> None:
     name = "onnx" if quantization == "none" else "onnx_int8"
     options = [*COUPLED, f"quantization={quantization}", f"export={name}", "export_measure=true", "hardware=cpu"]
@@ -312,7 +312,7 @@ def test_misspelt_arguments_are_told_in_one_line(tmp_path: Path, argument: str, 
     "options",
     [
         [],
-        ["scorer=movement"],
+        pytest.param(["scorer=movement"], marks=pytest.mark.slow),  # test_methods resumes it too
         ["masking=ste", "model=vit_tiny", "model.dropout=0.1"],
         pytest.param(["target=accuracy_drop", "target.warmup=0.1"], marks=pytest.mark.slow),
         pytest.param(["quantization=int8", "quantization.begin=0.2", "model=lenet5"], marks=pytest.mark.slow),

@@ -237,6 +237,7 @@ def test_a_channel_whose_scale_is_masked_stays_finite_and_is_folded() -> None:
     assert torch.allclose(converted(x), simulated, atol=0.05)
 
 
+@pytest.mark.slow
 def test_ranges_fit_a_network_with_fewer_channels() -> None:
     net, x = network().eval(), data()[0]
     with torch.no_grad():
