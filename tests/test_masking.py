@@ -260,7 +260,7 @@ def test_large_masks_are_applied_without_a_copy_in_numbers(masking: str, monkeyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_lowest_number_stands_where_nothing_is_kept(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parameter, "_LARGE", 7)
+    monkeypatch.setattr(parameter, "_PIECE", 7)
     special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])
     values = torch.cat([torch.randn(43), special]).to(dtype).reshape(6, 8)
     for kept in (torch.rand(6, 8) < 0.5, torch.ones(6, 8).bool(), (torch.rand(8, 6) < 0.5).t()):

@@ -16,6 +16,7 @@ from pl_sparse.core.layouts import Plain, Whole
 __all__ = ["MaskedParameter", "living", "packed", "unpacked", "where_kept", "zero_pruned"]
 
 _LARGE = 1 << 18  # weights of a tensor, from which on its mask is turned into numbers piece by piece
+_PIECE = 1 << 21  # scores per thread that are told apart at once: where other work has the cores, each piece waits
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
@@ -257,7 +258,7 @@ def where_kept(values: Tensor, kept: Tensor) -> Tensor:
     dtype = _INTEGERS[values.element_size()]
     bits = int(torch.tensor(lowest, dtype=values.dtype).view(dtype))
     out = torch.empty_like(values)
-    size = _LARGE * torch.get_num_threads()
+    size = _PIECE * torch.get_num_threads()
     pieces = (tensor.view(-1).split(size) for tensor in (values.view(dtype), kept.view(torch.int8), out.view(dtype)))
     for value, keep, into in zip(*pieces, strict=True):
         torch.bitwise_xor(value, bits, out=into).mul_(keep.to(dtype)).bitwise_xor_(bits)
