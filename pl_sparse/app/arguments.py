@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.idle import references
+from pl_sparse.app.nodes import keys
 from pl_sparse.app.seen import Seen
 from pl_sparse.app.settings import ConfigError, parameters_of, signature_of, target
 from pl_sparse.core.registry import near_misses, suggestion
 
-__all__ = ["COMPLETION", "arranged", "completed", "here", "ignored", "keys", "refusal", "without_leftovers"]
+__all__ = ["COMPLETION", "arranged", "completed", "here", "ignored", "refusal", "without_leftovers"]
 
 _FLAGS = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
 _WITH_VALUE = (
@@ -304,15 +304,3 @@ def without_leftovers(cfg: DictConfig, settings: Sequence[str]) -> DictConfig:
             if not typed and left not in parameters and not str(left).startswith("_"):
                 del node[left]
     return cfg
-
-
-def keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of nested settings.
-
-    >>> list(keys({"a": {"b": 1}}))
-    ['a', 'a.b']
-    """
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield f"{prefix}{key}"
-            yield from keys(value, f"{prefix}{key}.")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +28,12 @@ from pl_sparse.app.namespaces import unify
 from pl_sparse.app.plugins import provide_options
 from pl_sparse.app.seen import Seen
 from pl_sparse.app.settings import ConfigError, check
+from pl_sparse.app.subcommand import quiet
 from pl_sparse.app.sweep.job import run
 from pl_sparse.app.sweep.launch import arguments as plugin_settings
 from pl_sparse.app.training import train
 from pl_sparse.core.files import is_full, read_yaml
+from pl_sparse.results.runs import key_of
 
 __all__ = ["main", "sweep"]
 
@@ -57,11 +57,7 @@ def _entry(cfg: DictConfig) -> float | tuple[float, ...] | None:
 def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
     unify()  # here too: jobs of a sweep may have processes of their own
     here()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data in memory needs none
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning uses a name that torch renamed
-    warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # a resumed run
+    quiet()
     cfg = without_leftovers(current_targets(cfg), given())
     if cfg.output_dir is None:
         OmegaConf.set_struct(cfg, False)
@@ -195,7 +191,7 @@ def sweep() -> float | None:
 
 def _with_earlier(arguments: list[str]) -> list[str]:
     """The arguments of a command; with `ckpt_path` of a run, after the settings and folder that the run had."""
-    values = {_key(argument): argument.partition("=")[2] for argument in arguments}
+    values = {key_of(argument): argument.partition("=")[2] for argument in arguments}
     path = values.get("ckpt_path", "null").strip("'\"")
     if path == "null":
         return arguments
@@ -224,11 +220,3 @@ def _folder_of_groups(run: Path, arguments: list[str], trusted: bool) -> list[st
                 "  if you trust whoever wrote the run, add trust=true"
             )
     return [f"--config-dir={folder}" for folder in folders]
-
-
-def _key(argument: str) -> str:
-    """
-    >>> _key("+model.width=4")
-    'model.width'
-    """
-    return argument.partition("=")[0].lstrip("+~")

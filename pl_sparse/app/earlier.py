@@ -22,6 +22,7 @@ from pl_sparse.app.hydra_api import composition
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.trust import Untrusted, leaves
 from pl_sparse.core.files import read_yaml
+from pl_sparse.results.runs import key_of
 
 __all__ = ["earlier_overrides", "loads_plain"]
 
@@ -47,7 +48,7 @@ def earlier_overrides(checkpoint: str, typed: Sequence[str]) -> list[str]:
     """
     run = Path(checkpoint).parent.parent
     saved = run / ".hydra" / "overrides.yaml"
-    values = {_key(argument): argument.partition("=")[2] for argument in typed}
+    values = {key_of(argument): argument.partition("=")[2] for argument in typed}
     trusted = values.get("trust", "").lower() == "true"
     try:
         overrides = read_yaml(saved) or [] if saved.is_file() else []
@@ -55,7 +56,7 @@ def earlier_overrides(checkpoint: str, typed: Sequence[str]) -> list[str]:
         raise ConfigError(f"{saved} cannot be read: {error}") from error
     if not isinstance(overrides, list):
         raise ConfigError(f"{saved} holds no list of settings")
-    taken = [override for override in map(str, overrides) if _key(override) not in {*values, *_NOT_TAKEN}]
+    taken = [override for override in map(str, overrides) if key_of(override) not in {*values, *_NOT_TAKEN}]
     if not trusted:
         untrusted = Untrusted(saved, run, _WAY)
         if saved.is_file():
@@ -96,10 +97,6 @@ def _check_paths(checkpoint: str, untrusted: Untrusted) -> None:
             raise untrusted.refusal(f"{key}={value}", "is a path out of the run's folder")
 
 
-def _key(argument: str) -> str:
-    return argument.partition("=")[0].lstrip("+~")
-
-
 def _check(taken: Sequence[str], typed: Sequence[str], untrusted: Untrusted) -> None:
     """Check what a run asked for: by itself, and in what Hydra makes of it together with what is typed."""
     parser = OverridesParser.create()
@@ -117,7 +114,7 @@ def _check(taken: Sequence[str], typed: Sequence[str], untrusted: Untrusted) -> 
             raise untrusted.refusal(override, "is no option of this configuration")
         if parsed.is_sweep_override():
             raise untrusted.refusal(override, "is a choice of several, and not taken over")
-        untrusted.check_text(_key(key), text)
+        untrusted.check_text(key_of(key), text)
     typed = [*_search_path(typed), *(argument for argument in typed if "=" in argument and argument[0] != "-")]
     known: dict[str, list[Any]] = {}
     single = []
@@ -129,13 +126,13 @@ def _check(taken: Sequence[str], typed: Sequence[str], untrusted: Untrusted) -> 
         if not parsed.is_sweep_override():
             single.append(argument)
             if not parsed.is_delete():
-                for key, value in leaves(parsed.value(), _key(argument)):
+                for key, value in leaves(parsed.value(), key_of(argument)):
                     known.setdefault(key, []).append(value)
-    mine = [argument for argument in single if _key(argument).startswith("hydra") or "." not in _key(argument)]
+    mine = [argument for argument in single if key_of(argument).startswith("hydra") or "." not in key_of(argument)]
     try:
         before = _composed(mine)
     except HydraException:
-        before = _composed([argument for argument in single if _key(argument).startswith("hydra")])
+        before = _composed([argument for argument in single if key_of(argument).startswith("hydra")])
     after = _composed([*taken, *single])
     if _of_hydra(before) != _of_hydra(after):
         raise untrusted.refusal("it", "changes settings of Hydra, which are not taken over")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +13,12 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from pl_sparse.app.arguments import here
 from pl_sparse.app.deploy import RANGES, deploy, integers_in_ranges, merged, training_inputs
 from pl_sparse.app.finished import load_run
 from pl_sparse.app.formats import refuse
 from pl_sparse.app.instantiate import built, network
 from pl_sparse.app.settings import CONF, ConfigError
+from pl_sparse.app.subcommand import guarded, parser_of
 from pl_sparse.core.files import write_json
 from pl_sparse.core.registry import suggestion
 from pl_sparse.export.hardware import Hardware
@@ -44,8 +41,7 @@ def bench(arguments: Sequence[str] | None = None) -> None:
 def _command(name: str, arguments: Sequence[str] | None) -> None:
     formats = sorted(path.stem for path in (CONF / "export").glob("*.yaml"))
     measure = name == "bench"
-    parser = argparse.ArgumentParser(prog=f"pl-sparse {name}", description=(bench if measure else export).__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a finished run (its output_dir)")
+    parser = parser_of(name, (bench if measure else export).__doc__)
     parser.add_argument(
         "--to",
         nargs="+",
@@ -53,16 +49,10 @@ def _command(name: str, arguments: Sequence[str] | None) -> None:
         help=f"{', '.join(formats)}; if none is given, those of the run, else of its hardware",
     )
     parser.add_argument("--threads", type=int, help="of torch and ONNX Runtime")
-    parser.add_argument("--trust", action="store_true", help="build whatever the run's config.yaml names")
     if measure:
         parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, a format and batch size (2)")
-    options = parser.parse_args(arguments)
-    for logger in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    here()
-    try:
+
+    def run(options: argparse.Namespace) -> None:
         if options.threads is not None:
             if options.threads < 1:
                 raise ConfigError(f"--threads {options.threads} must be 1 or more")
@@ -73,9 +63,8 @@ def _command(name: str, arguments: Sequence[str] | None) -> None:
             if format not in formats:
                 raise ConfigError(f"--to {format}: there is no such format. {suggestion(format, formats)}")
         _export_run(options.run, options.to, measure, options.seconds if measure else 0.0, options.trust)
-    except (ConfigError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    guarded(run, parser.parse_args(arguments))
 
 
 def _export_run(folder: Path, names: Sequence[str] | None, measure: bool, seconds: float, trust: bool) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,8 +22,9 @@ import hydra.utils
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from pl_sparse.app.direction import direction
+from pl_sparse.app.nodes import targets
 from pl_sparse.app.settings import CONF
+from pl_sparse.results.direction import direction
 
 __all__ = ["PACKAGES", "as_typed", "composition", "entry", "given", "instantiate", "quoted", "register_resolver"]
 
@@ -77,17 +78,8 @@ def instantiate(node: DictConfig, **arguments: Any) -> Any:
     """`hydra.utils.instantiate`, with the targets that the node names on the white list."""
     if _WHITE_LIST:
         values = OmegaConf.to_container(node, resolve=True, throw_on_missing=False)
-        arguments["_execution_whitelist_"] = [*PACKAGES, *dict.fromkeys(_targets(values))]
+        arguments["_execution_whitelist_"] = [*PACKAGES, *dict.fromkeys(targets(values))]
     return hydra.utils.instantiate(node, **arguments)
-
-
-def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        if isinstance(node.get("_target_"), str):
-            yield node["_target_"]
-        node = list(node.values())
-    for value in node if isinstance(node, list) else ():
-        yield from _targets(value)
 
 
 def register_resolver(name: str, resolver: Callable[..., Any]) -> None:

@@ -18,7 +18,7 @@ from pl_sparse.app.settings import ConfigError, parameters_of, target
 from pl_sparse.tasks.classifier import Classifier
 from pl_sparse.tasks.lr import LRSchedule
 
-__all__ = ["built", "each", "make_module", "network", "optional", "refuse_other_outputs"]
+__all__ = ["built", "each", "implements", "make_module", "network", "optional", "refuse_other_outputs"]
 
 _OF_CLASSIFIER = ("optimizer", "lr_schedule", "label_smoothing")
 """Settings that the `Classifier` alone reads."""
@@ -210,3 +210,8 @@ def _built_with(cfg: DictConfig, key: str, facts: dict[str, Any]) -> Any:
 def network(module: LightningModule) -> nn.Module:
     """What of a module is deployed: the network of a `Classifier`, else the module itself, by its `forward`."""
     return module.net if isinstance(module, Classifier) else module
+
+
+def implements(module: LightningModule, hook: str) -> bool:
+    """Whether a module has a hook of its own."""
+    return getattr(type(module), hook) is not getattr(LightningModule, hook)

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.allocation import Allocation, Budget
-from pl_sparse.app.direction import is_accuracy
 from pl_sparse.app.formats import make_formats, refuse
 from pl_sparse.app.instantiate import built, make_module, optional, refuse_other_outputs
 from pl_sparse.app.settings import ConfigError
@@ -22,6 +21,7 @@ from pl_sparse.core.targets import Targets
 from pl_sparse.export.format import Export
 from pl_sparse.export.hardware import Hardware
 from pl_sparse.masking import Masking
+from pl_sparse.results.direction import is_accuracy
 from pl_sparse.schedule import Iterative, Schedule, Staircase, Tickets
 from pl_sparse.scorer import Scorer
 from pl_sparse.structure import Structure

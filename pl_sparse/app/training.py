@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.aliases import current_targets
@@ -17,6 +17,7 @@ from pl_sparse.app.deploy import deploy, merged
 from pl_sparse.app.earlier import loads_plain
 from pl_sparse.app.ends import Reminder, explained
 from pl_sparse.app.folder import Keep, RunFolder, take
+from pl_sparse.app.instantiate import implements
 from pl_sparse.app.parts import Parts, assemble
 from pl_sparse.app.settings import ConfigError, check
 from pl_sparse.app.sweep.identity import run_fingerprint, settings
@@ -149,7 +150,7 @@ def _level(cfg: DictConfig, parts: Parts, trainer: Trainer, path: Path) -> dict[
     _remove_masked(parts, trainer)
     scores: dict[str, float] = {}
     loggers, trainer.loggers = trainer.loggers, []  # curves are of the training alone
-    if _has(parts.module, "validation_step"):
+    if implements(parts.module, "validation_step"):
         scores |= trainer.validate(parts.module, datamodule=parts.data, verbose=False)[0]
     if _has_test(cfg, parts):
         scores |= trainer.test(parts.module, datamodule=parts.data, verbose=False)[0]
@@ -168,12 +169,8 @@ def _from_one(epoch: int | None) -> int | None:
 
 
 def _has_test(cfg: DictConfig, parts: Parts) -> bool:
-    loaded = parts.data is not None or _has(parts.module, "test_dataloader")
-    return bool(cfg.test) and loaded and _has(parts.module, "test_step")
-
-
-def _has(module: LightningModule, hook: str) -> bool:
-    return getattr(type(module), hook) is not getattr(LightningModule, hook)
+    loaded = parts.data is not None or implements(parts.module, "test_dataloader")
+    return bool(cfg.test) and loaded and implements(parts.module, "test_step")
 
 
 def _load_best(parts: Parts, trainer: Trainer) -> int | None:

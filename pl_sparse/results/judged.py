@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+from pl_sparse.results.direction import direction
+
 __all__ = ["is_loss", "judged"]
 
 
@@ -14,8 +16,7 @@ def is_loss(name: str) -> bool:
     >>> [is_loss(name) for name in ("val/loss", "val_ppl", "valid_f1")]
     [True, True, False]
     """
-    words = ("loss", "error", "mse", "mae", "rmse", "nll", "ppl", "perplexity", "wer", "cer")
-    return any(word in name.lower().replace("_", "/").split("/") for word in words) or "loss" in name.lower()
+    return direction(name) == "min" or "loss" in name.lower()
 
 
 def judged(names: Iterable[str], mode: Literal["max", "min"] | None = None) -> str | None:

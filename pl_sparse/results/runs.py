@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from pl_sparse.core.files import read_yaml
 
-__all__ = ["CHOICES", "Run", "flat", "gather", "is_run", "printable", "read", "shown"]
+__all__ = ["CHOICES", "Run", "flat", "gather", "is_run", "key_of", "printable", "read", "shown"]
 
 _LARGEST = 1 << 26  # bytes of a file of figures
 CHOICES = ("method", "scorer", "structure", "schedule", "allocation", "masking")
@@ -73,15 +73,23 @@ class Run:
             neither.
         """
         for override in self.overrides:
-            name, _, value = override.partition("=")
-            if name.lstrip("+~") == key:
-                return value
+            if key_of(override) == key:
+                return override.partition("=")[2]
         node: Any = self.config
         for part in key.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
         if isinstance(node, Mapping):
             return str(node.get("_target_", "")).rpartition(".")[2].lower() or None
         return None if node is None else str(node)
+
+
+def key_of(override: str) -> str:
+    """The key of an override, as it is without Hydra's signs.
+
+    >>> key_of("+model.width=4"), key_of("~data.limit")
+    ('model.width', 'data.limit')
+    """
+    return override.partition("=")[0].lstrip("+~")
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -27,6 +27,7 @@ from pl_sparse.app.sweep.identity import digest, run_fingerprint
 from pl_sparse.callbacks.run.status import Status, read_status
 from pl_sparse.core.files import read_yaml, write_json
 from pl_sparse.core.registry import suggestion
+from pl_sparse.results.runs import key_of
 
 __all__ = ["Train", "metric", "objective", "plain_overrides", "run", "subdir", "threads"]
 
@@ -167,7 +168,7 @@ def threads(cfg: DictConfig) -> int | None:
 def plain_overrides(overrides: Sequence[Any]) -> list[str]:
     """What a run was asked for, without how it is run, in the names that options have today."""
     names = current_options(map(str, overrides))
-    return sorted(override for override in names if override.partition("=")[0].lstrip("+~") not in _HOW)
+    return sorted(override for override in names if key_of(override) not in _HOW)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
