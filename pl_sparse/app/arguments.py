@@ -13,6 +13,7 @@ from pl_sparse.app.idle import references
 from pl_sparse.app.nodes import keys
 from pl_sparse.app.seen import Seen
 from pl_sparse.app.settings import ConfigError, parameters_of, signature_of, target
+from pl_sparse.core.optional import beginning
 from pl_sparse.core.registry import near_misses, suggestion
 
 __all__ = ["COMPLETION", "arranged", "completed", "here", "ignored", "refusal", "without_leftovers"]
@@ -162,7 +163,7 @@ def _put(cfg: DictConfig, override: Override) -> None:
     try:
         OmegaConf.update(cfg, override.key_or_group, value, merge=True, force_add=True)
     except Exception as error:
-        raise ConfigError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{override.input_line}: {beginning(error)}") from error
 
 
 def _takes(cfg: DictConfig, key: str, seen: Seen) -> str | None:

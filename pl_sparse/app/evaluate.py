@@ -20,6 +20,7 @@ from pl_sparse.app.instantiate import implements
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.subcommand import guarded, parser_of
 from pl_sparse.core.files import write_csv
+from pl_sparse.core.optional import beginning
 
 __all__ = ["predicted", "scored"]
 
@@ -79,8 +80,10 @@ def _predict(options: argparse.Namespace) -> None:
             with torch.no_grad():
                 out = torch.cat([_outputs(module(part)) for part in x.split(options.batch_size)])
         except (RuntimeError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"--data {options.data}: the model takes no inputs {tuple(x.shape)}: {reason}") from error
+            shape = tuple(x.shape)
+            raise ConfigError(
+                f"--data {options.data}: the model takes no inputs {shape}: {beginning(error)}"
+            ) from error
     _write(out, target)
     print(f"{len(out)} predictions written to {target}")
 
@@ -132,7 +135,7 @@ def _inputs(path: Path, shape: Sequence[int] | None) -> Tensor:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"--data {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"--data {path} cannot be read: {beginning(error)}") from error
     if not isinstance(x, Tensor) or x.dim() < 1 or not len(x):
         raise ConfigError(f"--data {path} holds no tensor of samples")
     x = x.float() if x.is_floating_point() or path.suffix == ".csv" else x

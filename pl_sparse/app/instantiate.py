@@ -15,6 +15,7 @@ from pl_sparse.app.explanation import is_of_the_user
 from pl_sparse.app.hydra_api import given, instantiate
 from pl_sparse.app.namespaces import belongs_to_the_other
 from pl_sparse.app.settings import ConfigError, parameters_of, target
+from pl_sparse.core.optional import beginning
 from pl_sparse.tasks.classifier import Classifier
 from pl_sparse.tasks.lr import LRSchedule
 
@@ -174,8 +175,9 @@ def refuse_other_outputs(module: Classifier, data: LightningDataModule, name: st
             if is_of_the_user(error) and not isinstance(error, (RuntimeError, TypeError)):
                 raise
             shape = tuple(batch[0].shape)
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"model={name} does not take inputs of shape {shape} of the data: {reason}") from error
+            raise ConfigError(
+                f"model={name} does not take inputs of shape {shape} of the data: {beginning(error)}"
+            ) from error
         finally:
             for part, mode in training.items():
                 part.training = mode

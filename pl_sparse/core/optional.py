@@ -8,7 +8,16 @@ from contextlib import contextmanager
 
 from pl_sparse.core.files import is_full
 
-__all__ = ["first_line", "nice_to_have"]
+__all__ = ["beginning", "first_line", "nice_to_have"]
+
+
+def beginning(error: BaseException) -> str:
+    """The first line of an error's message; its kind where there is none.
+
+    >>> beginning(ValueError("one\\ntwo")), beginning(KeyError())
+    ('one', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def first_line(error: BaseException, length: int = 160) -> str:
