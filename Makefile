@@ -71,7 +71,7 @@ format: install ## Format the code and mend what ruff can
 	$(BIN)/ruff check --fix .
 
 bench: install ## Run the benchmarks
-	@for script in benchmarks/topk.py benchmarks/step.py benchmarks/export.py benchmarks/latency.py benchmarks/shrink.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/topk.py benchmarks/step.py benchmarks/audit.py benchmarks/export.py benchmarks/latency.py benchmarks/shrink.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 reproduce: install ## Run the published experiments (resumable) and write docs/reproductions.md
 	$(BIN)/python -m benchmarks.reproduce

@@ -14,7 +14,7 @@ A plain training loop needs no more than this:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Unpack
 
 import torch
@@ -26,12 +26,13 @@ from pl_sparse.allocation.zeros import mask_zeros
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.group import Group
 from pl_sparse.core.masked_model import MaskedModel
-from pl_sparse.core.optimizers import clear_state, skip_step
+from pl_sparse.core.optimizers import begin_anew, clear_state, pace, skip_step
 from pl_sparse.core.parameter import MaskedParameter, zero_pruned
+from pl_sparse.core.places import Places
 from pl_sparse.core.registry import Axis, build, name_of
 from pl_sparse.core.state import Masks, load_state, refuse_other_settings, settings_of, state_of
 from pl_sparse.core.targets import TargetOptions, Targets
-from pl_sparse.core.upstream import unwrapped
+from pl_sparse.core.upstream import plain_name, unwrapped
 from pl_sparse.masking import Masking, auto
 from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Schedule
@@ -45,15 +46,15 @@ from pl_sparse.updater.ablation import ABLATIONS, shuffle
 __all__ = ["Pruner", "PrunerOptions", "auto"]
 
 A = TypeVar("A", bound=Axis)
-_VERSION = 2
-_READABLE = (1, _VERSION)  # version 1 calls latent values dense
+_VERSION = 3
+_READABLE = (1, 2, _VERSION)  # version 1 calls latent values dense, version 2 has masks of bools
 
 
 class Pruner(MaskedModel):
     """Trains a model to be sparse.
 
     Args:
-        scorer: what importance is, e.g. "magnitude" or `Movement(lr=0.1)`.
+        scorer: what importance is, e.g. "magnitude" or `Movement(rule="sum")`.
         schedule: when to prune and how much, e.g. "cubic" or `OneShot(final=0.8, begin=0.2)`.
         structure: what is pruned together, e.g. "unstructured", "nm24", "block4x4", `Channel()`.
         allocation: how the kept weights are shared among tensors: "global", "uniform", "erk", "lamp".
@@ -147,8 +148,11 @@ class Pruner(MaskedModel):
                 model's.
         """
         model = unwrapped(model)
+        if self.attached and model is self._model:
+            self.find_again(example)
+            return
         if self.attached:
-            bound = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
+            bound = {plain_name(name): weight for name, weight in model.named_parameters()}
             if not all(bound.get(param.name) is param.weight for param in self.params):
                 self._rebind(model, example)
             return
@@ -188,6 +192,7 @@ class Pruner(MaskedModel):
             refuse_unreachable(units, self.schedule.final, self._overrides)
         self.bind(groups, {**choice.spared, **misfits}, choice)
         self.scorer.start(groups, self.structure)
+        self._places = Places(self._model)
 
     @property
     def thaws(self) -> bool:
@@ -207,19 +212,65 @@ class Pruner(MaskedModel):
         Returns:
             The names of the weights that joined.
         """
-        before = state_of(self.masked, self.groups)
-        self._bind_weights(example, trained=before)
-        new = [param for param in self.masked if param.name not in before]
-        load_state(self.masked, self.groups, {**state_of(new, []), **before})
-        if self.level:
+        before = {param.name for param in self.masked}
+        self._bind_again(example)
+        return [param.name for param in self.masked if param.name not in before]
+
+    @torch.no_grad()
+    def find_again(self, example: Any = None) -> list[str]:
+        """Take up parameters that the model has replaced or added. Call it between two steps; `before_step` does so.
+
+        Masks go over to a new weight of the same name and shape. What has not been pruned yet may go or change its
+        shape. The level that is in force is set anew at the next step where other weights are pruned than before.
+
+        Args:
+            example: inputs that the model can be called with, for a structure that looks at how layers are joined.
+
+        Returns:
+            The names of the weights that are new.
+
+        Raises:
+            RuntimeError: a pruned weight is no longer in the model, or has another shape.
+        """
+        if not self.moved:
+            return []
+        assert self._model is not None
+        earlier, self._places = self._places, Places(self._model)
+        assert earlier is not None
+        added = any(weight.dim() > 1 and weight not in earlier for weight in self._model.parameters())
+        if not added and all(param.weight in self._places for param in self.masked):
+            return []  # a submodule went somewhere else, or was compiled
+        before = {param.name: param.weight for param in self.masked}
+        self._bind_again(example)
+        return [param.name for param in self.masked if before.get(param.name) is not param.weight]
+
+    def _bind_again(self, example: Any) -> None:
+        """Choose and bind the weights of the model anew; masks and all that goes with them stay."""
+        before, state = {param.name: param for param in self.masked}, state_of(self.masked, self.groups)
+        chosen = {param.name for param in self.params}
+        self._bind_weights(example, trained=state)
+        now = {param.name: param for param in self.masked}
+        same = [name for name, param in before.items() if name in now and now[name].shape == param.shape]
+        lost = [name for name, param in before.items() if param.pruned and name not in same]
+        if lost:
+            raise RuntimeError(
+                f"{', '.join(lost)}: pruned, and now gone from the model or of another shape, as something replaced "
+                "the layer while training went on. Replace layers before training (in configure_model), or keep their "
+                "names and shapes"
+            )
+        for name in same:
+            now[name].cut = before[name].cut
+        new = [param for name, param in now.items() if name not in same]
+        load_state(self.masked, self.groups, {**state_of(new, []), **{name: state[name] for name in same}})
+        self._hold([now[name] for name in same if now[name].weight is not before[name].weight], written=True)
+        if self.level and {param.name for param in self.params} != chosen:
             self._overdue, self._updated = self._overdue or (self.level,), -1
-        return [param.name for param in new]
 
     @torch.no_grad()
     def _start_from_zeros(self) -> None:
         """Take up the zeros of a model that is sparse already, where masks only lose weights."""
         updater = self.updater
-        if updater.fixed_count or updater.needs_training or not updater.targets_sparsity or not self.schedule.final:
+        if updater.grows or updater.needs_training or not updater.targets_sparsity or not self.schedule.final:
             return
         if mask_zeros(self.groups, self.structure):
             self.masking.changed([param for param in self.masked if param.pruned], self.groups)
@@ -228,8 +279,8 @@ class Pruner(MaskedModel):
     @torch.no_grad()
     def carries_on(self, model: nn.Module) -> bool:
         """Whether a model is the one that the masks were made for, or is zero where they are, as a copy of it is."""
-        model = getattr(model, "_orig_mod", model)
-        bound = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
+        model = unwrapped(model)
+        bound = {plain_name(name): weight for name, weight in model.named_parameters()}
 
         def agrees(param: MaskedParameter) -> bool:
             weight = bound.get(param.name)
@@ -244,7 +295,7 @@ class Pruner(MaskedModel):
         self.bind([], {})
         self.cuts = {}
         self._clock = Clock(self.schedule)
-        self._model = self._probe = self._pending = self._counted = None
+        self._model = self._probe = self._pending = self._counted = self._places = None
         self.restart()
         self.num_updates = 0
         self.level = self._floor = 0.0
@@ -441,11 +492,21 @@ class Pruner(MaskedModel):
                 self._moved()
         if self._clock.total is None:
             raise ValueError("the length of training is not known: give `total`, or call prepare(total) first")
+        if self.moved and not self._open:
+            self.find_again()
         live = self.weights_of(optimizer)
         key = id(optimizer)
         if key in self._open:  # a closure that is evaluated again within one step
+            if self.masking.trains_pruned:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} evaluates the loss again within its step, where "
+                    f"masking={name_of(self.masking)} has the values behind the masks in the weights: use masking=hard "
+                    "or frozen, or another optimizer"
+                )
             self.masking.shape_gradients(self._open[key], self.groups)
             return
+        if live and any(live[0] in self._owned[other][2] for other in self._open if other in self._owned):
+            return  # another optimizer steps this one within its own step
         if observe and (bool(self._overdue) or (self.step if step is None else step) <= self._clock.span[1]):
             if self.masking.samples and not self._sampled and any(param.pruned for param in live):
                 raise ValueError(
@@ -454,9 +515,10 @@ class Pruner(MaskedModel):
             for param in live:
                 self.scorer.observe(param)
                 self.updater.observe(param)
-            for group in self.groups:
-                if group.gate is not None and any(param is group.members[-1][0] for param in live):
-                    self.scorer.learn(group)
+            learning = [g for g in self.groups if g.gate is not None and any(p is g.members[-1][0] for p in live)]
+            pace([group.gate for group in learning if group.gate is not None], live, optimizer)
+            for group in learning:
+                self.scorer.learn(group)
         if step is not None:
             self.step = step
             started = self.num_updates > 0
@@ -471,10 +533,12 @@ class Pruner(MaskedModel):
         if not pruned:
             return
         if optimizer is not None and self._stale:
+            begin_anew(optimizer)
             for param in pruned:
                 if param.name in self._stale:
                     self._stale.discard(param.name)
-                    clear_state(optimizer, param)
+                    if not self.masking.remembers:
+                        clear_state(optimizer, param, scales=self.updater.grows)
         self.masking.shape_gradients(pruned, self.groups)
         self.masking.before_step(pruned)
 
@@ -509,7 +573,8 @@ class Pruner(MaskedModel):
         levels = levels or self._clock.levels(step) or self._overdue
         if not levels or step == self._updated:
             return False
-        earlier = Masks(self.masked, self.groups)
+        writes = self.updater.writes_weights or (len(levels) > 1 and not self.masking.remembers)
+        earlier = Masks(self.masked, self.groups, weights=writes)
         counters = self.level, self.num_updates
         try:
             self._set_masks(levels, step, gradients)
@@ -557,8 +622,7 @@ class Pruner(MaskedModel):
                     param.weight.copy_(value)
             pruned = [param for param in self.masked if param.pruned]
             self.masking.changed(pruned, self.groups)
-            if self.masking.clears_state:
-                self._stale |= {param.name for param in pruned}
+            self._stale |= {param.name for param in pruned}
 
     @torch.no_grad()
     def reinitialize(self) -> None:
@@ -601,7 +665,7 @@ class Pruner(MaskedModel):
             return (
                 f"masking={name_of(self.masking)} remembers pruned weights, which removing would lose: use masking=hard"
             )
-        if self.updater.fixed_count or not isinstance(self.updater, Prune):
+        if not isinstance(self.updater, Prune):
             return f"updater={name_of(self.updater)} brings pruned weights back: use updater=prune to remove them"
         return None
 
@@ -614,10 +678,18 @@ class Pruner(MaskedModel):
         self._owned = {}
         self._open = {}
         self._counted = None
-        for param in self.masked:
+        self._hold(self.masked)
+
+    def _hold(self, params: Sequence[MaskedParameter], written: bool = False) -> None:
+        """Mask weights that were loaded, moved or replaced; kept latent values follow them.
+
+        Args:
+            written: whether the weights are new values, and not what was made of latent ones.
+        """
+        for param in params:
             param.to_weight()
             if param.pruned:
-                if param.latent is not None and not self.masking.transforms:
+                if param.latent is not None and (written or not self.masking.transforms):
                     param.latent.copy_(torch.where(param.mask, param.weight, param.latent))
                 zero_pruned([param.weight], [param])
 

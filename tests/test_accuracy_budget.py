@@ -131,7 +131,7 @@ def test_a_run_that_ended_early_does_not_go_on(tmp_path: Path) -> None:
     [
         ({"drop": -1.0}, "must not be negative"),
         ({"rate": 1.0}, "0 < least <= rate < 1"),
-        ({"metric": "val/f1"}, "val/f1 is not logged.*there is sparsity, val/acc"),
+        ({"metric": "val/f1"}, "AccuracyBudget monitors 'val/f1', which the module does not log: .*val/acc"),
         ({"patience": 0}, "1 or more epochs"),
     ],
 )
@@ -151,3 +151,15 @@ def test_a_schedule_that_decides_itself_is_refused(tmp_path: Path) -> None:
         )  # fmt: skip
         with pytest.raises(ValueError, match=message):
             trainer.fit(Judged(), *loaders())
+
+
+@pytest.mark.parametrize("name", ["val_acc", "valid/f1"])
+def test_the_metric_is_the_one_that_is_logged(tmp_path: Path, name: str) -> None:
+    class Named(Judged):
+        def log(self, key: str, value: Any, **options: Any) -> None:  # type: ignore[override]
+            super().log(name if key == "val/acc" else key, value, **options)
+
+    first, budget = fit(tmp_path / "a", Named(0.7), epochs=8)
+    second, known = fit(tmp_path / "b", Judged(0.7), epochs=8)
+    assert budget.metric == name and known.metric == "val/acc"
+    assert 0 < first.pruner.sparsity == second.pruner.sparsity <= 0.7

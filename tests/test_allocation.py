@@ -1,18 +1,23 @@
 """Allocations against published numbers and loops."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pl_sparse.allocation import ERK, LAMP, Allocation, Global, Uniform, Units, choose, kept, lamp
+from pl_sparse.allocation import ERK, LAMP, Allocation, Global, Uniform, Units, choose, kept, lamp, ranked
+from pl_sparse.allocation.count import _move
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import build
 from pl_sparse.core.targets import find
+from pl_sparse.core.topk import threshold
 from pl_sparse.scorer import Magnitude
-from pl_sparse.structure import NM, Block, Channel, Structure, Unstructured
+from pl_sparse.structure import NM, Block, Channel, Row, Structure, Unstructured
 
 
 def lenet300() -> nn.Sequential:
@@ -167,3 +172,94 @@ def test_units_of_unlike_size_keep_their_rounded_down_share_over_many_updates() 
         choose(units, Uniform(), level)
         for size, alive in zip(units.sizes, (units.alive(i) for i in range(len(units))), strict=True):
             assert int(alive.sum()) >= int((1 - level) * size + 1e-6)
+
+
+def one_by_one(
+    counts: list[int], ideal: list[float], weights: list[int], floors: list[int], limits: list[int], left: int
+) -> None:
+    """`apportion`'s rule, a unit at a time."""
+    while left:
+        sign = 1 if left > 0 else -1
+        movable = [i for i in range(len(counts)) if floors[i] <= counts[i] + sign <= limits[i]]
+        fitting = [i for i in movable if weights[i] <= abs(left)]
+        nearer = [i for i in movable if 2 * abs(left) >= weights[i] + (sign < 0)]
+        if not (fitting or nearer):
+            break
+        i = max(fitting or nearer, key=lambda i: (sign * (ideal[i] - counts[i]), -i))
+        counts[i] += sign
+        left -= sign * weights[i]
+        if not fitting:
+            break
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_shares_are_those_of_moving_one_unit_at_a_time(data: st.DataObject) -> None:
+    def tensors(values: st.SearchStrategy[Any]) -> Any:
+        return data.draw(st.lists(values, min_size=size, max_size=size))
+
+    size = data.draw(st.integers(1, 6))
+    limits = tensors(st.integers(0, 60))
+    floors = [min(floor, limit) for floor, limit in zip(tensors(st.integers(0, 9)), limits, strict=True)]
+    ideal = tensors(st.floats(0, 70) | st.integers(0, 70) | st.sampled_from([0.5, 1 / 3, 10.1]))
+    weights = tensors(st.sampled_from(data.draw(st.sampled_from([[1], [16], [1, 3], [2, 9, 64], [7, 11]]))))
+    counts = [min(max(int(share), floor), limit) for share, floor, limit in zip(ideal, floors, limits, strict=True)]
+    left = data.draw(st.integers(-2000, 2000))
+    found, expected = list(counts), list(counts)
+    _move(found, ideal, weights, floors, limits, left)
+    one_by_one(expected, ideal, weights, floors, limits, left)
+    assert found == expected
+
+
+def test_millions_of_units_are_shared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, passes = [0, 0], []
+    monkeypatch.setattr(math, "ceil", lambda value, ceil=math.ceil: passes.append(value) or ceil(value))
+    _move(counts, [3e6, 10.0], [1, 1], [0, 0], [2_000_000, 4_000_000], 3_000_000)
+    assert counts == [2_000_000, 1_000_000] and len(passes) < 1000
+
+
+@pytest.mark.parametrize("kind", ["normal", "equal", "rounded", "zeros", "pruned", "infinite", "copies"])
+def test_lamp_counts_are_those_of_one_threshold_over_its_scores(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor is sorted once, and what its curve leaves open is looked at again."""
+    scores = [torch.randn(size).abs() * scale for size, scale in ((700, 1.0), (3, 9.0), (2000, 0.1), (1, 1.0))]
+    if kind == "equal":
+        scores = [torch.full_like(score, 0.1) for score in scores]
+    elif kind == "rounded":
+        scores = [score.mul(20).round() / 20 for score in scores]
+    elif kind == "zeros":
+        scores = [score.masked_fill(torch.rand(len(score)) < 0.8, 0) for score in scores]
+    elif kind == "pruned":
+        scores = [score.masked_fill(torch.rand(len(score)) < 0.8, torch.finfo(score.dtype).min) for score in scores]
+    elif kind == "infinite":
+        scores[0][::50] = float("inf")
+    elif kind == "copies":
+        scores = [scores[0], scores[0].flip(0), scores[0] * 2]
+    total = sum(map(len, scores))
+    for every in (1, 7, 256):
+        monkeypatch.setattr(ranked, "_EVERY", every)
+        for keep in {0, 1, 2, 30, total // 10, total // 2, total - 1, total}:
+            cutoff = threshold([lamp(score) for score in scores], keep)
+            expected = [int(mask.sum()) for mask in cutoff.masks([lamp(score) for score in scores])]
+            assert ranked._lamp_counts(LazyList(scores), keep) == expected
+
+
+class LazyList(list[torch.Tensor]):
+    @property
+    def sizes(self) -> list[int]:
+        return [score.numel() for score in self]
+
+
+def test_lamp_sorts_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sorted_ = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 100)), []
+    monkeypatch.setattr(ranked, "descending", lambda x, of=ranked.descending: sorted_.append(x.numel()) or of(x))
+    counts = prune(groups(model), LAMP(), 0.9)
+    assert sum(counts) == 8000 and sum(size > 10_000 for size in sorted_) == 2
+
+
+@pytest.mark.parametrize("name", ["global", "lamp"])
+def test_rows_keep_as_many_each_whatever_the_allocation(name: str) -> None:
+    found = groups(lenet300(), Row())
+    assert sum(prune(found, build(Allocation, name), 0.9, Row())) == 26_620
+    for param in params(found):
+        each = param.mask.sum(1)
+        assert int(each.max() - each.min()) <= 1

@@ -161,7 +161,7 @@ def plain(data: Any) -> LightningModule:
     return make_module(cfg, data)[0]
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("int8", marks=pytest.mark.slow)])
 def test_masked_channels_leave_exported_files(tmp_path: Path, quantization: str) -> None:
     name = "onnx" if quantization == "none" else "onnx_int8"
     options = [*COUPLED, f"quantization={quantization}", f"export={name}", "export_measure=true", "hardware=cpu"]
@@ -229,7 +229,7 @@ def test_any_lightning_module(tmp_path: Path) -> None:
     metrics = train(cfg)
     tensors = load_file(tmp_path / "model.safetensors")
     assert tensors["body.1.weight"].shape == (16, 64) and metrics["sparsity"] == pytest.approx(0.9, abs=0.0005)
-    assert "test/acc" not in metrics and metrics["epoch_best"] == 3
+    assert "test/acc" not in metrics and metrics["epoch_best"] == 4
 
 
 def test_dense_is_dense_whatever_the_dial_says(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     last = tmp_path / "a" / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
     with pytest.raises(ConfigError, match="another model"):
-        train(config(tmp_path / "a", f"ckpt_path={last}", "model=lenet5"))
+        train(config(tmp_path / "a", f"ckpt_path={last}", "model=lenet5", "resume_with=changed"))
     assert last.read_bytes() == before
 
 
@@ -312,7 +312,7 @@ def test_misspelt_arguments_are_told_in_one_line(tmp_path: Path, argument: str, 
     "options",
     [
         [],
-        ["scorer=movement"],
+        pytest.param(["scorer=movement"], marks=pytest.mark.slow),  # test_methods resumes it too
         ["masking=ste", "model=vit_tiny", "model.dropout=0.1"],
         pytest.param(["target=accuracy_drop", "target.warmup=0.1"], marks=pytest.mark.slow),
         pytest.param(["quantization=int8", "quantization.begin=0.2", "model=lenet5"], marks=pytest.mark.slow),

@@ -169,7 +169,7 @@ def test_force_lets_weights_return_between_rounds() -> None:
     assert len(seen) == 6 and any(bool((new & ~old).any()) for old, new in itertools.pairwise(seen))
 
 
-@pytest.mark.parametrize("structure", ["unstructured", "nm24", "channel", "block2x2"])
+@pytest.mark.parametrize("structure", ["unstructured", "row", "nm24", "channel", "block2x2"])
 def test_shuffling_keeps_counts_and_patterns(structure: str) -> None:
     def masks(ablation: str | None) -> list[torch.Tensor]:
         torch.manual_seed(3)
@@ -181,6 +181,7 @@ def test_shuffling_keeps_counts_and_patterns(structure: str) -> None:
             assert all(int(NM().pool(p.mask.float()).sum(-1).max()) == 2 for p in pruner.params)
         for param in pruner.params:
             assert not param.weight[~param.mask].any() and param.weight[param.mask].all()
+            assert structure != "row" or len(set(param.mask.sum(1).tolist())) == 1
         return [param.mask for param in pruner.params]
 
     plain, shuffled, inverted = masks(None), masks("shuffle"), masks("invert")

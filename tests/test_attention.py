@@ -314,7 +314,7 @@ def test_a_pruned_neuron_adds_nothing(case: str) -> None:
 def test_block_movement_against_loops(case: str) -> None:
     make, inputs, *_ = CASES[case]
     model = make().train()
-    pruner = Pruner(Movement(), OneShot(final=0.5, begin="3 steps"), "hybrid8x4", "uniform")
+    pruner = Pruner(Movement(rule="sum"), OneShot(final=0.5, begin="3 steps"), "hybrid8x4", "uniform")
     pruner.attach(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     scores = {param.name: torch.zeros(param.shape) for param in pruner.params}

@@ -34,10 +34,12 @@ PLACEHOLDERS = (
     "scorer=relative",
     "key=a",
     "package.Class",
+    "mymod.",
+    "my_project",
     "=...",
     "<folder",
 )  # what a reader replaces by something of their own
-LOOKERS = ("pareto", "show", "compare", "export", "bench")
+LOOKERS = ("pareto", "show", "compare", "export", "bench", "test")
 START = re.compile(r"^(python train\.py|python benchmarks/|python -m benchmarks|pl-sparse |make )")
 PLACES = re.compile(r"outputs/(<date>/<time>|\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d)|<run>|\b(RUN|DIR)\b|^outputs$")
 
@@ -238,31 +240,27 @@ def figures() -> list[Any]:
     ]
 
 
-def _trainings(quick: bool) -> list[Any]:
-    """Those of the README, but for a sweep over all methods; or all others."""
+OF_THE_DOCS = (
+    pytest.mark.docs,
+    pytest.mark.filterwarnings("default"),  # of the sweepers' and launchers' dependencies
+)
+
+
+def _trainings() -> list[Any]:
+    """All; those of the README run in `make test`, but for a sweep over all methods."""
     return [
-        pytest.param(command, id=str(command))
+        pytest.param(
+            command,
+            id=str(command),
+            marks=() if command.page == "README.md" and "glob" not in command.text else OF_THE_DOCS,
+        )
         for command in documented()
-        if is_training(command) and (command.page == "README.md" and "glob" not in command.text) == quick
-        if command.text not in {figure.values[0] for figure in figures()}
+        if is_training(command) and command.text not in {figure.values[0] for figure in figures()}
     ]
 
 
-@pytest.mark.parametrize("command", _trainings(quick=True))
-def test_a_training_of_the_readme(
-    command: Command,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    finished: Path,
-) -> None:
-    run_training(command, tmp_path, monkeypatch, capsys, finished)
-
-
-@pytest.mark.docs
-@pytest.mark.filterwarnings("default")  # of the sweepers' and launchers' dependencies
-@pytest.mark.parametrize("command", _trainings(quick=False))
-def test_a_training_of_the_docs(
+@pytest.mark.parametrize("command", _trainings())
+def test_a_training_does_what_the_page_says(
     command: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

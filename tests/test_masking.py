@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pl_sparse import Pruner
+from pl_sparse.core import parameter
 from pl_sparse.masking import SRSTE, TopKAST
 from pl_sparse.schedule import Constant, Cyclic, OneShot
 
@@ -97,8 +98,8 @@ def test_hard_stays_zero_under_momentum_and_decay(kind: str) -> None:
         for param in pruner.params:
             assert not param.weight[~param.mask].any()
             if param.pruned:
-                for value in optimizer.state[param.weight].values():
-                    assert value.shape != param.shape or not value[~param.mask].any()
+                for name, value in optimizer.state[param.weight].items():
+                    assert name == "exp_avg_sq" or value.shape != param.shape or not value[~param.mask].any()
 
     fit(model, pruner, optimizer, 40, check)
     assert pruner.sparsity == pytest.approx(0.7, abs=0.005)
@@ -227,3 +228,42 @@ def test_topkast_trains_more_than_it_uses() -> None:
         assert torch.allclose(dense, expected, atol=1e-6)
         assert torch.equal(weight, dense * a)
     assert moved
+
+
+@pytest.mark.parametrize("masking", ["hard", "ste"])
+def test_large_masks_are_applied_without_a_copy_in_numbers(masking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit what small masks come to, infinite and NaN gradients too, and a byte a weight is all that stays."""
+
+    def trained() -> tuple[torch.Tensor, Pruner]:
+        model = net()
+        pruner = Pruner(schedule=Constant(final=0.5, every=3), masking=masking)
+        pruner.attach(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        for step, x in enumerate(batches(5)):
+            optimizer.zero_grad()
+            loss(model(x)).backward()
+            if step == 4:
+                for param in pruner.params:
+                    param.weight.grad[~param.mask] = float("nan")
+            pruner.before_step(step, 5, optimizer)
+            optimizer.step()
+            pruner.after_step()
+        return torch.cat([param.weight.detach().flatten() for param in pruner.params]), pruner
+
+    small, pruner = trained()
+    assert all(param._bits is not None for param in pruner.params)
+    monkeypatch.setattr(parameter, "_LARGE", 30)
+    large, pruner = trained()
+    assert torch.equal(small.view(torch.int32), large.view(torch.int32)) and (large == 0).sum() == 96
+    assert all(param._bits is None and param._factor is None for param in pruner.params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_lowest_number_stands_where_nothing_is_kept(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parameter, "_PIECE", 7)
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])
+    values = torch.cat([torch.randn(43), special]).to(dtype).reshape(6, 8)
+    for kept in (torch.rand(6, 8) < 0.5, torch.ones(6, 8).bool(), (torch.rand(8, 6) < 0.5).t()):
+        expected = torch.where(kept, values, torch.finfo(dtype).min).contiguous()
+        found = parameter.where_kept(values, kept).contiguous()
+        assert found.dtype == dtype and torch.equal(found.view(torch.uint8), expected.view(torch.uint8))

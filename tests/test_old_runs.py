@@ -178,3 +178,10 @@ def test_hydra_finds_its_callbacks_by_their_old_names(
     printed = capsys.readouterr()
     assert "2 of 2 runs finished" in printed.out and (tmp_path / "sweep" / "pareto.html").is_file()
     assert all(f"{name} is called pl_sparse.app.sweep" in printed.err for name in names.values())
+
+
+def test_movement_of_an_old_run_stays_equation_3() -> None:
+    scorer = {"_target_": "pl_sparse.scorer.Movement", "lr": 1.0}
+    old, new = ({"misfit": "error", **more, "scorer": dict(scorer)} for more in ({}, {"frozen": "skip"}))
+    assert current_targets(OmegaConf.create(old)).scorer.rule == "sum"
+    assert "rule" not in current_targets(OmegaConf.create(new)).scorer

@@ -18,7 +18,7 @@ from test_bad_inputs import FOREIGN
 from torch import nn
 
 from pl_sparse.app import cli
-from pl_sparse.app.direction import direction
+from pl_sparse.results.direction import direction
 from pl_sparse.tasks.data import HuggingFace, Torchvision
 from pl_sparse.tasks.pretrained import huggingface, timm_model
 

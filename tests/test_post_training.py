@@ -1,6 +1,9 @@
 """Wanda and SparseGPT against loops in float64."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,11 +101,12 @@ def obs(weight: torch.Tensor, x: torch.Tensor, keep: int, block: int, n: int = 0
     """
     rows, columns = weight.shape
     w = weight.clone()
-    hessian = 2 * x.t() @ x
-    for j in range(columns):
-        if hessian[j, j] == 0:
-            hessian[j, j], w[:, j] = 1, 0
-    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(columns).double()
+    hessian = 2 * x.t() @ x / len(x)
+    live = [j for j in range(columns) if hessian[j, j] > 0]
+    damping = 0.01 * sum(float(hessian[j, j]) for j in live) / len(live)
+    for j in set(range(columns)) - set(live):
+        hessian[j, j], w[:, j] = 1, 0
+    hessian += damping * torch.eye(columns).double()
     inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(columns)]
     for start in range(0, columns, block):
         inside = range(start, min(start + block, columns))
@@ -132,6 +136,20 @@ def test_sparsegpt_is_the_optimal_brain_surgeon_column_by_column(block: int) -> 
     assert torch.allclose(layer.weight, expected, rtol=1e-8, atol=1e-10)
     assert pruner.kept == 20 and not layer.weight[~pruner.params[0].mask].any()
     assert torch.isfinite(layer.weight).all() and not layer.weight[:, 3].any()
+
+
+def test_sparsegpt_depends_neither_on_the_number_of_batches_nor_on_their_scale() -> None:
+    """Where an input is dead, the sum over batches and a 1 for it would damp by how many there are."""
+
+    def made(times: int, scale: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer, x = nn.Linear(8, 5, bias=False).double(), correlated(30, 8) * scale
+        x[:, 3] = 0
+        pruned(layer, [x] * times, 0.5, "magnitude", "unstructured", "reconstruct")
+        return layer.weight.detach()
+
+    for other in (made(7, 1.0), made(1, 0.01)):
+        torch.testing.assert_close(made(1, 1.0), other, rtol=1e-9, atol=1e-12)
 
 
 def test_sparsegpt_chooses_n_of_m_as_it_goes() -> None:
@@ -254,3 +272,54 @@ def test_what_cannot_be_is_refused() -> None:
     pruner.attach(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="updater=reconstruct is calibrated on batches"):
         pruner.prepare(10)
+
+
+SKIPPED = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from pl_sparse import Sparsity
+from pl_sparse.core.topk import top_k
+from pl_sparse.schedule import OneShot
+from pl_sparse.tasks.data import Batches
+
+class Skips(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.rare, self.last = (torch.nn.Linear(8, 8) for _ in range(3))
+
+    def training_step(self, batch, index):
+        x = batch[0] * torch.tensor([0.01, 0.1, 1, 10, 0.01, 0.1, 1, 10])
+        x = x + self.rare(x) if self.global_rank == 0 else x
+        x = self.first(x) if self.global_rank == 0 or index else self.last(self.first(x))
+        return torch.nn.functional.cross_entropy(self.last(x), batch[1] % 8)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+if __name__ == "__main__":
+    for options in (dict(scorer="wanda"), dict(updater="reconstruct")):
+        module = Skips()
+        magnitude = top_k(module.rare.weight.detach().abs(), 32)
+        callback = Sparsity(schedule=OneShot(final=0.5), allocation="uniform", report=False, **options)
+        Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp_find_unused_parameters_true", logger=False,
+                callbacks=[callback], enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False).fit(module, Batches(torch.randn(32, 8), torch.arange(32), 8))
+        for param in callback.pruner.params:
+            gathered = [torch.empty_like(param.weight) for _ in range(2)]
+            torch.distributed.all_gather(gathered, param.weight.detach().contiguous())
+            assert torch.equal(*gathered), param.name
+        assert callback.sparsity == 0.5 and not torch.equal(module.rare.weight != 0, magnitude)
+    sys.stdout.write("both agree\\n")
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_layer_that_one_process_does_not_call(tmp_path: Path) -> None:
+    """Two processes reduce over all layers in one order; the layer is judged by the process that calls it."""
+    script = tmp_path / "skips.py"
+    script.write_text(SKIPPED.format(tests=str(Path(__file__).parent)))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout.count("both agree") == 2, done.stdout + done.stderr[-3000:]

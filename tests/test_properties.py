@@ -18,7 +18,7 @@ from pl_sparse.app.hydra_api import instantiate
 from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Cyclic
 from pl_sparse.structure import Head
-from pl_sparse.updater import DropGrow, Prune
+from pl_sparse.updater import Prune
 
 LEARNED = {"l0", "str", "soft_movement"}  # a threshold decides how much is kept
 METHODS = sorted({path.stem for path in (CONF / "method").glob("*.yaml")} - LEARNED)
@@ -87,7 +87,7 @@ def test_counts_patterns_and_seeds(method: str) -> None:
         assert counts[-1] == exact if coarsest == 1 else abs(counts[-1] - exact) <= coarsest / 2
         if target > 0:
             pattern(pruner.structure, pruner)
-        if isinstance(pruner.updater, DropGrow):
+        if pruner.updater.fixed_count:
             assert set(counts) == {exact}
             assert any(not torch.equal(a, b) for a, b in zip(masks[0], masks[-1], strict=True))
         elif pruner.masking.remembers or isinstance(pruner.schedule, Cyclic):

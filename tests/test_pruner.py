@@ -270,3 +270,25 @@ def test_channels_spare_the_last_layer_unless_told() -> None:
         pruner = Pruner(sparsity=0.5, structure="channel", last=last)
         pruner.attach(net())
         assert [param.name for param in pruner.params] == names
+
+
+def test_a_mask_is_saved_as_bits_and_none_where_nothing_is_pruned() -> None:
+    model = nn.Sequential(nn.Linear(50, 33), nn.Linear(33, 3))
+    pruner = Pruner(sparsity=0.8, include=["0", "1"])
+    pruner.attach(model)
+    dense = pruner.state_dict()
+    assert sum(tensors["mask"].numel() for tensors in dense["params"].values()) == 0
+    pruner.params[0].set_mask(torch.rand(33, 50) < 0.5)
+    state = pruner.state_dict()
+    assert state["params"]["0.weight"]["mask"].numel() == -(-33 * 50 // 8)
+    earlier = {**state, "version": 2, "params": {}}  # bools, and no shape
+    for param in pruner.params:
+        earlier["params"][param.name] = {"pruned": param.pruned, "mask": param.mask.clone()}
+    for saved in (state, earlier):
+        other = Pruner(sparsity=0.8)
+        other.attach(copy.deepcopy(model))
+        other.load_state_dict(saved)
+        for one, two in zip(other.params, pruner.params, strict=True):
+            assert torch.equal(one.mask, two.mask) and one.pruned == two.pruned
+    other.load_state_dict(dense)
+    assert other.sparsity == 0 and not other.params[0].pruned and bool(other.params[0].mask.all())

@@ -238,6 +238,7 @@ def test_a_channel_whose_scale_is_masked_stays_finite_and_is_folded() -> None:
     assert torch.allclose(converted(x), simulated, atol=0.05)
 
 
+@pytest.mark.slow
 def test_ranges_fit_a_network_with_fewer_channels() -> None:
     net, x = network().eval(), data()[0]
     with torch.no_grad():
@@ -342,3 +343,26 @@ def test_a_network_under_any_name_is_converted_in_its_place(kind: str) -> None:
         expected = module.eval()(x)
         assert float((whole(x) - expected).abs().max()) < 0.1 * float(expected.abs().max())
     assert all(part is not other for part in whole.modules() for other in module.modules())
+
+
+def test_simulating_and_converting_draw_no_random_numbers() -> None:
+    pytest.importorskip("torchao")
+    net = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    quantization = Int4Weight()
+    before = torch.get_rng_state()
+    quantization.prepare(net, torch.zeros(2, 64))
+    quantization.convert()
+    quantization.release()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_that_is_killed_after_training_has_its_macs(tmp_path: Path) -> None:
+    from test_app import config
+
+    from pl_sparse.app.training import train
+
+    asked = ["quantization=int8", "model=lenet5", "trainer.max_epochs=2", "data.limit=128"]
+    whole = train(config(tmp_path, *asked))
+    (tmp_path / "metrics.json").unlink()
+    again = train(config(tmp_path, *asked, f"ckpt_path={tmp_path}/checkpoints/last.ckpt"))
+    assert whole["macs_dense"] > 0 and {**again, "train_seconds": 0} == {**whole, "train_seconds": 0}

@@ -5,13 +5,14 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
 from pl_sparse.core.files import replacing, write_csv, write_json, write_text
-from pl_sparse.results.figures import plot_layers, plot_training
+from pl_sparse.results.figures import plot_layers, plot_tickets, plot_training
 from pl_sparse.results.summary import LayerRow, Summary, dead_layers, layer_rows, summary_table
 
 
@@ -116,6 +117,18 @@ def test_plot_training_of_nothing(history: list[Mapping[str, float | None]], tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("name", "label"), [("val/acc", "validation accuracy"), ("valid_f1", "valid_f1")])
+def test_plot_tickets(name: str, label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("pl_sparse.results.figures.save", lambda figure, path, title: drawn.append(figure.axes[0]))
+    rows = [{"remaining": 0.8**k, name: 0.9 - 0.1 * k, f"best/{name}": 0.95, "val_loss": 1.0 + k} for k in range(3)]
+    plot_tickets(rows, "tickets.png")
+    (axis,) = drawn
+    ends, _, best = axis.lines
+    assert axis.get_ylabel() == label and list(best.get_ydata()) == [0.95] * 3
+    assert list(ends.get_ydata()) == [row[name] for row in rows]
+
+
 def test_plot_layers(summary: Summary, tmp_path: Path) -> None:
     plot_layers(summary, tmp_path / "layers.png", "run")
     check_picture(tmp_path / "layers.png")
@@ -130,7 +143,7 @@ def test_replacing_keeps_the_old_file_after_an_error(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.txt"
     write_text(path, "old\r\n")
     with pytest.raises(RuntimeError), replacing(path) as temporary:
-        assert temporary.suffix == ".txt" and temporary.parent == path.parent
+        assert temporary.name == "a.txt" and temporary.parent.parent == path.parent
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_bytes() == b"old\r\n"

@@ -237,3 +237,14 @@ def test_a_ticket_is_a_scorer(tmp_path: Path) -> None:
         assert int((shuffled[layer] != 0).sum()) == pytest.approx(int(mask.sum()), abs=3)
     with pytest.raises(FileNotFoundError, match="no file"):
         Ticket("nowhere")
+
+
+def test_the_best_of_a_round_is_of_validations_alone() -> None:
+    from types import SimpleNamespace
+
+    rewind = Rewind()
+    for loss in (2.0, 1.0, 3.0):  # a resumed training does not have what was logged in the training before
+        metrics = {"train/loss": torch.tensor(loss), "val/loss": torch.tensor(loss), "val/acc": torch.tensor(loss)}
+        trainer: Any = SimpleNamespace(sanity_checking=False, callback_metrics=metrics)
+        rewind.on_validation_epoch_end(trainer, nn.Identity())  # type: ignore[arg-type]
+    assert rewind.state_dict()["best"] == {"val/loss": 1.0, "val/acc": 3.0}

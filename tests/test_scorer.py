@@ -48,7 +48,7 @@ def test_gradient_and_taylor_are_moving_averages() -> None:
 def test_movement_sums_minus_gradient_times_weight() -> None:
     gradients, weights = data()
     expected = -0.5 * sum((g.double() * w.double() for g, w in zip(gradients, weights, strict=True)), torch.zeros(2, 3))
-    assert torch.allclose(watched(Movement(0.5), gradients, weights), expected.float(), atol=1e-6)
+    assert torch.allclose(watched(Movement(0.5, "sum"), gradients, weights), expected.float(), atol=1e-6)
 
 
 def test_movement_learns_about_pruned_weights() -> None:
@@ -56,7 +56,7 @@ def test_movement_learns_about_pruned_weights() -> None:
     torch.manual_seed(1)
     model = nn.Linear(6, 4, bias=False)
     start = model.weight.detach().clone()
-    pruner = Pruner(Movement(0.1), Linear(final=0.5, every=3), allocation="uniform")
+    pruner = Pruner(Movement(0.1, "sum"), Linear(final=0.5, every=3), allocation="uniform")
     pruner.attach(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     updates = 0
@@ -95,7 +95,7 @@ def test_random_scores_depend_on_seed_and_name_alone() -> None:
 
 def test_weights_without_gradient_score_zero() -> None:
     (param,) = find(nn.Linear(3, 2))
-    for scorer in (Gradient(), Taylor(), Movement()):
+    for scorer in (Gradient(), Taylor(), Movement(rule="sum")):
         scorer.observe(param)
         assert not scorer.score(param).any()
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -163,3 +163,32 @@ def test_rows_keep_as_many_each() -> None:
         assert int(each.max() - each.min()) <= 1
         for row, kept in zip(scores, mask, strict=True):
             assert not kept.any() or not (~kept).any() or row[kept].min() > row[~kept].max()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(1, 9), st.floats(0, 1), st.data())
+def test_rows_are_those_of_sorting_also_under_ties(outputs: int, inputs: int, part: float, data: st.DataObject) -> None:
+    few = st.lists(st.sampled_from([-3e38, 0.0, 0.5, 1.0]), min_size=outputs * inputs, max_size=outputs * inputs)
+    scores = torch.tensor(data.draw(few)).reshape(outputs, inputs)
+    keep = round(part * scores.numel())
+    each, more = divmod(keep, outputs)
+    orders = [sorted(range(inputs), key=lambda j, row=row: (-row[j], j)) for row in scores.tolist()]
+    last = [float(scores[i, order[each]]) if each < inputs else 0.0 for i, order in enumerate(orders)]
+    lucky = sorted(range(outputs), key=lambda i: (-last[i], i))[:more]
+    for dtype in (torch.float32, torch.bfloat16):
+        mask = Row().select(scores.to(dtype), keep)
+        for i, order in enumerate(orders):
+            assert {j for j in range(inputs) if mask[i, j]} == set(order[: each + (i in lucky)])
+
+
+@pytest.mark.parametrize(
+    "name", ["unstructured", "row", "nm24", "nm24t", "block2x4", "kernel", "channel", "feature", "head"]
+)
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_alive_are_the_units_with_a_weight_left(name: str, kernel: tuple[int, ...]) -> None:
+    struct = structure(name)
+    if name == "head" and kernel:
+        pytest.skip("attention has no kernels")
+    mask = torch.rand(8, 4, *kernel) < 0.1
+    for order in (mask, mask.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert torch.equal(struct.alive(order), struct.pool(mask.float()) > 0)

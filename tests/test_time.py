@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pl_sparse import Pruner, Sparsity
 from pl_sparse.callbacks import Regularize
+from pl_sparse.callbacks.clock import Timetable
 from pl_sparse.regularizer import L1
 from pl_sparse.schedule import Constant, Cubic, OneShot
 
@@ -203,7 +204,7 @@ def test_closures_that_are_evaluated_often() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters(), 0.1, max_iter=3)
 
-    for masking in ("hard", "ste"):
+    for masking in ("hard", "frozen"):
         module, sparsity = Lbfgs(), Sparsity(sparsity=0.75, masking=masking, report=False)
         fit(module, sparsity, EachBatch(sparsity))
         assert sparsity.pruner.step == 4 * BATCHES and zeros(module) == pytest.approx(0.75)
@@ -459,3 +460,86 @@ def test_weights_that_thaw_join_with_the_level_in_force(updater: str) -> None:
         pruner.after_step()
     assert pruner.sparsity == 0.5 and int((net[0].weight == 0).sum()) == 64 and int((net[2].weight == 0).sum()) == 32
     assert torch.equal(pruner.params[1].mask, mask) or updater == "prune"
+
+
+# Callbacks with times of their own
+
+
+class Half(Manual):
+    """Accumulates two batches a step by hand, so that there are half of the steps that were estimated."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch))
+        if batch_idx % 2:
+            optimizer: Any = self.optimizers()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Told(Callback):
+    """Asks a timetable at the start of each batch."""
+
+    def __init__(self, **times: Any) -> None:
+        self.table = Timetable("test", **times)
+        self.passed: dict[str, list[bool]] = {name: [] for name in times}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.table.start(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        self.table.batch_starts(trainer)
+        for name, passed in self.passed.items():
+            passed.append(self.table.passed(name))
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.table.batch_ended(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.table.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.table.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.table.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("kind", [Net, Half, Critic])
+def test_times_of_other_callbacks_follow_training_too(kind: type[Net]) -> None:
+    told = Told(half="6 epochs", part=0.75, steps="6 steps", end=1.0)
+    fit(kind(), told, max_epochs=12)
+    total, steps = 12 * BATCHES, {Net: 1, Half: 0.5, Critic: 3}[kind]
+    first = {name: passed.index(True) if any(passed) else total for name, passed in told.passed.items()}
+    assert first["end"] == total and first["steps"] == 6 / steps
+    assert abs(first["half"] - total / 2) <= 2 and abs(first["part"] - 0.75 * total) <= 2
+    assert told.table.step == steps * total
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_times_of_other_callbacks_are_resumed(tmp_path: Path) -> None:
+    whole, resumed = Told(part=0.75), Told(part=0.75)
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    fit(Half(), whole, saving, enable_checkpointing=True)
+    fit(Half(), resumed, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert whole.passed["part"][2 * BATCHES :] == resumed.passed["part"] and whole.table.step == resumed.table.step
+    assert any(resumed.passed["part"]) and not all(resumed.passed["part"])
+
+
+def test_a_penalty_acts_for_the_part_of_training_it_was_given(tmp_path: Path) -> None:
+    """Half of the estimated steps happen; the penalty still acts in the second quarter of training alone."""
+    module, penalty = Half(), Regularize(L1(strength=1e-3), begin=0.25, until=0.5)
+    acted = []
+    module.on_train_batch_end = lambda *args: acted.append(penalty._active)  # type: ignore[method-assign]
+    fit(module, penalty, Sparsity(sparsity=0.5, report=False), max_epochs=12)
+    first, count = acted.index(True), sum(acted)
+    assert abs(first - 3 * BATCHES) <= 3 and abs(count - 3 * BATCHES) <= 3
+
+
+def test_a_penalty_of_a_layer_that_is_replaced_stops_with_its_name() -> None:
+    class Replaces(Net):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.head = nn.Linear(16, 4)
+
+    with pytest.raises(RuntimeError, match=r"head\.weight: penalized, and replaced while training goes on"):
+        fit(Replaces(), Regularize(L1(strength=1e-3)))

@@ -1,10 +1,13 @@
 """Exact top-k against sorting."""
 
+from collections.abc import Iterator, Sequence
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pl_sparse.core import topk
 from pl_sparse.core.topk import threshold, top_k
 
 
@@ -45,7 +48,7 @@ def test_large_tensors(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
         assert not kept.numel() or not removed.numel() or kept.min() >= removed.max()
 
 
-@pytest.mark.parametrize("kind", ["normal", "tied", "infinite", "constant", "drifting"])
+@pytest.mark.parametrize("kind", ["normal", "tied", "infinite", "constant", "drifting", "bfloat16", "float64"])
 def test_many_scores(kind: str) -> None:
     """So many that bounds from a sample come first, with scores that a sample misjudges among them."""
     generator = torch.Generator().manual_seed(1)
@@ -58,6 +61,8 @@ def test_many_scores(kind: str) -> None:
         scores = [torch.ones_like(s) for s in scores]
     elif kind == "drifting":  # what the sample's stride meets is unlike all else
         scores[0][::42] = 9.0
+    elif kind in ("bfloat16", "float64"):
+        scores = [s.to(getattr(torch, kind)) for s in scores]
     flat = torch.cat(scores)
     order = flat.sort(descending=True, stable=True).indices
     for keep in (1, 2_500, 270_000, 2_699_000, len(flat)):
@@ -67,6 +72,29 @@ def test_many_scores(kind: str) -> None:
     scores[1][2] = float("nan")
     with pytest.raises(ValueError, match="tensor 1 hold NaN"):
         threshold(scores, 10)
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.099, 0.1])
+def test_dead_units_are_not_searched(kept: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units that are pruned already score the lowest number there is, and must cost no exact search of all scores."""
+    searched: list[int] = []
+
+    def spy(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        searched.append(sum(topk.sizes(tensors)))
+        return chunks(tensors, dtype)
+
+    chunks = topk._chunks
+    monkeypatch.setattr(topk, "_chunks", spy)
+    scores = [torch.rand(size) for size in (1_500_000, 700_000)]
+    for score in scores:
+        score[torch.rand(len(score)) < 0.9] = torch.finfo(torch.float32).min
+    alive = sum(int((score >= 0).sum()) for score in scores)
+    for keep in (round(10 * kept * alive), alive + 7):
+        flat = torch.cat(scores)
+        expected = torch.zeros(len(flat), dtype=torch.bool)
+        expected[flat.sort(descending=True, stable=True).indices[:keep]] = True
+        assert torch.equal(torch.cat(list(topk.threshold(scores, keep).masks(scores))), expected)
+    assert sum(searched) < 0.2 * len(flat)
 
 
 def test_all_equal_keeps_the_first() -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pl_sparse import Pruner, Sparsity
 from pl_sparse.allocation import Allocation, Units, choose
 from pl_sparse.callbacks import Rewind
+from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import build
 from pl_sparse.core.targets import find
 from pl_sparse.network.probe import Probe
@@ -230,6 +231,35 @@ def test_a_mask_update_that_fails_is_due_again(
             assert pruner.due and not pruner.at_target
     assert failed == 1
     assert pruner.at_target and pruner.sparsity == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("axes", [{"updater": "reconstruct"}, {"rounds": 3}])
+def test_weights_that_a_failed_update_moved_are_put_back(monkeypatch: pytest.MonkeyPatch, axes: dict[str, Any]) -> None:
+    """Reconstruction fails at its second layer, rounds at the second of three."""
+    model, updater = net(), axes.get("updater", "prune")
+    schedule = OneShot(final=0.5, begin=0.5, rounds=axes.get("rounds", 1))
+    pruner = Pruner(schedule=schedule, allocation="uniform", masking="hard", updater=updater)
+    pruner.attach(model)
+    probe = Probe(model, [torch.randn(8, model[0].in_features)], lambda batch: model(batch).sum())
+    pruner.prepare(8, probe=probe)
+    before = copy.deepcopy(model.state_dict())
+    original, calls = MaskedParameter.set_mask, 0
+
+    def failing(self: MaskedParameter, mask: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == (2 if updater == "reconstruct" else len(pruner.params) + 2):
+            raise RuntimeError("out of memory")
+        original(self, mask)
+
+    pruner.step = 4
+    monkeypatch.setattr(MaskedParameter, "set_mask", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pruner.advance()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert pruner.sparsity == 0 and pruner.due and pruner.num_updates == 0
+    monkeypatch.undo()
+    assert pruner.advance() and pruner.sparsity == zeros(model) == 0.5
 
 
 def test_a_last_update_that_fails_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

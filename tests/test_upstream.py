@@ -359,3 +359,40 @@ def test_the_clock(accumulate: int, steps: int) -> None:
         accumulate_grad_batches=accumulate,
     )
     assert times == [(steps, 2 * steps), (2 * steps, 2 * steps)]
+
+
+def test_an_empty_model_is_unwrapped_too() -> None:
+    """A module without layers is false where it stands for a truth value."""
+    wrapper = nn.Module()
+    wrapper._forward_module = nn.Sequential()
+    assert upstream.unwrapped(wrapper) is wrapper._forward_module
+    wrapper._orig_mod = nn.Sequential()
+    assert upstream.unwrapped(wrapper) is wrapper._orig_mod
+
+
+def test_where_modules_keep_what_is_theirs() -> None:
+    layer = nn.Sequential(nn.Linear(2, 2))
+    parameters, modules = upstream.registries(layer[0])
+    assert parameters["weight"] is layer[0].weight and not modules
+    assert next(iter(list(upstream.registries(layer))[1].values())) is layer[0]
+
+
+def test_memory_of_8_bits() -> None:
+    mask = torch.tensor([True, False, True])
+    state: dict[str, Any] = {"state1": torch.tensor([7, 8, 9], dtype=torch.uint8), "step": torch.tensor(1)}
+    state["qmap1"] = torch.tensor([-1.0, 0.0, 1.0])
+    state["exp_avg"] = torch.ones(3)
+    for key in ("state1", "exp_avg"):
+        upstream.zero_memory(state, key, mask)
+    assert state["state1"].tolist() == [7, 1, 9] and state["exp_avg"].tolist() == [1, 0, 1]
+
+
+def test_what_a_module_gets_in_place_of_an_optimizer() -> None:
+    module, asked = Module(), []
+
+    def ask(trainer: Trainer) -> None:
+        wrapper: Any = module.optimizers()
+        asked.append(upstream.wrappers_of(trainer, wrapper.optimizer) == [wrapper])
+
+    fit(At(on_train_start=ask), module=module, max_epochs=1)
+    assert asked == [True]

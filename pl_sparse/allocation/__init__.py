@@ -9,13 +9,14 @@ from pl_sparse.allocation.base import Allocation
 from pl_sparse.allocation.budget import Budget
 from pl_sparse.allocation.choose import choose, refuse_unreachable
 from pl_sparse.allocation.count import apportion, kept
-from pl_sparse.allocation.layerwise import ERK, Uniform
+from pl_sparse.allocation.layerwise import ERK, OWL, Uniform
 from pl_sparse.allocation.ranked import LAMP, Global, lamp
 from pl_sparse.allocation.units import Units
 
 __all__ = [
     "ERK",
     "LAMP",
+    "OWL",
     "Allocation",
     "Budget",
     "Global",

@@ -14,6 +14,7 @@ from pl_sparse.allocation.base import Allocation
 from pl_sparse.allocation.count import kept
 from pl_sparse.allocation.units import Units
 from pl_sparse.core.topk import threshold
+from pl_sparse.structure import Structure
 
 __all__ = ["choose", "refuse_unreachable"]
 
@@ -38,7 +39,8 @@ def choose(units: Units, allocation: Allocation, level: float, overrides: Sequen
         counts |= {i: kept(level, units.sizes[i]) for i in free}
     elif free:
         ranks = allocation.ranks(shared)
-        if ranks is not None and len(set(shared.weights)) == 1 and not any(shared.leasts(level)):
+        free_choice = type(units.structure).select is Structure.select  # no pattern within a tensor, such as rows
+        if ranks is not None and free_choice and len(set(shared.weights)) == 1 and not any(shared.leasts(level)):
             # Units of one size: one threshold over all of them is the rule, and no counts are needed.
             cutoff = threshold(ranks, kept(level, sum(shared.sizes)))
             for i, chosen in zip(free, cutoff.masks(ranks), strict=True):

@@ -14,9 +14,11 @@ from pl_sparse.allocation.count import kept
 from pl_sparse.allocation.units import LazyScores, Units
 from pl_sparse.core.group import Group
 from pl_sparse.core.registry import Axes, name_of, register
-from pl_sparse.core.topk import top_k
+from pl_sparse.core.topk import descending, threshold, top_k
 
 __all__ = ["LAMP", "Global", "lamp"]
+
+_EVERY = 256
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,19 @@ class _Ranked(Allocation):
     """One threshold over all tensors; none of them is sure to keep more than `Units.least`."""
 
     @abstractmethod
-    def ranks(self, units: Units) -> Sequence[Tensor]:
+    def comparable(self, units: Units) -> Sequence[Tensor]:
         """Scores that compare across tensors."""
 
+    def counts(self, units: Units, keep: int) -> list[int]:
+        """How many units of each tensor are among the `keep` best, where all are of one size."""
+        ranks = self.comparable(units)
+        return [int(torch.count_nonzero(mask)) for mask in threshold(ranks, keep).masks(ranks)]
+
     def keep(self, groups: Sequence[Group], units: Units, sparsity: float) -> list[int]:
-        ranks = self.ranks(units)
         leasts = units.leasts(sparsity)
+        if len(set(units.weights)) == 1 and not any(leasts):
+            return self.counts(units, kept(sparsity, sum(units.sizes)))
+        ranks = self.comparable(units)
         scores = [_raised(ranks[i].reshape(-1), leasts[i]) for i in range(len(groups))]
         device = scores[0].device
         owner = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(units.sizes)).to(device)  # (units,)
@@ -59,6 +68,9 @@ class Global(_Ranked):
     It can remove a tensor whole, which the report says.
     """
 
+    def comparable(self, units: Units) -> Sequence[Tensor]:
+        return units
+
     def ranks(self, units: Units) -> Sequence[Tensor]:
         return units
 
@@ -84,13 +96,94 @@ def lamp(scores: Tensor) -> Tensor:
     """
     flat = scores.reshape(-1).double()
     dead = flat == torch.finfo(scores.dtype).min
-    squared = flat.masked_fill(dead, 0).square().clamp_max(1e200)  # infinite scores have a rank among others too
+    squared = _squares(flat.masked_fill(dead, 0))
     order = squared.sort(descending=True, stable=True).indices
     ranked = squared[order]
-    total = ranked.cumsum(0)
     out = torch.zeros_like(squared)
-    out[order] = torch.where(total > 0, ranked / total.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    out[order] = _shares(ranked, ranked.cumsum(0))
     return out.masked_fill_(dead, torch.finfo(torch.float64).min).reshape(scores.shape)
+
+
+def _lamp_counts(units: Units, keep: int) -> list[int]:
+    """How many units of each tensor are among the `keep` of the best LAMP scores; ties go to the earlier tensor.
+
+    In a tensor LAMP scores fall as scores do. Each is sorted once, and one rank in `_EVERY` remembered: that tells
+    which of its ranks the threshold may lie between, and only these are looked at again.
+    """
+    curves = [_Curve(_living(units[index])) for index in range(len(units))]
+    spare = keep - sum(curve.size for curve in curves)
+    if spare >= 0:  # all that is left, and of what is pruned already the first
+        counts = []
+        for curve, size in zip(curves, units.sizes, strict=True):
+            counts.append(curve.size + min(spare, size - curve.size))
+            spare -= counts[-1] - curve.size
+        return counts
+    if not keep:
+        return [0] * len(curves)
+    known = descending(torch.cat([curve.ranked.cpu() for curve in curves]))
+    # p remembered scores above a bound are at most p `_EVERY` scores, and at least that less `_EVERY` for each tensor
+    low = -(-keep // _EVERY) + len(curves) - 1
+    upper, lower = float(known[(keep - 1) // _EVERY]), float(known[low]) if low < len(known) else float("-inf")
+    spans = [curve.span(upper, lower) for curve in curves]
+    between = [
+        curve.scores(_living(units[index]), *span).cpu()
+        for index, (curve, span) in enumerate(zip(curves, spans, strict=True))
+    ]
+    sure = [start for start, _ in spans]
+    cutoff = threshold(between, keep - sum(sure))
+    return [count + int(torch.count_nonzero(mask)) for count, mask in zip(sure, cutoff.masks(between), strict=True)]
+
+
+def _living(scores: Tensor) -> Tensor:
+    """The size of each score, flat; -1 where the unit is pruned already."""
+    flat = scores.reshape(-1)
+    return torch.where(flat == torch.finfo(flat.dtype).min, -1, flat.abs())
+
+
+class _Curve:
+    """The LAMP scores of a tensor by rank, as far as they are remembered.
+
+    Args:
+        scores: flat, -1 where a unit is pruned already.
+
+    Attributes:
+        size: how many units there are that are not pruned already.
+        ranked: the LAMP scores of ranks 0, `_EVERY`, 2 `_EVERY`, ..., float64.
+    """
+
+    def __init__(self, scores: Tensor) -> None:
+        ranked = descending(scores)
+        self.size = int(torch.count_nonzero(ranked >= 0))
+        squared = _squares(ranked[: self.size])
+        total = squared.cumsum(0)
+        self._scores = ranked[: self.size : _EVERY].clone()
+        self._total = total[::_EVERY].clone()
+        self.ranked = _shares(squared[::_EVERY], self._total)
+
+    def span(self, upper: float, lower: float) -> tuple[int, int]:
+        """The first rank and the one after the last of all that may have a LAMP score from `lower` to `upper`."""
+        above, reached = int((self.ranked > upper).sum()), int((self.ranked >= lower).sum())
+        return max(above - 1, 0) * _EVERY, min(reached * _EVERY, self.size)
+
+    def scores(self, scores: Tensor, start: int, end: int) -> Tensor:
+        """The LAMP scores of the ranks from `start` on and before `end`."""
+        if start >= end:
+            return self.ranked[:0]
+        most = self._scores[start // _EVERY]
+        least = self._scores[end // _EVERY] if end < self.size else 0.0
+        ranked = descending(scores[(scores >= least) & (scores <= most)])
+        first = int(torch.count_nonzero(scores > most))  # equal ones may lie before `start`
+        squared = _squares(ranked[start - first : end - first])
+        total = torch.cat([self._total[start // _EVERY].reshape(1), squared[1:]]).cumsum(0)
+        return _shares(squared, total)
+
+
+def _squares(scores: Tensor) -> Tensor:
+    return scores.double().square().clamp_max(1e200)  # infinite scores have a rank among others too
+
+
+def _shares(squared: Tensor, total: Tensor) -> Tensor:
+    return torch.where(total > 0, squared / total.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
 
 @register
@@ -104,8 +197,11 @@ class LAMP(_Ranked):
     Source: Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, 2021, arXiv:2010.07611, equation 4.
     """
 
-    def ranks(self, units: Units) -> Sequence[Tensor]:
+    def comparable(self, units: Units) -> Sequence[Tensor]:
         return _Lamp(units)
+
+    def counts(self, units: Units, keep: int) -> list[int]:
+        return _lamp_counts(units, keep)
 
     def refusal(self, axes: Axes) -> str | None:
         if axes.scorer.signed:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import Layout
-from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parameter import MaskedParameter, where_kept
 from pl_sparse.structure import Structure
 
 __all__ = ["LazyScores", "Units", "refuse_nan"]
@@ -92,7 +92,7 @@ class Units(LazyScores):
             units = self._mean(group)
         total = None if id(group) in self._checked else units.sum()  # not finite where a score is NaN
         if self.monotone and group.pruned:  # below all others, but finite: LAMP squares scores
-            units = torch.where(self.alive(index), units, torch.finfo(units.dtype).min)
+            units = where_kept(units, self.alive(index))
         if total is not None:
             if not math.isfinite(float(total)):
                 refuse_nan(group.name, units)
@@ -136,8 +136,7 @@ class Units(LazyScores):
         """Which units of a group have a weight left, a bool tensor of the units' shape."""
         alive: Tensor | None = None
         for param, layout in self.groups[index].members:
-            mask = layout.view(param.fill(param.mask))
-            mask = self.structure.pool(mask.to(param.weight.dtype)) > 0  # a mean above 0: some weight is left
+            mask = self.structure.alive(layout.view(param.fill(param.mask)))
             alive = mask if alive is None else alive | mask
         assert alive is not None
         return alive
@@ -157,7 +156,7 @@ class Units(LazyScores):
         if not self.monotone:
             return self.sizes
         return [
-            int(self.alive(index).sum()) if group.pruned else size
+            int(torch.count_nonzero(self.alive(index))) if group.pruned else size
             for index, (group, size) in enumerate(zip(self.groups, self.sizes, strict=True))
         ]
 

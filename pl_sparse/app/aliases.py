@@ -39,7 +39,10 @@ TARGETS = {
 """Classes that a configuration of 0.1.0 may name, and where they are."""
 OPTIONS = {"masking=shrunk": "masking=softthresholded"}
 """Options of groups, and what they are called."""
-ADDED: dict[str, Any] = {"frozen": "skip", "layouts": {}, "print_config": False}
+ADDED: dict[str, Any] = {
+    "frozen": "skip", "layouts": {}, "print_config": False, "resume_with": "same", "overwrite": False,
+    "trust": None,
+}  # fmt: skip
 """Settings that a configuration of 0.1.0 does not have, with their defaults."""
 _HYDRA = ("pl_sparse.hooks.Overview", "pl_sparse.sweep.monitor.Sweep")
 _announced: set[str] = set()
@@ -54,6 +57,9 @@ def current_targets(cfg: DictConfig) -> DictConfig:
     _rename(cfg)
     if "misfit" in cfg:  # it is composed from train.yaml
         OmegaConf.set_struct(cfg, False)
+        scorer = cfg.get("scorer")
+        if "frozen" not in cfg and scorer is not None and scorer.get("_target_") == "pl_sparse.scorer.Movement":
+            scorer.setdefault("rule", "sum")  # in 0.1.0 movement was equation 3
         for key, default in ADDED.items():
             cfg.setdefault(key, default)
     return cfg

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.idle import references
+from pl_sparse.app.nodes import keys
 from pl_sparse.app.seen import Seen
 from pl_sparse.app.settings import ConfigError, parameters_of, signature_of, target
+from pl_sparse.core.optional import beginning
 from pl_sparse.core.registry import near_misses, suggestion
 
-__all__ = ["COMPLETION", "arranged", "completed", "here", "ignored", "keys", "refusal", "without_leftovers"]
+__all__ = ["COMPLETION", "arranged", "completed", "here", "ignored", "refusal", "without_leftovers"]
 
 _FLAGS = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
 _WITH_VALUE = (
@@ -162,7 +163,7 @@ def _put(cfg: DictConfig, override: Override) -> None:
     try:
         OmegaConf.update(cfg, override.key_or_group, value, merge=True, force_add=True)
     except Exception as error:
-        raise ConfigError(f"{override.input_line}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{override.input_line}: {beginning(error)}") from error
 
 
 def _takes(cfg: DictConfig, key: str, seen: Seen) -> str | None:
@@ -304,15 +305,3 @@ def without_leftovers(cfg: DictConfig, settings: Sequence[str]) -> DictConfig:
             if not typed and left not in parameters and not str(left).startswith("_"):
                 del node[left]
     return cfg
-
-
-def keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of nested settings.
-
-    >>> list(keys({"a": {"b": 1}}))
-    ['a', 'a.b']
-    """
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield f"{prefix}{key}"
-            yield from keys(value, f"{prefix}{key}.")

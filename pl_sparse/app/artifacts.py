@@ -21,7 +21,9 @@ from pl_sparse.app.instantiate import network
 from pl_sparse.app.parts import Parts
 from pl_sparse.callbacks import Quantize
 from pl_sparse.core.files import replacing, write_csv, write_text
+from pl_sparse.core.ledger import Ledger
 from pl_sparse.core.optional import nice_to_have
+from pl_sparse.core.upstream import plain_name
 from pl_sparse.quantize import integers
 from pl_sparse.results.figures import plot_layers, plot_training
 from pl_sparse.results.summary import Summary, layer_rows, summary_table
@@ -79,7 +81,7 @@ def in_its_place(deployed: nn.Module, net: nn.Module, converted: nn.Module) -> n
 def save_weights(parts: Parts, folder: Path) -> None:
     """Save the weights that the module has to model.safetensors, and what was removed from it to shrunk.json."""
     tensors = {
-        name.replace("_orig_mod.", "").removeprefix(parts.prefix): tensor.detach().cpu().contiguous()
+        plain_name(name).removeprefix(parts.prefix): tensor.detach().cpu().contiguous()
         for name, tensor in parts.module.state_dict().items()
     }
     first_names: dict[int, str] = {}
@@ -193,7 +195,9 @@ _WRITTEN = {
 }
 
 
-def print_report(folder: Path, summary: Summary, metrics: Mapping[str, Any], levels: list[dict[str, Any]]) -> None:
+def print_report(
+    folder: Path, summary: Summary, metrics: Mapping[str, Any], levels: list[dict[str, Any]], ledger: Ledger
+) -> None:
     """Print layers, levels and scores, and what is where.
 
     Args:
@@ -201,6 +205,7 @@ def print_report(folder: Path, summary: Summary, metrics: Mapping[str, Any], lev
         summary: of its layers.
         metrics: those of metrics.json.
         levels: rows of front.json; empty without a front.
+        ledger: which files the run wrote; others are not listed.
     """
     console = Console()
     console.print()
@@ -222,5 +227,5 @@ def print_report(folder: Path, summary: Summary, metrics: Mapping[str, Any], lev
     console.print(f"{line} ({source} of {metrics['epochs']}, {metrics['train_seconds']:.1f} s of training)".lstrip())
     console.print(f"\nwritten to {folder}:", highlight=False, soft_wrap=True, markup=False)
     for name, content in _WRITTEN.items():
-        if (folder / name).exists():
+        if ledger.has(name):
             console.print(f"  {name:<18} {content}", highlight=False)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,15 +20,21 @@ from omegaconf.errors import OmegaConfBaseException
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
 from pl_sparse.app.arguments import COMPLETION, arranged, completed, here, ignored, without_leftovers
 from pl_sparse.app.deploy import FailedExportsError
+from pl_sparse.app.earlier import earlier_overrides
+from pl_sparse.app.ends import EndedError, Interrupted, how_to_go_on, say, signals
 from pl_sparse.app.explanation import explanation, is_of_the_user, own_frames
-from pl_sparse.app.hydra_api import as_typed, entry, given, quoted
+from pl_sparse.app.folder import leave
+from pl_sparse.app.hydra_api import entry, given, quoted
 from pl_sparse.app.namespaces import unify
 from pl_sparse.app.plugins import provide_options
 from pl_sparse.app.seen import Seen
 from pl_sparse.app.settings import ConfigError, check
+from pl_sparse.app.subcommand import quiet
 from pl_sparse.app.sweep.job import run
 from pl_sparse.app.sweep.launch import arguments as plugin_settings
 from pl_sparse.app.training import train
+from pl_sparse.core.files import is_full, read_yaml
+from pl_sparse.results.runs import key_of
 
 __all__ = ["main", "sweep"]
 
@@ -53,11 +58,7 @@ def _entry(cfg: DictConfig) -> float | tuple[float, ...] | None:
 def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
     unify()  # here too: jobs of a sweep may have processes of their own
     here()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # data in memory needs none
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning uses a name that torch renamed
-    warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # a resumed run
+    quiet()
     cfg = without_leftovers(current_targets(cfg), given())
     if cfg.output_dir is None:
         OmegaConf.set_struct(cfg, False)
@@ -82,39 +83,54 @@ def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
     """`python train.py ...` and `pl-sparse ...`: one run, or a sweep with -m; the objective is what it returns.
 
     An error is a line or two, or the user's own frames where it comes from them. HYDRA_FULL_ERROR=1 shows all frames.
+    The exit code is 2 for what is refused before training, 1 for a training that ended early, 128 and the number of
+    the signal that ended it otherwise.
 
     Args:
         config_dir: a folder with groups of one's own, unless the command names one by --config-dir.
     """
     if config_dir is not None and not any(argument.startswith(("--config-dir", "-cd")) for argument in sys.argv[1:]):
         sys.argv.insert(1, f"--config-dir={os.fspath(config_dir)}")
+    asked, refused = sys.argv[1:], True
     unify()
     provide_hydra_callbacks()
     here()
     cause: BaseException
     with _errors() as full:
         try:
-            return _command(sys.argv[1:])
+            with signals():
+                result = _command(asked)
+            refused = False
+            return result
         except ConfigError as error:
-            message, code, cause = str(error), 2, error
+            message, code, cause = f"error: {error}", 2, error
         except FailedExportsError as error:
-            message, code, cause = str(error), 3, error
-        except KeyboardInterrupt as error:
-            sweep = {"-m", "--multirun"} & set(sys.argv)
-            way = "resume=true" if sweep else "ckpt_path=<run>/checkpoints/last.ckpt"
-            message, code, cause = f"interrupted. It goes on with {way}", 2, error
+            refused = False  # the run is finished
+            message, code, cause = f"error: {error}", 3, error
+        except EndedError as error:
+            message, code, cause = f"error: {error}", 1, error
+        except KeyboardInterrupt as end:
+            refused = False
+            code, cause = 128 + (end.number if isinstance(end, Interrupted) else signal.SIGINT), end
+            message = how_to_go_on(end, asked, sweep=bool({"-m", "--multirun"} & set(sys.argv)))
         except Exception as error:
-            message, code, cause = _told(error)
+            explained, code, cause = _told(error)
+            message = f"error: {explained}"
+        finally:
+            leave(undo=refused)
     if full and not isinstance(cause, KeyboardInterrupt):
         traceback.print_exception(cause)
-    print(f"error: {message}", file=sys.stderr)
+    say(message)
     sys.exit(code)
 
 
 def _command(typed: list[str]) -> float | None:
     """Run what was typed, completed by what Hydra needs to hear."""
     provide_options()
-    options, settings = arranged(current_options(_with_earlier(typed)))
+    try:
+        options, settings = arranged(current_options(_with_earlier(typed)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explanation(error, *arranged(current_options(typed)))) from error
     settings = plugin_settings(settings)
     if not {"-h", "--help", "--hydra-help", "--version", *COMPLETION} & set(options):
         try:
@@ -153,6 +169,8 @@ def _check(seen: Seen, cfg: DictConfig, typed: list[str]) -> None:
 
 def _told(error: Exception) -> tuple[str, int, BaseException]:
     """What to print of an error that nobody foresaw, the exit code, and the error itself."""
+    if isinstance(error, OSError) and is_full(error):
+        return f"the disk is full: {error.filename} could not be written\n  make room on it, then start again", 1, error
     if is_of_the_user(error):
         return own_frames(error), 1, error
     if isinstance(error, (FileNotFoundError, ImportError)) and str(error):
@@ -187,33 +205,32 @@ def sweep() -> float | None:
 
 def _with_earlier(arguments: list[str]) -> list[str]:
     """The arguments of a command; with `ckpt_path` of a run, after the settings and folder that the run had."""
-    values = {_key(argument): argument.partition("=")[2] for argument in arguments}
+    values = {key_of(argument): argument.partition("=")[2] for argument in arguments}
     path = values.get("ckpt_path", "null").strip("'\"")
-    run = Path(path).parent.parent
-    saved = run / ".hydra" / "overrides.yaml"
-    if path == "null" or not saved.is_file():
+    if path == "null":
         return arguments
-    earlier = [
-        override
-        for override in as_typed(OmegaConf.load(saved))
-        if _key(override) not in {*values, "ckpt_path", "output_dir"}
-    ]
-    folder = [] if "hydra.run.dir" in values else [f"hydra.run.dir={quoted(str(run))}"]
-    return [*_folder_of_groups(run, arguments), *earlier, *folder, *arguments]
+    run = Path(path).parent.parent
+    taken_over = (run / ".hydra" / "overrides.yaml").is_file() and not {"hydra.run.dir", "output_dir"} & set(values)
+    folder = [f"hydra.run.dir={quoted(run)}"] if taken_over else []
+    groups = _folder_of_groups(run, arguments, trusted=values.get("trust", "").lower() == "true")
+    return [*groups, *earlier_overrides(path, [*groups, *arguments]), *folder, *arguments]
 
 
-def _folder_of_groups(run: Path, arguments: list[str]) -> list[str]:
-    """The option --config-dir that a run had."""
+def _folder_of_groups(run: Path, arguments: list[str], trusted: bool) -> list[str]:
+    """The option --config-dir that a run had: a folder of the user's, and none that came with the run."""
     saved = run / ".hydra" / "hydra.yaml"
     if not saved.is_file() or any(argument.startswith(("--config-dir", "-cd")) for argument in arguments):
         return []
-    sources: Any = OmegaConf.select(OmegaConf.load(saved), "hydra.runtime.config_sources") or []
-    return [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
-
-
-def _key(argument: str) -> str:
-    """
-    >>> _key("+model.width=4")
-    'model.width'
-    """
-    return argument.partition("=")[0].lstrip("+~")
+    try:
+        settings: Any = read_yaml(saved)
+        sources = settings["hydra"]["runtime"]["config_sources"]
+        folders = [Path(source["path"]) for source in sources if source["provider"] == "command-line"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    for folder in folders:
+        if not trusted and folder.resolve().is_relative_to(run.resolve()):
+            raise ConfigError(
+                f"{saved} names {folder} as --config-dir, which came with the run\n"
+                "  if you trust whoever wrote the run, add trust=true"
+            )
+    return [f"--config-dir={folder}" for folder in folders]

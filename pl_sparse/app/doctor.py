@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from pl_sparse.core.optional import beginning
+
 __all__ = ["extras", "main", "targets"]
 
 _CORE = ("pl_sparse", "torch", "lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy")
@@ -119,8 +121,7 @@ def targets() -> Iterator[tuple[str, bool, str]]:
         try:
             yield name, True, attempt()
         except Exception as error:
-            lines = str(error).strip().splitlines()
-            yield name, False, lines[0] if lines else type(error).__name__
+            yield name, False, beginning(error)
 
 
 def _devices() -> Iterator[tuple[str, str]]:

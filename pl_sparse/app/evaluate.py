@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import logging
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,24 +15,24 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pl_sparse.app.arguments import here
-from pl_sparse.app.explanation import is_of_the_user, own_frames
 from pl_sparse.app.finished import load_run
+from pl_sparse.app.instantiate import implements
 from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.subcommand import guarded, parser_of
 from pl_sparse.core.files import write_csv
+from pl_sparse.core.optional import beginning
 
 __all__ = ["predicted", "scored"]
 
 
 def scored(arguments: Sequence[str] | None = None) -> None:
     """`pl-sparse test RUN`: test the model of a finished run on its test data."""
-    options = _parser("test").parse_args(arguments)
-    _guarded(_test, options)
+    guarded(_test, _parser("test", scored.__doc__).parse_args(arguments))
 
 
 def predicted(arguments: Sequence[str] | None = None) -> None:
     """`pl-sparse predict RUN --data FILE`: what the model of a finished run says of inputs, as a table."""
-    parser = _parser("predict")
+    parser = _parser("predict", predicted.__doc__)
     parser.add_argument(
         "--data",
         type=Path,
@@ -43,42 +40,24 @@ def predicted(arguments: Sequence[str] | None = None) -> None:
         help="inputs as the model takes them, (samples, *shape): .npy, .pt, .csv; without it those of the test data",
     )
     parser.add_argument("--to", type=Path, metavar="FILE", help="a .csv, .npy or .pt file (RUN/predictions.csv)")
-    options = parser.parse_args(arguments)
-    _guarded(_predict, options)
+    guarded(_predict, parser.parse_args(arguments))
 
 
-def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"pl-sparse {name}", description=(scored if name == "test" else predicted).__doc__
-    )
-    parser.add_argument("run", type=Path, help="the folder of a finished run (its output_dir)")
+def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    parser = parser_of(name, description)
     parser.add_argument("--batch-size", type=int, default=256, help="samples at once, of inputs from a file (256)")
     return parser
 
 
-def _guarded(command: Any, options: argparse.Namespace) -> None:
-    for logger in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    here()
-    try:
-        if options.batch_size < 1:
-            raise ConfigError(f"--batch-size {options.batch_size} must be 1 or more")
-        command(options)
-    except (ConfigError, ImportError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Exception as error:
-        if not is_of_the_user(error):
-            raise
-        print(f"error: {own_frames(error)}", file=sys.stderr)
-        sys.exit(1)
+def _refuse_empty_batches(options: argparse.Namespace) -> None:
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size {options.batch_size} must be 1 or more")
 
 
 def _test(options: argparse.Namespace) -> None:
-    module, data, _ = load_run(options.run)
-    if not _has(module, "test_step") or (data is None and not _has(module, "test_dataloader")):
+    _refuse_empty_batches(options)
+    module, data, _ = load_run(options.run, trust=options.trust)
+    if not implements(module, "test_step") or (data is None and not implements(module, "test_dataloader")):
         raise ConfigError(f"{options.run}: its module has no test_step, or there are no test data")
     scores = _trainer().test(module, datamodule=data, verbose=False)[0]
     table = Table("metric", "value", title=None)
@@ -88,10 +67,11 @@ def _test(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    _refuse_empty_batches(options)
     target = options.to or options.run / "predictions.csv"
     if target.suffix not in (".csv", ".npy", ".pt"):
         raise ConfigError(f"--to {target} must be a .csv, .npy or .pt file")
-    module, data, _ = load_run(options.run)
+    module, data, _ = load_run(options.run, trust=options.trust)
     if options.data is None:
         out = torch.cat([_outputs(value) for value in _predicted(module, data, options.run)])
     else:
@@ -100,8 +80,10 @@ def _predict(options: argparse.Namespace) -> None:
             with torch.no_grad():
                 out = torch.cat([_outputs(module(part)) for part in x.split(options.batch_size)])
         except (RuntimeError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"--data {options.data}: the model takes no inputs {tuple(x.shape)}: {reason}") from error
+            shape = tuple(x.shape)
+            raise ConfigError(
+                f"--data {options.data}: the model takes no inputs {shape}: {beginning(error)}"
+            ) from error
     _write(out, target)
     print(f"{len(out)} predictions written to {target}")
 
@@ -153,7 +135,7 @@ def _inputs(path: Path, shape: Sequence[int] | None) -> Tensor:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"--data {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"--data {path} cannot be read: {beginning(error)}") from error
     if not isinstance(x, Tensor) or x.dim() < 1 or not len(x):
         raise ConfigError(f"--data {path} holds no tensor of samples")
     x = x.float() if x.is_floating_point() or path.suffix == ".csv" else x
@@ -178,7 +160,3 @@ def _write(out: Tensor, path: Path) -> None:
                 row["class"] = max(range(len(values)), key=values.__getitem__)
             rows.append(row | {f"output_{number}": value for number, value in enumerate(values)})
         write_csv(path, rows)
-
-
-def _has(module: LightningModule, hook: str) -> bool:
-    return getattr(type(module), hook) is not getattr(LightningModule, hook)

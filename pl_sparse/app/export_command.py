@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,12 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from pl_sparse.app.arguments import here
 from pl_sparse.app.deploy import RANGES, FailedExportsError, deploy, integers_in_ranges, merged, training_inputs
 from pl_sparse.app.finished import load_run
 from pl_sparse.app.formats import refuse
 from pl_sparse.app.instantiate import built, network
 from pl_sparse.app.settings import CONF, ConfigError
+from pl_sparse.app.subcommand import guarded, parser_of
 from pl_sparse.core.files import write_json
 from pl_sparse.core.registry import suggestion
 from pl_sparse.export.hardware import Hardware
@@ -44,8 +42,7 @@ def bench(arguments: Sequence[str] | None = None) -> None:
 def _command(name: str, arguments: Sequence[str] | None) -> None:
     formats = sorted(path.stem for path in (CONF / "export").glob("*.yaml"))
     measure = name == "bench"
-    parser = argparse.ArgumentParser(prog=f"pl-sparse {name}", description=(bench if measure else export).__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a finished run (its output_dir)")
+    parser = parser_of(name, (bench if measure else export).__doc__)
     parser.add_argument(
         "--to",
         nargs="+",
@@ -55,13 +52,8 @@ def _command(name: str, arguments: Sequence[str] | None) -> None:
     parser.add_argument("--threads", type=int, help="of torch and ONNX Runtime")
     if measure:
         parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, a format and batch size (2)")
-    options = parser.parse_args(arguments)
-    for logger in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    here()
-    try:
+
+    def run(options: argparse.Namespace) -> None:
         if options.threads is not None:
             if options.threads < 1:
                 raise ConfigError(f"--threads {options.threads} must be 1 or more")
@@ -71,26 +63,28 @@ def _command(name: str, arguments: Sequence[str] | None) -> None:
         for format in options.to or ():
             if format not in formats:
                 raise ConfigError(f"--to {format}: there is no such format. {suggestion(format, formats)}")
-        _export_run(options.run, options.to, measure, options.seconds if measure else 0.0)
-    except (ConfigError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _export_run(options.run, options.to, measure, options.seconds if measure else 0.0, options.trust)
+
+    try:
+        guarded(run, parser.parse_args(arguments))
     except FailedExportsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(3)
 
 
-def _export_run(folder: Path, names: Sequence[str] | None, measure: bool, seconds: float) -> None:
+def _export_run(folder: Path, names: Sequence[str] | None, measure: bool, seconds: float, trust: bool) -> None:
     """Export a finished run, and bring its metrics.json up to date."""
-    module, data, cfg = load_run(folder)
+    module, data, cfg = load_run(folder, trust)
     hardware: Hardware = built(cfg, "hardware")
     structure: Structure = built(cfg, "structure")
     metrics = json.loads((folder / "metrics.json").read_text())
     if names is None:
         names = [str(name) for name in cfg.get("export") or ()] or list(hardware.exports)
-    nodes: Any = OmegaConf.merge(
-        *(OmegaConf.load(CONF / "export" / f"{name}.yaml") for name in names), cfg.get("export") or {}
-    )
+    paths = [path for path in (CONF / "export").glob("*.yaml") if path.stem in names]  # a name is no path
+    nodes: Any = OmegaConf.merge(*map(OmegaConf.load, paths), cfg.get("export") or {})
+    for name in names:
+        if "_target_" not in (nodes.get(name) or {}):
+            raise ConfigError(f"export={name}: there is no such format. {suggestion(name, [*nodes])}")
     formats = {name: built(nodes, name) for name in names}
     refuse(formats, module, data, structure, metrics["sparsity"])
     wanted = any(format.dtype == "int8" for format in formats.values())

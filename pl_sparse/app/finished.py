@@ -6,39 +6,45 @@ import os
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pl_sparse.app.aliases import current_targets
 from pl_sparse.app.instantiate import make_module, network, optional
 from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.trust import read_settings
 from pl_sparse.surgery.saved import load_shrunk
 
 __all__ = ["load_run"]
 
 
-def load_run(folder: str | os.PathLike[str]) -> tuple[LightningModule, LightningDataModule | None, DictConfig]:
+def load_run(
+    folder: str | os.PathLike[str], trust: bool = False
+) -> tuple[LightningModule, LightningDataModule | None, DictConfig]:
     """Load the trained module of a finished run, its data and its configuration.
 
     A module that was shrunk in training has the shapes that it ended with.
 
     Args:
         folder: what `output_dir` was, with config.yaml and model.safetensors.
+        trust: build whatever its config.yaml names. Without it that is limited to parts of a run, of pl_sparse, torch,
+            lightning, torchmetrics and the modules of the current folder ([security.md](docs/security.md)).
 
     Returns:
         the module in evaluation mode, its data (None if it brings its own), and the configuration with the current
         names of classes.
 
     Raises:
-        ConfigError: it is no folder of a finished run, or its model is not the one whose weights are there.
+        ConfigError: it is no folder of a finished run, names what is not trusted, or its model is not the one whose
+            weights are there.
     """
     folder = Path(folder)
     for name in ("config.yaml", "model.safetensors"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} is no folder of a finished run: it has no {name}")
-    saved = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(saved, DictConfig)
-    cfg = current_targets(saved)
+    way = "add --trust, in Python load_run(..., trust=True)"
+    cfg = current_targets(read_settings(folder / "config.yaml", folder, way, trust))
     data: LightningDataModule | None = optional(cfg, "data")
     module, prefix = make_module(cfg, data)
     try:
@@ -47,6 +53,6 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[LightningModule, Lightning
         else:
             tensors = load_file(folder / "model.safetensors")
             module.load_state_dict({prefix + name: value for name, value in tensors.items()})
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, SafetensorError) as error:
         raise ConfigError(f"the weights in {folder} are of another model than its config.yaml: {error}") from error
     return module.eval(), data, cfg

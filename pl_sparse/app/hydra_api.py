@@ -4,7 +4,8 @@ Hydra 1.3 asks for `version_base`; 1.4 deprecates it. From 1.5 on Hydra instanti
 targets, which 1.4 takes already. The list has two parts. `PACKAGES` holds the libraries that configurations are made
 of: it covers what Hydra itself instantiates, such as its callbacks. Below a node that is instantiated here, the targets
 which that node names are on the list one by one: a configuration comes from the user's own files and command line, and
-is trusted as the user's code is. What Hydra never calls for a configuration, such as `os.system`, stays refused.
+is trusted as the user's code is; `app.trust` has looked at one that comes from the folder of a run. What Hydra never
+calls for a configuration, such as `os.system`, stays refused.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,8 +22,9 @@ import hydra.utils
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from pl_sparse.app.direction import direction
+from pl_sparse.app.nodes import targets
 from pl_sparse.app.settings import CONF
+from pl_sparse.results.direction import direction
 
 __all__ = ["PACKAGES", "as_typed", "composition", "entry", "given", "instantiate", "quoted", "register_resolver"]
 
@@ -57,17 +59,17 @@ def given() -> list[str]:
 
 def as_typed(settings: Any) -> list[str]:
     """Settings of a list of Hydra's, in which `key=${other}` stays what it is."""
-    plain: Any = OmegaConf.to_container(settings, resolve=False)
+    plain: Any = OmegaConf.to_container(settings, resolve=False) if OmegaConf.is_config(settings) else settings
     return [str(setting) for setting in plain]
 
 
-def quoted(text: str) -> str:
-    """A text as a value in Hydra's grammar, whatever is in it.
+def quoted(value: object) -> str:
+    """A value as a string in Hydra's grammar, whatever is in it.
 
     >>> quoted("it's")
     "'it\\\\'s'"
     """
-    text = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text)
+    text = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", str(value))
     ending = len(text) - len(text.rstrip("\\"))
     return f"'{text}{chr(92) * ending}'"
 
@@ -76,17 +78,8 @@ def instantiate(node: DictConfig, **arguments: Any) -> Any:
     """`hydra.utils.instantiate`, with the targets that the node names on the white list."""
     if _WHITE_LIST:
         values = OmegaConf.to_container(node, resolve=True, throw_on_missing=False)
-        arguments["_execution_whitelist_"] = [*PACKAGES, *dict.fromkeys(_targets(values))]
+        arguments["_execution_whitelist_"] = [*PACKAGES, *dict.fromkeys(targets(values))]
     return hydra.utils.instantiate(node, **arguments)
-
-
-def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        if isinstance(node.get("_target_"), str):
-            yield node["_target_"]
-        node = list(node.values())
-    for value in node if isinstance(node, list) else ():
-        yield from _targets(value)
 
 
 def register_resolver(name: str, resolver: Callable[..., Any]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from pl_sparse.app.direction import direction
+from pl_sparse.app.nodes import strings
 from pl_sparse.core.registry import near_misses, suggestion
+from pl_sparse.results.direction import direction
 
 __all__ = ["idle", "misdirected", "references", "unread"]
 
@@ -43,16 +44,8 @@ def references(cfg: Any) -> Iterator[str]:
     >>> sorted(references(OmegaConf.create({"a": "${b}", "c": {"d": "${e.f}/${oc.env:HOME}"}, "b": 1})))
     ['b', 'e']
     """
-    for text in _strings(OmegaConf.to_container(cfg, resolve=False)):
+    for text in strings(OmegaConf.to_container(cfg, resolve=False)):
         yield from re.findall(r"\$\{\s*(\w+)(?=[.\[}\s])(?!\.?\w*:)", text)
-
-
-def _strings(node: Any) -> Iterator[str]:
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, (dict, list)):
-        for value in node.values() if isinstance(node, dict) else node:
-            yield from _strings(value)
 
 
 def idle(values: Mapping[str, Any]) -> str | None:

@@ -15,10 +15,11 @@ from pl_sparse.app.explanation import is_of_the_user
 from pl_sparse.app.hydra_api import given, instantiate
 from pl_sparse.app.namespaces import belongs_to_the_other
 from pl_sparse.app.settings import ConfigError, parameters_of, target
+from pl_sparse.core.optional import beginning
 from pl_sparse.tasks.classifier import Classifier
 from pl_sparse.tasks.lr import LRSchedule
 
-__all__ = ["built", "each", "make_module", "network", "optional", "refuse_other_outputs"]
+__all__ = ["built", "each", "implements", "make_module", "network", "optional", "refuse_other_outputs"]
 
 _OF_CLASSIFIER = ("optimizer", "lr_schedule", "label_smoothing")
 """Settings that the `Classifier` alone reads."""
@@ -174,8 +175,9 @@ def refuse_other_outputs(module: Classifier, data: LightningDataModule, name: st
             if is_of_the_user(error) and not isinstance(error, (RuntimeError, TypeError)):
                 raise
             shape = tuple(batch[0].shape)
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"model={name} does not take inputs of shape {shape} of the data: {reason}") from error
+            raise ConfigError(
+                f"model={name} does not take inputs of shape {shape} of the data: {beginning(error)}"
+            ) from error
         finally:
             for part, mode in training.items():
                 part.training = mode
@@ -210,3 +212,8 @@ def _built_with(cfg: DictConfig, key: str, facts: dict[str, Any]) -> Any:
 def network(module: LightningModule) -> nn.Module:
     """What of a module is deployed: the network of a `Classifier`, else the module itself, by its `forward`."""
     return module.net if isinstance(module, Classifier) else module
+
+
+def implements(module: LightningModule, hook: str) -> bool:
+    """Whether a module has a hook of its own."""
+    return getattr(type(module), hook) is not getattr(LightningModule, hook)

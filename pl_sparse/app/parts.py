@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.allocation import Allocation, Budget
-from pl_sparse.app.direction import is_accuracy
 from pl_sparse.app.formats import make_formats, refuse
 from pl_sparse.app.instantiate import built, make_module, optional, refuse_other_outputs
 from pl_sparse.app.settings import ConfigError
@@ -22,6 +21,7 @@ from pl_sparse.core.targets import Targets
 from pl_sparse.export.format import Export
 from pl_sparse.export.hardware import Hardware
 from pl_sparse.masking import Masking
+from pl_sparse.results.direction import is_accuracy
 from pl_sparse.schedule import Iterative, Schedule, Staircase, Tickets
 from pl_sparse.scorer import Scorer
 from pl_sparse.structure import Structure
@@ -58,6 +58,7 @@ class Parts:
         shrink: takes masked channels out of the model.
         quantize: trains for integers.
         budget: finds the sparsity that costs little accuracy.
+        trust: whether checkpoints of the folder may hold pickled objects; None where the run has not been gone on with.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class Parts:
     shrink: Shrink | None = None
     quantize: Quantize | None = None
     budget: AccuracyBudget | None = None
+    trust: bool | None = None
 
     @property
     def callbacks(self) -> list[Callback]:
@@ -150,6 +152,7 @@ def assemble(cfg: DictConfig, identity: str) -> Parts:
         quantize=quantize,
         budget=budget,
         random_state=RandomState(),
+        trust=cfg.get("trust"),
     )
     _attach(sparsity, module)
     return parts

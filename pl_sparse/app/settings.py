@@ -48,6 +48,8 @@ _TOP: dict[str, Any] = {
     "front": bool,
     "levels": list[float] | None,
     "resume": bool,
+    "resume_with": typing.Literal["same", "changed"],
+    "overwrite": bool,
     "prefix_cache": str,
     "threads": int | None,
     "mode": typing.Literal["max", "min"] | None,
@@ -56,6 +58,7 @@ _TOP: dict[str, Any] = {
     "export_measure": bool,
     "print_config": bool,
     "ckpt_path": str | None,
+    "trust": bool | None,
     "output_dir": str | None,
 }
 _SPECIAL = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}

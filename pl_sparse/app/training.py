@@ -8,22 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.aliases import current_targets
 from pl_sparse.app.artifacts import figures, integer_network, print_report, save_weights, write_reports
-from pl_sparse.app.checkpoints import is_plain
 from pl_sparse.app.deploy import deploy, merged
+from pl_sparse.app.earlier import loads_plain
+from pl_sparse.app.ends import Reminder, explained
+from pl_sparse.app.folder import Keep, RunFolder, take
+from pl_sparse.app.instantiate import implements
 from pl_sparse.app.parts import Parts, assemble
 from pl_sparse.app.settings import ConfigError, check
-from pl_sparse.app.sweep.identity import run_fingerprint
+from pl_sparse.app.sweep.identity import run_fingerprint, settings
 from pl_sparse.app.sweep.prefix import shared_prefix
 from pl_sparse.app.trainer import make_trainer
 from pl_sparse.callbacks import Shrink
 from pl_sparse.callbacks.monitored import MissingMetricError
+from pl_sparse.callbacks.run.divergence import Divergence
 from pl_sparse.callbacks.run.prefix import Prefix
 from pl_sparse.callbacks.run.publish import closing, publish
+from pl_sparse.callbacks.run.saved_settings import SavedSettings
 from pl_sparse.core.files import write_json
 
 __all__ = ["train"]
@@ -40,27 +45,37 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         the metrics, as they are in metrics.json.
 
     Raises:
-        ConfigError: the configuration cannot be run; raised before training.
+        ConfigError: the configuration cannot be run, or its folder holds another run; raised before training.
+        EndedError: the disk is full, or the weights are no numbers any more.
+        Interrupted: a signal asked for the end.
     """
     cfg = current_targets(cfg)
     OmegaConf.set_struct(cfg, False)
     if cfg.get("output_dir") is None:
         cfg.output_dir = datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
     check(cfg)
+    with take(cfg) as folder:
+        return _train(cfg, folder)
+
+
+def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
+    """Train one model in the folder that was taken for it."""
     identity = run_fingerprint(cfg, cfg.output_dir)
+    saved = SavedSettings(settings(cfg))
     if cfg.levels:
         cfg.sparsity = cfg.levels[-1]
-    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
-        raise ConfigError(f"ckpt_path={cfg.ckpt_path} is no file: checkpoints are in <run>/checkpoints/last.ckpt")
     seed_everything(cfg.seed, workers=True, verbose=False)
 
     parts = assemble(cfg, identity)
+    parts.status.ledger = folder.ledger
     shared = shared_prefix(cfg, parts.sparsity, cfg.trainer.max_epochs)
-    trainer = make_trainer(cfg, [*parts.callbacks, *([shared] if shared else [])])
-    with parts.status:
+    beside = [Divergence(), saved, Keep(folder), Reminder()]
+    with folder.noting_new():
+        trainer = make_trainer(cfg, [*parts.callbacks, *([shared] if shared else []), *beside])
+    with parts.status, explained(parts.folder, parts.module):
         try:
             _fit(cfg, parts, trainer, shared)
-            return _finish(cfg, parts, trainer)
+            return _finish(cfg, parts, trainer, folder)
         finally:
             if shared:
                 shared.release()
@@ -74,7 +89,7 @@ def _fit(cfg: DictConfig, parts: Parts, trainer: Trainer, shared: Prefix | None)
         if steps:
             parts.status.share(steps)
     try:
-        plain = checkpoint is None or is_plain(checkpoint, parts.folder)
+        plain = checkpoint is None or loads_plain(checkpoint, parts.folder, parts.trust)
         trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=plain)
     except MissingMetricError as error:
         raise ConfigError(
@@ -84,10 +99,7 @@ def _fit(cfg: DictConfig, parts: Parts, trainer: Trainer, shared: Prefix | None)
         other_model = isinstance(error, RuntimeError) and "loading state_dict" in str(error)
         if parts.history.started or (isinstance(error, RuntimeError) and not other_model):
             raise
-        message = f"ckpt_path={cfg.ckpt_path} is of another model: {error}" if other_model else str(error)
-        raise ConfigError(message) from error
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        raise ConfigError(_other_model(cfg.ckpt_path, error) if other_model else str(error)) from error
     if not parts.history.started and trainer.global_step:
         # the checkpoint was of the end of training, and Lightning left out what comes then
         for callback in parts.callbacks:
@@ -96,7 +108,13 @@ def _fit(cfg: DictConfig, parts: Parts, trainer: Trainer, shared: Prefix | None)
             callback.on_train_end(trainer, parts.module)
 
 
-def _finish(cfg: DictConfig, parts: Parts, trainer: Trainer) -> dict[str, Any]:
+def _other_model(path: str, error: Exception) -> str:
+    """Two lines for a checkpoint whose weights do not fit."""
+    reasons = [" ".join(line.split()) for line in str(error).splitlines()[1:]] or [str(error)]
+    return f"ckpt_path={path} is of another model: {reasons[0][:160]}\n  without model=... the run's own is taken over"
+
+
+def _finish(cfg: DictConfig, parts: Parts, trainer: Trainer, folder: RunFolder) -> dict[str, Any]:
     """Test, and write what a run leaves behind, its metrics last: a run that has them is done."""
     paths = [] if parts.front is None else parts.front.paths
     levels = [{**_level(cfg, parts, trainer, path), "level": level} for level, path in enumerate(paths)]
@@ -121,7 +139,7 @@ def _finish(cfg: DictConfig, parts: Parts, trainer: Trainer) -> dict[str, Any]:
         )
         metrics = merged(metrics, costs)
     write_json(parts.folder / "metrics.json", metrics)
-    print_report(parts.folder, summary, metrics, levels)
+    print_report(parts.folder, summary, metrics, levels, folder.ledger)
     publish(trainer.loggers, parts.folder, metrics, trainer.global_step)
     return metrics
 
@@ -132,7 +150,7 @@ def _level(cfg: DictConfig, parts: Parts, trainer: Trainer, path: Path) -> dict[
     _remove_masked(parts, trainer)
     scores: dict[str, float] = {}
     loggers, trainer.loggers = trainer.loggers, []  # curves are of the training alone
-    if _has(parts.module, "validation_step"):
+    if implements(parts.module, "validation_step"):
         scores |= trainer.validate(parts.module, datamodule=parts.data, verbose=False)[0]
     if _has_test(cfg, parts):
         scores |= trainer.test(parts.module, datamodule=parts.data, verbose=False)[0]
@@ -151,12 +169,8 @@ def _from_one(epoch: int | None) -> int | None:
 
 
 def _has_test(cfg: DictConfig, parts: Parts) -> bool:
-    loaded = parts.data is not None or _has(parts.module, "test_dataloader")
-    return bool(cfg.test) and loaded and _has(parts.module, "test_step")
-
-
-def _has(module: LightningModule, hook: str) -> bool:
-    return getattr(type(module), hook) is not getattr(LightningModule, hook)
+    loaded = parts.data is not None or implements(parts.module, "test_dataloader")
+    return bool(cfg.test) and loaded and implements(parts.module, "test_step")
 
 
 def _load_best(parts: Parts, trainer: Trainer) -> int | None:
@@ -171,7 +185,8 @@ def _load_best(parts: Parts, trainer: Trainer) -> int | None:
 
 def _load(path: str | Path, parts: Parts, trainer: Trainer) -> Mapping[str, Any]:
     """Load weights, masks and ranges of a checkpoint, which is returned."""
-    checkpoint: Mapping[str, Any] = trainer.strategy.load_checkpoint(path, weights_only=is_plain(path, parts.folder))
+    plain = loads_plain(path, parts.folder, parts.trust)
+    checkpoint: Mapping[str, Any] = trainer.strategy.load_checkpoint(path, weights_only=plain)
     if (shrink := Shrink.of(trainer)) is not None:
         shrink.load(trainer, parts.module, checkpoint)
     parts.module.load_state_dict(checkpoint["state_dict"])

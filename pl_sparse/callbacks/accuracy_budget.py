@@ -7,11 +7,14 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from pl_sparse.callbacks.clock import steps_per_epoch, total_steps
+from pl_sparse.callbacks.clock import Timetable
+from pl_sparse.callbacks.monitored import require
 from pl_sparse.callbacks.sparsity import Sparsity
-from pl_sparse.schedule import Decisions, Paced, Time, step_of
+from pl_sparse.core.upstream import validation_has_run
+from pl_sparse.results.judged import judged
+from pl_sparse.schedule import Decisions, Paced, Time
 
 __all__ = ["AccuracyBudget"]
 
@@ -27,7 +30,8 @@ class AccuracyBudget(Callback):
 
     Args:
         drop: what the metric may lose, in its own unit.
-        metric: a metric that is logged at each validation.
+        metric: a metric that is logged at each validation; None for the one that models are judged by: an accuracy,
+            else one that is no loss (for mode "min" a loss).
         mode: "max" if more is better, else "min".
         reference: the metric of the dense model; None for the best of the warm-up.
         warmup: how long the model is trained dense first.
@@ -46,7 +50,7 @@ class AccuracyBudget(Callback):
     def __init__(
         self,
         drop: float = 0.01,
-        metric: str = "val/acc",
+        metric: str | None = None,
         mode: Literal["max", "min"] = "max",
         reference: float | None = None,
         warmup: Time = 0.2,
@@ -78,7 +82,7 @@ class AccuracyBudget(Callback):
         self._level = 0.0  # the one that is tried
         self._held: dict[str, Any] | None = None  # the sparsest model within the budget, to go back to
         self._best = float("-inf")  # its metric, more is better
-        self._until = 0  # the step at which the warm-up is over
+        self._times = Timetable("accuracy budget", warmup=warmup)
 
     # Before training
 
@@ -98,24 +102,31 @@ class AccuracyBudget(Callback):
         pruner.schedule = Paced(final=schedule.final, decisions=self._plan)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._until = step_of(self.warmup, "warmup", total_steps(trainer), steps_per_epoch(trainer))
+        self._times.start(trainer)
         if self._plan.done:  # resumed from the end, which may have come before the last epoch
             trainer.should_stop = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._times.batch_starts(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._times.batch_ended(trainer)
 
     # Decisions
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.metric not in trainer.callback_metrics:
-            logged = ", ".join(sorted(trainer.callback_metrics))
-            raise ValueError(f"metric={self.metric} is not logged at the end of an epoch; there is {logged}")
+        if not validation_has_run(trainer):
+            return
+        metric = self._judged(trainer)
         sign = 1 if self.mode == "max" else -1
-        value = sign * float(trainer.callback_metrics[self.metric])
-        pruner = Sparsity.of(trainer).pruner
+        value = sign * float(trainer.callback_metrics[metric])
         self._tried += 1
         if self._baseline is None:
             if self._held is None or value > self._best:
                 self._hold(trainer, pl_module, value)
-            if pruner.step >= self._until:
+            if self._times.passed("warmup"):
                 self._baseline = sign * self._best if self.reference is None else self.reference
                 self._try(trainer)
         elif value >= sign * self._baseline - self.drop:
@@ -129,8 +140,25 @@ class AccuracyBudget(Callback):
         if trainer.should_stop or last:  # before checkpoints are written
             self._finish(trainer, pl_module)
 
+    def _judged(self, trainer: Trainer) -> str:
+        """The name of the metric, which must be logged by now."""
+        if self.metric is None:
+            self.metric = judged(trainer.callback_metrics, self.mode)
+            rank_zero_info(f"the accuracy budget is one of {self.metric}")
+        require(self.metric or "val/acc", trainer.callback_metrics, "AccuracyBudget")
+        assert self.metric is not None
+        return self.metric
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._judged(trainer)  # said at the first validation
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, pl_module)  # where something else ended the training
+        self._times.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._times.release()
 
     def _try(self, trainer: Trainer) -> None:
         """Prune further at the next step, if there is further."""
@@ -191,8 +219,10 @@ class AccuracyBudget(Callback):
             "tried": self._tried,
             "level": self._level,
             "best": self._best,
+            "metric": self.metric,
             "epoch": self.epoch,
             "held": self._held,
+            "times": self._times.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -201,3 +231,5 @@ class AccuracyBudget(Callback):
         self._baseline, self._rate = state_dict["dense"], state_dict["rate"]
         self._tried, self._level = state_dict["tried"], state_dict["level"]
         self._best, self.epoch, self._held = state_dict["best"], state_dict["epoch"], state_dict["held"]
+        self.metric = self.metric or state_dict.get("metric")
+        self._times.load_state_dict(state_dict.get("times"))

@@ -22,29 +22,43 @@ class AfterModule:
         module: whose hook it is.
         hook: its name.
         function: gets the hook's arguments.
-
-    Attributes:
-        follows: whether there is such a hook; otherwise nothing is done.
     """
 
     def __init__(self, module: LightningModule, hook: str, function: Callable[..., None]) -> None:
-        self._module, self._hook = module, hook
-        self._earlier = vars(module).get(hook)  # set on the object, not its class
-        self.follows = self._earlier is not None or getattr(type(module), hook) is not getattr(LightningModule, hook)
-        if not self.follows:
+        self._module, self._hook, self._function = module, hook, function
+        self._both: Callable[..., None] | None = None  # what stands in the hook's place
+        self._earlier: Any = None  # what stood there on the object, not its class
+        self.follow()
+
+    @property
+    def follows(self) -> bool:
+        """Whether there is such a hook; otherwise nothing is done."""
+        return self._both is not None
+
+    def follow(self) -> None:
+        """Stand last again, where something has set or wrapped the hook since."""
+        current = vars(self._module).get(self._hook)
+        if current is not None and current is self._both:
             return
-        own = getattr(module, hook)
+        self._both, self._earlier = None, current
+        if current is None and getattr(type(self._module), self._hook) is getattr(LightningModule, self._hook):
+            return
+        own = getattr(self._module, self._hook)
 
         def both(*args: Any, **kwargs: Any) -> None:
             own(*args, **kwargs)
-            function(*args, **kwargs)
+            if self._both is both:  # not one that something else has wrapped, with another around it
+                self._function(*args, **kwargs)
 
-        override(module, hook, both)
+        self._both = both
+        override(self._module, self._hook, both)
 
     def release(self) -> None:
-        """Leave the module's hook as it was."""
-        if self.follows and self._earlier is not None:
+        """Leave the module's hook as it was; what something else has put around it stays."""
+        ours, self._both = self._both, None
+        if ours is None or vars(self._module).get(self._hook) is not ours:
+            return
+        if self._earlier is not None:
             override(self._module, self._hook, self._earlier)
-        elif self.follows:
+        else:
             restore(self._module, self._hook)
-        self.follows = False

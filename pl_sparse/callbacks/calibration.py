@@ -67,6 +67,7 @@ class Calibration:
         self.trainer = trainer
         self.module = module
         self.count = batches
+        self._source: Iterator[Any] = iter(())
 
     def probe(self) -> Probe:
         """What the Pruner calibrates with."""
@@ -74,7 +75,8 @@ class Calibration:
         def mean(value: Tensor) -> Tensor:
             return self.trainer.strategy.reduce(value, reduce_op="mean")
 
-        return Probe(self.module, self._batches, self._loss, mean if self.trainer.world_size > 1 else None)
+        reduce = mean if self.trainer.world_size > 1 else None
+        return Probe(self.module, self._first, self._loss, reduce, self._following)
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of a batch; the module is left as it is.
@@ -85,16 +87,28 @@ class Calibration:
         with undisturbed(self.module), torch.enable_grad():
             return self._loss(batch).detach()
 
-    def _batches(self) -> list[Any]:
+    def _first(self) -> list[Any]:
+        """The first batches of the training data."""
+        self._source = _batches(self.trainer)
+        batches = self._take()
+        if not batches:
+            raise ValueError("training_step returned no loss for a calibration batch: there are none with a loss")
+        return batches
+
+    def _following(self) -> list[Any]:
+        """The batches after those taken last; from the first on again where the data ends."""
+        batches = self._take()
+        return batches if len(batches) == self.count else self._first()
+
+    def _take(self) -> list[Any]:
+        """The next batches with a loss, fewer where the data ends."""
         batches: list[Any] = []
-        for batch in islice(_batches(self.trainer), self.count * _TRIES):
+        for batch in islice(self._source, self.count * _TRIES):
             with undisturbed(self.module), torch.enable_grad():
                 if self._step(batch) is not None:
                     batches.append(batch)
             if len(batches) == self.count:
                 break
-        if not batches:
-            raise ValueError("training_step returned no loss for a calibration batch: there are none with a loss")
         return batches
 
     def _loss(self, batch: Any) -> Tensor:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
+from torch.optim import Optimizer
 
+from pl_sparse.callbacks.steps import StepHooks
 from pl_sparse.core.upstream import place_in_training
-from pl_sparse.schedule import Schedule
+from pl_sparse.schedule import OneShot, Schedule, Time
+from pl_sparse.schedule.clock import Clock
 
-__all__ = ["current_step", "epochs_behind", "estimates", "progress", "steps_per_epoch", "total_steps"]
+__all__ = ["Timetable", "current_step", "epochs_behind", "estimates", "progress", "steps_per_epoch", "total_steps"]
 
 _FAR = 2**60  # a number of steps that is not known yet
 _FAR_EPOCH = 2**40
@@ -93,3 +99,114 @@ def steps_per_epoch(trainer: Trainer) -> int | None:
 def current_step(trainer: Trainer) -> int:
     """Optimizer steps taken so far, those of several optimizers at once counted as one."""
     return trainer.global_step // max(len(trainer.optimizers), 1)
+
+
+class Timetable:
+    """Times of a callback in a training, as optimizer steps that follow the trainer's progress as a schedule's do.
+
+    It counts the steps that happened; of several optimizers those of the first that steps in a batch.
+
+    Args:
+        what: what the times are of, for messages.
+        times: by name.
+
+    Attributes:
+        step: optimizer steps taken.
+
+    Raises:
+        ValueError: a time is none.
+    """
+
+    def __init__(self, what: str, **times: Time) -> None:
+        self._what = what
+        self._times = times
+        self._clocks = {name: Clock(self._schedule(name)) for name in times}
+        self.step = 0
+        self._keeper: Optimizer | None = None  # the first that steps in a batch
+        self._hooks: StepHooks | None = None
+        self._restored: Mapping[str, Any] | None = None
+
+    def _schedule(self, name: str) -> Schedule:
+        try:
+            return OneShot(final=0.0, begin=self._times[name])
+        except ValueError as error:
+            raise self._named(name, error) from None
+
+    def _named(self, name: str, error: ValueError) -> ValueError:
+        return ValueError(f"{self._what}: {error}".replace("begin=", f"{name}="))
+
+    def start(self, trainer: Trainer) -> None:
+        """Fit the times to a training that starts or goes on.
+
+        Raises:
+            ValueError: one is beyond training, or a fraction of a length that is not known.
+        """
+        self.step = current_step(trainer)
+        for name, time in self._times.items():
+            schedule = self._clocks[name].schedule
+            total, per_epoch = estimates(trainer, schedule)
+            if total == float("inf") and schedule.fractional and time != 1:
+                raise ValueError(
+                    f"{self._what}: {name}={time!r} is a fraction of training, whose length is not known: set "
+                    "max_epochs or max_steps, or give the time in steps or epochs"
+                )
+            clock = self._clocks[name] = Clock(schedule)
+            try:
+                clock.fit(_FAR if total == float("inf") else total, per_epoch)
+            except ValueError as error:
+                raise self._named(name, error) from None
+        self._take_up()
+        self._hooks = StepHooks(after=self._stepped)
+        self._hooks.follow(trainer, *trainer.optimizers)
+        self._keeper = None
+
+    def _take_up(self) -> None:
+        """Go on from a state that was loaded."""
+        restored, self._restored = self._restored, None
+        if restored is None:
+            return
+        self.step = restored["step"]
+        for name, moved in restored["estimates"].items():
+            if moved is not None and name in self._clocks:
+                self._clocks[name].restore(moved)
+
+    def batch_starts(self, trainer: Trainer) -> None:
+        """Call at the start of each batch."""
+        self._keeper = None
+        if self._hooks is not None:
+            self._hooks.follow(trainer, *trainer.optimizers)
+
+    def batch_ended(self, trainer: Trainer) -> None:
+        """Call at the end of each batch: times follow what is behind of training."""
+        for clock in self._clocks.values():
+            clock.follow(self.step, progress(trainer), epochs_behind(trainer))
+
+    def _stepped(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        if self._keeper is None:
+            self._keeper = optimizer
+        self.step += optimizer is self._keeper
+
+    def at(self, name: str) -> int:
+        """The step of a time, as it is estimated by now."""
+        return self._clocks[name].span[0]
+
+    def passed(self, name: str) -> bool:
+        """Whether a time has come."""
+        return self.step >= self.at(name)
+
+    def release(self) -> None:
+        """Leave the optimizers as they were."""
+        if self._hooks is not None:
+            self._hooks.release()
+            self._hooks = None
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._restored is not None:
+            return dict(self._restored)
+        return {"step": self.step, "estimates": {name: clock.estimates() for name, clock in self._clocks.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Take up a state; None: of a release that kept none."""
+        self._restored = state
+        if self._hooks is not None:  # a tuner within training takes its own steps back
+            self._take_up()

@@ -29,6 +29,7 @@ class MacCount:
         self._counter: _Counter | None = None
         self._positions: dict[str, float] = {}
         self._other = 0.0
+        self._restored: tuple[dict[str, float], float] = {}, 0.0
 
     def start(self, module: nn.Module) -> None:
         """Before a batch: watch the module's layers, if nothing has been counted yet."""
@@ -72,15 +73,25 @@ class MacCount:
 
     def macs(self, model: nn.Module, pruner: Pruner) -> Macs | None:
         """MACs of one sample under the pruner's masks; None without a count."""
-        if not self._positions:
+        positions, other = (self._positions, self._other) if self._positions else self._restored
+        if not positions:
             return None
         counter = MacCounter(model)
-        counter.positions, counter.other = dict(self._positions), self._other
+        counter.positions, counter.other = dict(positions), other
         masks = {param.name: param.mask for param in pruner.params if param.pruned}
         sizes = {name: math.prod(cut.shape) for name, cut in pruner.cuts.items()}
         with nice_to_have("the count of MACs"):
             return macs(model, counter, masks, sizes=sizes)
         return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count, as plain values."""
+        positions, other = (self._positions, self._other) if self._positions else self._restored
+        return {"positions": positions, "other": other}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a count, which stands where no batch is counted any more: training was over."""
+        self._restored = dict(state["positions"]), float(state["other"])
 
 
 class _Counter(MacCounter):

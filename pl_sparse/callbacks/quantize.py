@@ -12,9 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import first_batches
-from pl_sparse.callbacks.clock import current_step, steps_per_epoch, total_steps
+from pl_sparse.callbacks.clock import Timetable, total_steps
 from pl_sparse.quantize import Quantization
-from pl_sparse.schedule import Time, step_of
+from pl_sparse.schedule import Time
 
 __all__ = ["Quantize"]
 
@@ -50,7 +50,7 @@ class Quantize(Callback):
         self._first = True  # whether the first batch is still to come
         self._calls = 0  # of the network, in the first batch
         self._hook: RemovableHandle | None = None
-        self._at = (0, 0)  # the steps of begin and freeze
+        self._times = Timetable("quantization", begin=begin, freeze=freeze)
         self._restored: Mapping[str, Any] | None = None
         self._example: Tensor | None = None
         self._judging: BestAtTarget | None = None
@@ -70,15 +70,14 @@ class Quantize(Callback):
         self._judging = BestAtTarget(trainer, lambda: self.active)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total, per_epoch = total_steps(trainer), steps_per_epoch(trainer)
-        begin = step_of(self.begin, "begin", total, per_epoch)
-        freeze = step_of(self.freeze, "freeze", total, per_epoch)
+        total = total_steps(trainer)
+        self._times.start(trainer)
+        begin, freeze = self._times.at("begin"), self._times.at("freeze")
         if begin >= total or freeze < begin:
             raise ValueError(
                 f"begin={self.begin!r} is step {begin} and freeze={self.freeze!r} is step {freeze}, of {total}: "
                 "integers must be simulated before the end, and ranges stay only after that"
             )
-        self._at = begin, freeze
         with torch.random.fork_rng():  # a loader that shuffles draws its seed
             x = _input(first_batches(trainer, 1)[0])
         self._example = x
@@ -106,12 +105,12 @@ class Quantize(Callback):
     # Steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        step = current_step(trainer)
         assert self._example is not None
-        if step >= self._at[0] and not self.active:
+        self._times.batch_starts(trainer)
+        if self._times.passed("begin") and not self.active:
             self.quantization.prepare(self.net(pl_module), self._example)
             self.active = True
-        if step >= self._at[1] and not self._frozen:
+        if self._times.passed("freeze") and not self._frozen:
             self.quantization.freeze()
             self._frozen = True
         net = self.net(pl_module)
@@ -125,6 +124,7 @@ class Quantize(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._times.batch_ended(trainer)
         if not self._first:
             return
         self._first = False
@@ -149,6 +149,7 @@ class Quantize(Callback):
 
     def _release(self) -> None:
         self._unhook()
+        self._times.release()
         if self._judging is not None:
             self._judging.release()
             self._judging = None
@@ -156,10 +157,16 @@ class Quantize(Callback):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        return {"active": self.active, "frozen": self._frozen, "ranges": self.quantization.state_dict()}
+        return {
+            "active": self.active,
+            "frozen": self._frozen,
+            "ranges": self.quantization.state_dict(),
+            "times": self._times.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
+        self._times.load_state_dict(state_dict.get("times"))
 
 
 def _input(batch: Any) -> Tensor:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.callbacks.calibration import Calibration, example_of
-from pl_sparse.callbacks.clock import current_step, steps_per_epoch, total_steps
+from pl_sparse.callbacks.clock import Timetable
 from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.callbacks.steps import StepHooks
 from pl_sparse.core.group import Group
+from pl_sparse.core.places import Places
 from pl_sparse.core.targets import Patterns, find
 from pl_sparse.core.upstream import unscale_gradients
 from pl_sparse.regularizer import Regularizer
-from pl_sparse.schedule import OneShot, Time
+from pl_sparse.schedule import Time
 
 __all__ = ["Regularize"]
 
@@ -58,8 +58,7 @@ class Regularize(Callback):
         first: bool = True,
         last: bool | None = None,
     ) -> None:
-        for what, time in (("begin", begin), ("until", until)):
-            _at(what, time)
+        self._times = Timetable("penalty", begin=begin, until=until)
         self.regularizer = regularizer
         self.begin = begin
         self.until = until
@@ -70,17 +69,21 @@ class Regularize(Callback):
         self.groups: list[Group] = []
         self._marked: Mapping[str, torch.Tensor] | None = None
         self._decided: Mapping[str, Any] = {}
-        self._handles: list[RemovableHandle] = []
-        self._span = (0, 0)
+        self._hooks: StepHooks | None = None
+        self._places: Places | None = None
         self._started = False
-        self._step = 0
+        self._stepping: set[int] = set()  # optimizers whose step has begun with the penalty
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, Sparsity) for callback in callbacks[: callbacks.index(self)]):
             raise ValueError("the Regularize callback must come before Sparsity: callbacks=[Regularize, Sparsity]")
-        self._span = self._spans(trainer)
-        self._step = current_step(trainer)
+        self._times.start(trainer)
+        if self._times.at("until") < self._times.at("begin"):
+            raise ValueError(
+                f"the penalty ends before it begins: begin={self.begin!r} is step {self._times.at('begin')}, "
+                f"until={self.until!r} is step {self._times.at('until')}"
+            )
         example = example_of(trainer, pl_module) if self.regularizer.needs_example else None
         self.groups = self.regularizer.groups(
             find(pl_module, self.include, self.exclude, self.first, self.last), pl_module, example
@@ -101,57 +104,69 @@ class Regularize(Callback):
         if self._started and self._decided:
             self.regularizer.load_state_dict(self._decided)
         self._marked = None
-        me = weakref.ref(self)
-
-        def stepped(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            callback = me()
-            if callback is not None and callback._active:
-                with torch.no_grad():
-                    callback.regularizer.prox(callback._of(optimizer), optimizer)
-
-        self._handles = [optimizer.register_step_post_hook(stepped) for optimizer in trainer.optimizers]
-
-    def _spans(self, trainer: Trainer) -> tuple[int, int]:
-        """The first step with the penalty, and the first without it again."""
-        total, per_epoch = total_steps(trainer), steps_per_epoch(trainer)
-        for what, time in (("begin", self.begin), ("until", self.until)):
-            if total == float("inf") and not isinstance(time, str) and 0 < time < 1:
-                raise ValueError(
-                    f"penalty: {what}={time!r} is a fraction of training, whose length is not known: set max_epochs or "
-                    "max_steps, or give the time in steps or epochs"
-                )
-        steps = 2**62 if total == float("inf") else int(total)
-        begin, until = _at("begin", self.begin, per_epoch, steps), _at("until", self.until, per_epoch, steps)
-        if until < begin:
-            raise ValueError(
-                f"the penalty ends before it begins: begin={self.begin!r} is step {begin}, until={self.until!r} is "
-                f"step {until}"
-            )
-        return begin, until
+        self._places = Places(pl_module)
+        self._stepping = set()
+        self._hooks = StepHooks(before=self._before_step, after=self._after_step)
+        self._hooks.follow(trainer, *trainer.optimizers)
 
     @property
     def _active(self) -> bool:
-        return self._span[0] <= self._step < self._span[1]
+        return self._times.passed("begin") and not self._times.passed("until")
+
+    @property
+    def _step(self) -> int:
+        """The steps since the penalty began."""
+        return max(self._times.step - self._times.at("begin"), 0)
 
     def _of(self, optimizer: Optimizer) -> list[Group]:
         """The groups whose weights an optimizer trains."""
         trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
         return [group for group in self.groups if all(id(param.weight) in trained for param, _ in group.members)]
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._times.batch_starts(trainer)
+        self._stepping = set()
+        if self._hooks is not None:
+            self._hooks.follow(trainer, *trainer.optimizers)
+        if self._places is not None and not self._places.hold:
+            self._places = Places(pl_module)
+            weights = [param for group in self.groups for param, _ in group.members]
+            if gone := [param.name for param in weights if param.weight not in self._places]:
+                raise RuntimeError(
+                    f"{', '.join(gone[:5])}: penalized, and replaced while training goes on. Replace layers before "
+                    "training, in configure_model"
+                )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._times.batch_ended(trainer)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._step = current_step(trainer)
+        self._before_step(trainer, optimizer)
+
+    @torch.no_grad()
+    def _before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        if self._hooks is not None:
+            self._hooks.follow(trainer, optimizer)  # one that was made or replaced in this batch
         if not self._active:
             return
         unscale_gradients(trainer, optimizer)
-        with torch.no_grad():
-            if not self._started:
-                self.regularizer.start(self.groups)
-                self._started = True
-            self.regularizer.add_gradient(self._of(optimizer), self._step - self._span[0])
+        if not self._started:
+            self.regularizer.start(self.groups)
+            self._started = True
+        self.regularizer.add_gradient(self._of(optimizer), self._step)
+        self._stepping.add(id(optimizer))
+
+    @torch.no_grad()
+    def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        if id(optimizer) in self._stepping:
+            self._stepping.discard(id(optimizer))
+            self.regularizer.prox(self._of(optimizer), optimizer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.no_grad():
-            value = self.regularizer.penalty(self.groups, max(self._step - self._span[0], 0))
+            value = self.regularizer.penalty(self.groups, self._step)
         pl_module.log("penalty", value, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -161,28 +176,18 @@ class Regularize(Callback):
         self._release()
 
     def _release(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._times.release()
+        if self._hooks is not None:
+            self._hooks.release()
+            self._hooks = None
 
     def state_dict(self) -> dict[str, Any]:
         if not self._started:
-            return {"marked": None}
+            return {"marked": None, "times": self._times.state_dict()}
         marked = {p.name: p.mask.cpu() for group in self.groups for p, _ in group.members if p.pruned}
-        return {"marked": marked, "decided": self.regularizer.state_dict()}
+        return {"marked": marked, "decided": self.regularizer.state_dict(), "times": self._times.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._marked = state_dict["marked"]
         self._decided = state_dict.get("decided", {})
-
-
-def _at(what: str, time: Time, per_epoch: int | None = 1, total: int = 2**62) -> int:
-    """A time in optimizer steps.
-
-    Raises:
-        ValueError: it is none, or beyond training.
-    """
-    try:
-        return OneShot(final=0.0, begin=time).resolved(per_epoch).span(total)[0]
-    except ValueError as error:
-        raise ValueError(f"penalty: {error}".replace("begin=", f"{what}=")) from None
+        self._times.load_state_dict(state_dict.get("times"))

@@ -10,11 +10,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pl_sparse.callbacks.clock import total_steps
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.core.files import replacing, write_csv, write_json
+from pl_sparse.core.upstream import averaged_models, restart_average
+from pl_sparse.results.judged import is_loss
 from pl_sparse.schedule import Tickets
 
 __all__ = ["Rewind", "training_length"]
@@ -27,7 +29,8 @@ class Rewind(Callback):
     `Trainer(max_epochs=120, callbacks=[Sparsity(schedule=Tickets(final=0.9)), Rewind()])` trains 12
     rounds of 10 epochs. Before each round but the first the masks are made sparser by the weights that were trained,
     and then all parameters, buffers, the optimizer and the learning-rate schedule are what they were at the rewinding
-    point, but for the masks.
+    point, but for the masks. So are averaged weights (Lightning's `WeightAveraging`, EMA), or validation would see a
+    mix of rounds. The order of the data and all other random numbers go on: each round draws its own.
 
     Each round leaves `levels/level_00/`, ...: `ticket.safetensors` (the masks, and the trained sparse weights),
     `metrics.json`; `levels/rewind.safetensors` holds the weights that the rounds go back to; `tickets.csv`,
@@ -35,7 +38,8 @@ class Rewind(Callback):
 
     Args:
         weights: "rewind" to those at the rewinding point (`Tickets.to`: 0 is the initialization); "keep" the trained
-            ones and rewind the learning rate alone; "reinit" draws new ones, the control.
+            ones, and their averages, and rewind the learning rate alone; "reinit" draws new ones, the control, and
+            averages start from them.
         dirpath: where to write; None for the trainer's `default_root_dir`.
 
     Sources: Frankle, Carbin, The lottery ticket hypothesis, 2018, arXiv:1803.03635. Frankle et al., Linear mode
@@ -80,7 +84,9 @@ class Rewind(Callback):
         if trainer.sanity_checking:
             return
         for name, value in _floats(trainer.callback_metrics).items():
-            better = min if "loss" in name else max
+            if not name.startswith("val"):  # of the training before: a resumed one does not have them
+                continue
+            better = min if is_loss(name) else max
             self._best[name] = better(self._best.get(name, value), value)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,6 +114,7 @@ class Rewind(Callback):
     def _snapshot(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         return {
             "module": self._weights(module),
+            "averages": [self._weights(average) for average in averaged_models(trainer)],
             "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers],
             "schedulers": [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
         }
@@ -121,15 +128,28 @@ class Rewind(Callback):
             pruner.written()
         elif self.weights == "reinit":
             pruner.reinitialize()
+        if self.weights != "keep":
+            self._average_anew(trainer, module)
         for optimizer, state in zip(trainer.optimizers, self._saved["optimizers"], strict=True):
             optimizer.load_state_dict(copy.deepcopy(state))
         for config, state in zip(trainer.lr_scheduler_configs, self._saved["schedulers"], strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
 
+    def _average_anew(self, trainer: Trainer, module: LightningModule) -> None:
+        """Averages are what they were at the rewinding point; those of new weights start from them."""
+        assert self._saved is not None
+        saved = self._saved.get("averages", ())  # a checkpoint of an earlier release has none
+        for i, average in enumerate(averaged_models(trainer)):
+            if self.weights == "rewind" and i < len(saved):
+                average.load_state_dict(saved[i])
+            else:
+                restart_average(average, module)
+        Sparsity.of(trainer).mask_averages(trainer)
+
     # What is left of a round
 
     @staticmethod
-    def _weights(module: LightningModule) -> dict[str, Tensor]:
+    def _weights(module: nn.Module) -> dict[str, Tensor]:
         return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
     def _masks(self, trainer: Trainer) -> dict[str, Tensor]:
@@ -141,7 +161,7 @@ class Rewind(Callback):
         row: dict[str, Any] = {"level": len(self.rows), "remaining": kept / total, "weights": kept}
         metrics = _floats(trainer.callback_metrics) or self._last
         row |= {name: value for name, value in metrics.items() if name != "sparsity"}
-        row |= {f"best/{name}": value for name, value in self._best.items() if name.startswith("val")}
+        row |= {f"best/{name}": value for name, value in self._best.items()}
         self._best = {}
         self.rows.append(row)
         if not trainer.is_global_zero:
@@ -171,7 +191,7 @@ class Rewind(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict["saved"]
         self.rows = [dict(row) for row in state_dict["rows"]]
-        self._best = dict(state_dict["best"])
+        self._best = {name: value for name, value in state_dict["best"].items() if name.startswith("val")}
         self._last = dict(state_dict["last"])
 
 

@@ -21,7 +21,7 @@ from pl_sparse.callbacks.collapse import Collapse
 from pl_sparse.callbacks.coverage import report_coverage
 from pl_sparse.callbacks.mac_count import MacCount
 from pl_sparse.callbacks.several import log_names, shared_weight
-from pl_sparse.callbacks.steps import StepHooks
+from pl_sparse.callbacks.steps import StepHooks, refuse_optimizers
 from pl_sparse.core.optional import nice_to_have
 from pl_sparse.core.registry import Axis, names
 from pl_sparse.core.targets import Patterns
@@ -160,21 +160,45 @@ class Sparsity(Callback):
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bind to the module's weights; a structure that looks at how layers are joined sees a training batch."""
-        example = example_of(trainer, pl_module) if self.pruner.structure.needs_example else None
-        self.pruner.attach(pl_module, example)
+        self.pruner.attach(pl_module, self._example(trainer, pl_module))
+
+    def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        return example_of(trainer, pl_module) if self.pruner.structure.needs_example else None
+
+    def _find_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up parameters that the module has replaced or added."""
+        if not self.pruner.moved:
+            return
+        new = set(self.pruner.find_again(self._example(trainer, pl_module)))
+        if not new:
+            return
+        rank_zero_info(f"{', '.join(sorted(new))}: replaced or added after pruning was set up, and pruned from here on")
+        trained = {param for optimizer in trainer.optimizers for param in self.pruner.weights_of(optimizer)}
+        alone = [param.name for param in self.pruner.params if param.name in new and param not in trained]
+        if alone and not trained:
+            raise RuntimeError(
+                f"{', '.join(alone[:5])}: replaced after the optimizers were made, none of which trains a weight that "
+                "is pruned any more. Make the optimizers anew, or replace weights in configure_model"
+            )
+        if alone:
+            rank_zero_warn(
+                f"{', '.join(alone)}: replaced or added after the optimizers were made, none of which trains it"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruner = self.pruner
         if trainer.global_step == 0 and trainer.fit_loop.total_batch_idx < 0 and pruner.step > 0:
             pruner.restart()
+        self._find_again(trainer, pl_module)
         pruner.apply()
+        refuse_optimizers(trainer, pruner.masking)
         if not any(pruner.weights_of(optimizer) for optimizer in trainer.optimizers):
             raise ValueError(
                 "no optimizer trains a weight that is to be pruned: "
                 + ", ".join(param.name for param in pruner.params[:5])
                 + ". Unfreeze them, or choose others by `include`"
             )
-        self._hooks = StepHooks(before=self._before_step, after=self._after_step)
+        self._hooks = StepHooks(before=self._before_step, after=self._after_step, written=self._written)
         self._hooks.follow(trainer, *trainer.optimizers)
         self._after_module = AfterModule(
             pl_module, "on_before_optimizer_step", lambda optimizer: self._before_step(trainer, optimizer)
@@ -198,9 +222,12 @@ class Sparsity(Callback):
         self._timekeeper = None
         if self._hooks is not None:
             self._hooks.follow(trainer, *trainer.optimizers)
+        if self._after_module is not None:
+            self._after_module.follow()
+        self._find_again(trainer, pl_module)
         if self.pruner.thaws:
-            example = example_of(trainer, pl_module) if self.pruner.structure.needs_example else None
-            rank_zero_info(f"{', '.join(self.pruner.thaw(example))}: no longer frozen, pruned from here on")
+            names = self.pruner.thaw(self._example(trainer, pl_module))
+            rank_zero_info(f"{', '.join(names)}: no longer frozen, pruned from here on")
         self._collapse.judge(self.pruner, trainer, pl_module, batch)
         self.pruner.before_forward()
         self._macs.start(pl_module)
@@ -233,21 +260,28 @@ class Sparsity(Callback):
             self._hooks.follow(trainer, optimizer)  # one that was made or replaced in this batch
         if self._timekeeper is None and self.pruner.weights_of(optimizer):
             self._timekeeper = optimizer
+        skipped = found_infinite_gradients(trainer, optimizer)
         self.pruner.before_step(
-            self.pruner.step if optimizer is self._timekeeper else None,
-            optimizer=optimizer,
-            observe=not found_infinite_gradients(trainer, optimizer),
+            self.pruner.step if optimizer is self._timekeeper else None, optimizer=optimizer, observe=not skipped
         )
+        if skipped:
+            self.pruner.after_step(optimizer)  # the scaler leaves the step out, and its hook with it
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
 
     def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         self.pruner.after_step(optimizer)
 
+    def _written(self) -> None:
+        """After an optimizer has put averaged weights into the model, or taken them back."""
+        if self.pruner.attached:
+            self.pruner.apply()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.pruner.after_step()  # where a gradient scaler skipped the step, its hook did not run; ends a sample
+        self.pruner.after_step()  # ends a sample, and a step that was replaced by one without hooks
+        self._find_again(trainer, pl_module)
         self._keep_time(trainer)
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
@@ -276,8 +310,10 @@ class Sparsity(Callback):
 
     def _check(self, trainer: Trainer) -> None:
         """Compare weights with masks, and averaged weights too."""
+        assert trainer.lightning_module is not None
+        self._find_again(trainer, trainer.lightning_module)
         self._audit.check(self.pruner, trainer)
-        self._mask_averages(trainer)
+        self.mask_averages(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._keep_time(trainer, ended=True)  # an epoch may be left before its last batch
@@ -347,11 +383,11 @@ class Sparsity(Callback):
         self.sparsity = 1 - sum(kept.values()) / self.pruner.numel
         for logger in trainer.loggers:
             logger.log_metrics({self._log_name: self.sparsity}, step=trainer.global_step)
-        self._mask_averages(trainer)
+        self.mask_averages(trainer)
         self._collapse.look(self.pruner, kept)
 
     @torch.no_grad()
-    def _mask_averages(self, trainer: Trainer) -> None:
+    def mask_averages(self, trainer: Trainer) -> None:
         """Averages over weights of several masks are denser than any of them: mask them with the newest."""
         masks = {param.name: param for param in self.pruner.masked if param.pruned}
         for average in averaged_models(trainer):
@@ -363,7 +399,7 @@ class Sparsity(Callback):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        return self.pruner.state_dict()
+        return {**self.pruner.state_dict(), "macs": self._macs.state_dict()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = [key for key in checkpoint.get("callbacks", {}) if key.startswith("Sparsity{")]
@@ -376,6 +412,8 @@ class Sparsity(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pruner.load_state_dict(state_dict)
+        if "macs" in state_dict:
+            self._macs.load_state_dict(state_dict["macs"])
         self._restored = True
 
 

@@ -34,17 +34,28 @@ class Gate:
         members: the weights, each with how its units are seen in it.
         pooling: what a unit is.
         lr: the learning rate of the Adam that trains it; it has no weight decay.
+        follows: whether its rate follows the learning-rate schedule of the weights.
+        clip: the norm to which the model's gradients are clipped that it learns from; None: they are not.
 
     Attributes:
         value: of the units' shape, float32 or wider; zeros at first.
-        level: how much of its penalty is on, in [0, 1]; an updater whose threshold ramps up lets the penalty follow.
+        level: how much of its penalty is on, in [0, 1]: none, but for an updater with a threshold, which lets the
+            penalty ramp up with that.
+        rate: the part of `lr` that is in force, as the learning-rate schedule of the weights has it.
+        shrink: what clipping multiplies gradients with.
         share: the part of a mean over all gates that falls to it.
         noise: the uniform random numbers of this step, of the units' shape, where masking samples; else None.
         sample: the gates that the forward pass of this step has with them; else None.
     """
 
     def __init__(
-        self, name: str, members: Sequence[tuple[MaskedParameter, Layout]], pooling: Pooling, lr: float
+        self,
+        name: str,
+        members: Sequence[tuple[MaskedParameter, Layout]],
+        pooling: Pooling,
+        lr: float,
+        follows: bool = False,
+        clip: float | None = None,
     ) -> None:
         self.name = name
         self.members = members
@@ -54,7 +65,12 @@ class Gate:
         dtype = torch.promote_types(param.weight.dtype, torch.float32)
         self.value = nn.Parameter(torch.zeros(shape, dtype=dtype, device=param.weight.device))
         self.optimizer = torch.optim.Adam([self.value], lr)
-        self.level = 1.0
+        self.lr = lr
+        self.follows = follows
+        self.clip = clip
+        self.rate = 1.0
+        self.shrink: Tensor | float = 1.0
+        self.level = 0.0
         self.share = 1.0
         self.noise: Tensor | None = None
         self.sample: Tensor | None = None
@@ -81,13 +97,15 @@ class Gate:
 
     def correlation(self) -> Tensor:
         """dL/d(factor of a unit) = the sum over its weights of gradient times value, pruned weights included."""
-        return self.gather(
+        total = self.gather(
             lambda param: torch.zeros_like(param.values) if param.grad is None else param.grad.detach() * param.values
         )
+        return total * self.shrink
 
     def step(self, gradient: Tensor) -> None:
         """One step of Adam."""
         self.value.grad = gradient
+        self.optimizer.param_groups[0]["lr"] = self.lr * self.rate
         self.optimizer.step()
         self.value.grad = None
 

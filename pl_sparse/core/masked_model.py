@@ -12,6 +12,7 @@ from pl_sparse.core.cut import Cut
 from pl_sparse.core.group import Group
 from pl_sparse.core.optimizers import owned_by
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.places import Places
 from pl_sparse.core.targets import Choice
 
 __all__ = ["MaskedModel"]
@@ -36,6 +37,7 @@ class MaskedModel:
         self.cuts: dict[str, Cut] = {}
         self.misfits: dict[str, str] = {}
         self.choice = Choice()
+        self._places: Places | None = None  # of the model, as it was looked at last
         # What each optimizer owned when it was asked last, by its identity, with the lists that it was asked of.
         self._owned: dict[int, tuple[Optimizer, list[tuple[list[Tensor], int]], list[MaskedParameter]]] = {}
 
@@ -50,6 +52,11 @@ class MaskedModel:
     def attached(self) -> bool:
         """Whether the weights of a model are bound."""
         return bool(self.params)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the model has replaced, added or removed parameters or submodules since it was looked at last."""
+        return self.attached and self._places is not None and not self._places.hold
 
     @property
     def skipped(self) -> dict[str, str]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
+from pl_sparse.core.gate import Gate
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.upstream import zero_memory
 
-__all__ = ["clear_state", "owned_by", "skip_step"]
+__all__ = ["begin_anew", "clear_state", "owned_by", "pace", "skip_step", "with_inner"]
+
+_SCALES = frozenset(
+    ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "step_size", "state2")
+)
+"""What optimizers keep of the size of gradients, not of their direction: second moments and the like."""
 
 
 def owned_by(optimizer: Optimizer, params: Sequence[MaskedParameter]) -> list[MaskedParameter]:
@@ -18,14 +26,70 @@ def owned_by(optimizer: Optimizer, params: Sequence[MaskedParameter]) -> list[Ma
     return [param for param in params if id(param.weight) in weights]
 
 
-def clear_state(optimizer: Optimizer, param: MaskedParameter) -> None:
+def with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """An optimizer, and those that it holds and steps itself: SAM's base, the local one of ZeRO."""
+    yield optimizer
+    for inner in vars(optimizer).values():
+        if isinstance(inner, Optimizer):
+            yield from with_inner(inner)
+
+
+def begin_anew(optimizer: Optimizer) -> None:
+    """Let L-BFGS forget its directions, which are of all weights at once, pruned ones included; others stay."""
+    for owner in with_inner(optimizer):
+        if isinstance(owner, LBFGS):
+            for memory in owner.state.values():
+                memory["n_iter"] = 0
+
+
+def clear_state(optimizer: Optimizer, param: MaskedParameter, scales: bool = False) -> None:
     """Zero the optimizer's memory of pruned weights, which would move them once they return.
 
-    That is every floating-point tensor of its state that has the weight's shape: momentum, second moments.
+    That is every floating-point tensor of its state that has the weight's shape, and what 8-bit optimizers keep in
+    their place, but for second moments: without them a weight that returns would move by several rates at once.
+
+    Args:
+        scales: whether second moments are zeroed too.
     """
-    for value in optimizer.state.get(param.weight, {}).values():
-        if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point():
-            value.masked_fill_(~param.mask, 0)
+    for owner in with_inner(optimizer):
+        state = owner.state.get(param.weight) or {}  # ZeRO's own has None, and its local optimizer the state
+        for key, value in state.items():
+            if (scales or key not in _SCALES) and isinstance(value, Tensor) and value.shape == param.shape:
+                zero_memory(state, key, param.mask)
+
+
+def pace(gates: Sequence[Gate], params: Sequence[MaskedParameter], optimizer: Optimizer | None) -> None:
+    """Let gates learn as their weights do: where they follow, at the part of their rate that the learning-rate schedule
+    has in force, and from gradients that are clipped, where they clip.
+
+    The schedule is known by what torch's schedulers leave in the parameter groups (`initial_lr`, `max_lr`); without
+    them the rate is constant.
+
+    Args:
+        gates: those that learn at this step.
+        params: the weights that the optimizer trains, with their gradients, which are not masked yet.
+        optimizer: None: there is none to follow, and clipping looks at `params` alone.
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    by_weight = {id(weight): group for group in groups for weight in group["params"]}
+    for gate in gates:
+        group = by_weight.get(id(gate.members[-1][0].weight), {})
+        peak = group.get("max_lr", group.get("initial_lr", 0))
+        gate.rate = float(group["lr"] / peak) if gate.follows and peak else 1.0
+    clips = {gate.clip for gate in gates if gate.clip is not None}
+    if clips:
+        masked = {id(param.weight): param for param in params}
+        trained = [w for group in groups for w in group["params"]] or [param.weight for param in params]
+        gradients = [
+            w.grad.detach() * masked[id(w)].factor if id(w) in masked else w.grad.detach()
+            for w in trained
+            if w.grad is not None
+        ]
+        norms = [norm.to(gates[0].value) for norm in torch._foreach_norm(gradients)]
+        norm = torch.stack(norms).norm() if norms else torch.zeros_like(gates[0].value.sum())
+        for gate in gates:
+            if gate.clip is not None:
+                gate.shrink = (gate.clip / (norm + 1e-6)).clamp(max=1)
 
 
 def skip_step(weights: Sequence[Tensor]) -> None:

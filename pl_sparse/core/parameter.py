@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.layouts import Plain, Whole
 
-__all__ = ["MaskedParameter", "living", "zero_pruned"]
+__all__ = ["MaskedParameter", "living", "packed", "unpacked", "where_kept", "zero_pruned"]
 
+_LARGE = 1 << 18  # weights of a tensor, from which on its mask is turned into numbers piece by piece
+_PIECE = 1 << 21  # scores per thread that are told apart at once: where other work has the cores, each piece waits
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
@@ -175,8 +178,9 @@ class MaskedParameter:
         self.state = {key: value.to(device) for key, value in self.state.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that must survive a checkpoint, by name."""
-        named = {"mask": self.mask, **{f"state.{key}": value for key, value in self.state.items()}}
+        """All that must survive a checkpoint, by name; of the mask its bits, and none where nothing was ever pruned."""
+        named = {"mask": packed(self.mask[: None if self.pruned else 0])}
+        named |= {f"state.{key}": value for key, value in self.state.items()}
         if self.latent is not None:
             named["latent"] = self.latent
         return named
@@ -184,7 +188,7 @@ class MaskedParameter:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Any]) -> None:
         """The inverse of `tensors`, with whether the weight is `pruned`."""
-        self.put_mask(tensors["mask"])
+        self.put_mask(unpacked(tensors["mask"], self.shape))
         self.pruned = bool(tensors["pruned"])
         latent = tensors.get("latent")
         self.latent = None if latent is None else latent.to(self.weight.dtype, copy=True)
@@ -193,12 +197,31 @@ class MaskedParameter:
         self.to_weight()
 
 
+def packed(mask: Tensor) -> Tensor:
+    """The bits of a mask, eight to a byte of uint8.
+
+    >>> packed(torch.tensor([[True, False], [True, True]])).tolist()
+    [176]
+    """
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def unpacked(mask: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `packed`; no bits are a mask that keeps all. Masks of bools are left as they are."""
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.numel():
+        return torch.ones(shape, dtype=torch.bool)
+    return torch.from_numpy(np.unpackbits(mask.cpu().numpy(), count=shape.numel())).view(torch.bool).reshape(shape)
+
+
 @torch.no_grad()
 def zero_pruned(tensors: Sequence[Tensor], params: Sequence[MaskedParameter]) -> None:
     """Set tensors to zero where weights are pruned, whatever is there.
 
     0 times infinity is NaN, but 0 times the integer with the same bits is 0, and 1 times it the same number: that is as
-    fast as the product of floats, and masks are exact.
+    fast as the product of floats, and masks are exact. The integers of large masks are made in pieces that stay in the
+    cache, and not kept.
 
     Args:
         tensors: of the shapes of the weights: they themselves, or their gradients.
@@ -207,14 +230,39 @@ def zero_pruned(tensors: Sequence[Tensor], params: Sequence[MaskedParameter]) ->
     integers, bits = [], []
     for tensor, param in zip(tensors, params, strict=True):
         if type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == param.weight.dtype and not tensor.is_sparse:
-            integers.append(tensor.view(param.bits.dtype))
-            bits.append(param.bits)
+            if tensor.numel() > _LARGE and tensor.device.type == "cpu":
+                _zero_pruned_large(tensor, param.mask)
+            else:
+                bits.append(param.bits)
+                integers.append(tensor.view(bits[-1].dtype))
         elif tensor.is_sparse:
             tensor.mul_(param.factor)
         else:
             tensor.masked_fill_(~param.mask, 0)
     if integers:
         torch._foreach_mul_(integers, bits)
+
+
+def _zero_pruned_large(tensor: Tensor, mask: Tensor) -> None:
+    dtype = _INTEGERS[tensor.element_size()]
+    rows = max(_LARGE * torch.get_num_threads() * len(tensor) // tensor.numel(), 1)
+    for piece, kept in zip(tensor.view(dtype).split(rows), mask.view(torch.int8).split(rows), strict=True):
+        piece.mul_(kept.to(dtype))
+
+
+def where_kept(values: Tensor, kept: Tensor) -> Tensor:
+    """The values where `kept` is, the lowest finite number elsewhere: `torch.where` by integers, which is faster."""
+    lowest = torch.finfo(values.dtype).min
+    if values.device.type != "cpu" or not (values.is_contiguous() and kept.is_contiguous()):
+        return torch.where(kept, values, lowest)
+    dtype = _INTEGERS[values.element_size()]
+    bits = int(torch.tensor(lowest, dtype=values.dtype).view(dtype))
+    out = torch.empty_like(values)
+    size = _PIECE * torch.get_num_threads()
+    pieces = (tensor.view(-1).split(size) for tensor in (values.view(dtype), kept.view(torch.int8), out.view(dtype)))
+    for value, keep, into in zip(*pieces, strict=True):
+        torch.bitwise_xor(value, bits, out=into).mul_(keep.to(dtype)).bitwise_xor_(bits)
+    return out
 
 
 def living(mask: Tensor, values: Tensor, dim: int) -> Tensor:

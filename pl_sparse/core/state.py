@@ -20,19 +20,23 @@ class Masks:
     Args:
         params: whose masks they are.
         groups: whose gates have a level.
+        weights: whether to copy the weights too, which an update writes before it may fail.
     """
 
-    def __init__(self, params: Sequence[MaskedParameter], groups: Sequence[Group]) -> None:
+    def __init__(self, params: Sequence[MaskedParameter], groups: Sequence[Group], weights: bool = False) -> None:
+        self._weights = [(param.weight, param.weight.detach().clone()) for param in params] if weights else []
         self._masks = [(param, param.mask.clone() if param.pruned else None) for param in params]
         self._levels = [(group.gate, group.gate.level) for group in groups if group.gate is not None]
 
     def restore(self) -> None:
-        """Give the weights the masks they had; those that had none are dense again."""
+        """Give the weights the masks they had, and the values; those that had none are dense again."""
         for param, mask in self._masks:
             if mask is not None:
                 param.put_mask(mask)
             elif param.pruned:
                 param.unset_mask()
+        for weight, values in self._weights:
+            weight.copy_(values)
         for gate, level in self._levels:
             gate.level = level
 
@@ -40,7 +44,8 @@ class Masks:
 def state_of(params: Sequence[MaskedParameter], groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
     """By the name of each weight its tensors, on the CPU; a group's gate stands with its last member."""
     state: dict[str, dict[str, Any]] = {
-        param.name: {"pruned": param.pruned, **{key: value.cpu() for key, value in param.tensors().items()}}
+        param.name: {"pruned": param.pruned, "shape": list(param.shape)}
+        | {key: value.cpu() for key, value in param.tensors().items()}
         for param in params
     }
     for group in groups:
@@ -67,13 +72,13 @@ def load_state(
         raise ValueError(f"the pruning state is of another model or other include/exclude: {'; '.join(parts)}")
     saved = {name: {_RENAMED.get(key, key): value for key, value in state[name].items()} for name in names}
     for param in params:
-        for key in ("mask", "latent"):
-            value = saved[param.name].get(key)
-            if value is not None and value.shape != param.shape:
-                raise ValueError(
-                    f"the pruning state is of another model: {key} of {param.name} has shape {tuple(value.shape)}, the "
-                    f"weight {tuple(param.shape)}"
-                )
+        tensors = saved[param.name]
+        shape = tuple(tensors.get("shape", tensors["mask"].shape))  # masks of earlier versions are not packed
+        if shape != tuple(param.shape):
+            raise ValueError(
+                f"the pruning state is of another model: mask of {param.name} has shape {shape}, the weight "
+                f"{tuple(param.shape)}"
+            )
     for group in groups:
         tensors = saved[group.members[-1][0].name]
         gate = {key.removeprefix("gate."): tensors.pop(key) for key in list(tensors) if key.startswith("gate.")}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
 __all__ = [
@@ -41,7 +42,9 @@ __all__ = [
     "path_of",
     "place_in_training",
     "plain_name",
+    "registries",
     "replace_data",
+    "restart_average",
     "restore",
     "saving_best",
     "skipping_checks",
@@ -52,6 +55,8 @@ __all__ = [
     "use_fused_attention",
     "validation_has_run",
     "without_fused_layer",
+    "wrappers_of",
+    "zero_memory",
 ]
 
 # Methods of single objects
@@ -104,6 +109,15 @@ def averaged_models(trainer: Any) -> Iterator[nn.Module]:
             yield average
 
 
+@torch.no_grad()
+def restart_average(average: nn.Module, module: nn.Module) -> None:
+    """Let averaged weights start from a module's, as if nothing had been averaged yet."""
+    inner = average.module if isinstance(average, AveragedModel) else average
+    inner.load_state_dict(module.state_dict())
+    if isinstance(average, AveragedModel):
+        average.n_averaged.zero_()
+
+
 def found_infinite_gradients(trainer: Any, optimizer: Optimizer) -> bool:
     """Whether the gradient scaler of mixed precision leaves an optimizer's step out; to be asked before the step."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -120,6 +134,11 @@ def steps_directly(trainer: Any) -> bool:
         return False
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
     return bool(progress.ready == progress.completed)
+
+
+def wrappers_of(trainer: Any, optimizer: Optimizer) -> list[Any]:
+    """What Lightning gives a module in place of an optimizer: another object of the class, with the same state."""
+    return [wrapper for wrapper in trainer.strategy._lightning_optimizers if wrapper.optimizer is optimizer]
 
 
 def unscale_gradients(trainer: Any, optimizer: Optimizer) -> None:
@@ -207,10 +226,12 @@ def last_checkpoint_is_due(checkpoint: Any, trainer: Any) -> None:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model within what torch.compile, Fabric and data parallelism put around it, whose names are the user's."""
     while True:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "_forward_module", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+            continue
+        held = (getattr(model, name, None) for name in ("_orig_mod", "_forward_module"))
+        inner = next((module for module in held if isinstance(module, nn.Module)), None)
+        if inner is None:
             return model
         model = inner
 
@@ -255,6 +276,11 @@ def padding_of(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
 def plain_name(name: str) -> str:
     """The name of a parameter without the level that torch.compile adds."""
     return name.replace("_orig_mod.", "")
+
+
+def registries(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Where a module keeps its own parameters and its submodules, by name; scripted ones keep them elsewhere."""
+    yield from (held for held in (module._parameters, module._modules) if isinstance(held, dict))
 
 
 def replace_data(tensor: Tensor, data: Tensor) -> None:
@@ -331,3 +357,26 @@ def integer_input(specs: dict[Any, Any]) -> Any:
 def integer_data(weight: Tensor) -> Tensor | None:
     """The integers of a weight that torchao quantized; None if it has none."""
     return getattr(weight, "qdata", None)
+
+
+# Optimizers
+
+
+def zero_memory(state: dict[str, Any], key: str, mask: Tensor) -> None:
+    """Zero what an optimizer remembers where a mask is False: numbers, or 8-bit codes by torchao or bitsandbytes.
+
+    Args:
+        state: of one weight.
+        key: of a tensor in it, of the weight's shape.
+        mask: bool, True = kept.
+    """
+    value: Tensor = state[key]
+    codes = state.get(key.replace("state", "qmap")) if value.dtype == torch.uint8 else None
+    if isinstance(codes, Tensor):  # bitsandbytes: state1 has the codes, qmap1 the number of each
+        value.masked_fill_(~mask, int(codes.abs().argmin()))
+    elif not value.is_floating_point():
+        return
+    elif hasattr(value, "codes"):  # torchao: a tensor of codes that passes for one of numbers
+        value.copy_(value.dequantize().masked_fill_(~mask, 0))
+    else:
+        value.masked_fill_(~mask, 0)

@@ -1,11 +1,12 @@
 """Trained models in files that are smaller, or faster, on a named target."""
 
+from pl_sparse.core.files import DamagedFileError
 from pl_sparse.export.compressed import Compressed, load_compressed, save_compressed
-from pl_sparse.export.csr import CSR, to_csr
+from pl_sparse.export.csr import CSR, load_csr, to_csr
 from pl_sparse.export.format import Export
 from pl_sparse.export.onnx import ONNX, ONNXInt8
 from pl_sparse.export.pt2 import TorchExport
-from pl_sparse.export.semi_structured import SemiStructured, to_semi_structured
+from pl_sparse.export.semi_structured import SemiStructured, load_semi_structured, to_semi_structured
 from pl_sparse.surgery.saved import load_shrunk, save_shrunk
 from pl_sparse.surgery.shrink import Removal, shrink
 
@@ -16,6 +17,7 @@ __all__ = [
     "CSR",
     "ONNX",
     "Compressed",
+    "DamagedFileError",
     "Export",
     "ONNXInt8",
     "Removal",
@@ -23,6 +25,8 @@ __all__ = [
     "Shrunk",
     "TorchExport",
     "load_compressed",
+    "load_csr",
+    "load_semi_structured",
     "load_shrunk",
     "save_compressed",
     "save_shrunk",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pl_sparse.core.files import replacing
+from pl_sparse.core.files import DamagedFileError, replacing
 from pl_sparse.core.upstream import without_fused_layer
 from pl_sparse.export.format import Executable, Export
 from pl_sparse.network.hooks import hooked, unfused
 from pl_sparse.structure import Structure
 
-__all__ = ["CSR", "CSRConv2d", "CSRLinear", "to_csr"]
+__all__ = ["CSR", "CSRConv2d", "CSRLinear", "load_csr", "to_csr"]
 
 
 class CSRLinear(nn.Module):
@@ -201,7 +203,7 @@ class CSR(Export):
     """A model for CPUs that skips zeros of any pattern: weights in compressed sparse rows (MKL's kernels).
 
     The file is safetensors; each layer that was replaced has `rows`, `columns`, `values` and `bias` in place of its
-    weight, and the metadata names these layers.
+    weight. The metadata name these layers, and have a checksum. `load_csr` reads it.
 
     Args:
         where: "faster" replaces the layers that are faster so on this machine, "all" every one that has zeros.
@@ -225,29 +227,91 @@ class CSR(Export):
     def write(self, net: nn.Module, example: Tensor, path: Path) -> list[str]:
         sparse, replaced, notes = to_csr(net, example, self.where)
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in sparse.state_dict().items()}
+        names = json.dumps(replaced)
         with replacing(path) as temporary:
-            save_file(tensors, temporary, {"csr": json.dumps(replaced)})
+            save_file(tensors, temporary, {"csr": names, "sha256": _digest(names, tensors)})
         if not replaced:
             notes.insert(0, "no layer is faster with sparse kernels: this is the dense model")
         return notes
 
     def open(self, path: Path, net: nn.Module) -> Executable:
-        net = copy.deepcopy(net).eval()
+        return load_csr(path, net)
+
+
+def load_csr(path: str | os.PathLike[str], net: nn.Module) -> nn.Module:
+    """The model in a file that `CSR` wrote.
+
+    >>> net = load_csr("outputs/.../model_csr.safetensors", Net(...))  # doctest: +SKIP
+
+    Args:
+        path: the file.
+        net: a model of the same class, which is left as it is.
+
+    Returns:
+        A copy in eval mode, with the layers that skip zeros and the weights of the file.
+
+    Raises:
+        DamagedFileError: it is no such file, not what was written, or of another model.
+    """
+    net = copy.deepcopy(net).eval()
+    try:
         with safe_open(path, framework="pt") as file:
-            replaced = json.loads((file.metadata() or {}).get("csr", "null"))
-            if replaced is None:
-                raise ValueError(f"{path} has no layers in compressed sparse rows: write it with export=csr")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        for name in replaced:
-            _replace(net, name, _loaded(net.get_submodule(name), name, tensors))
+        if "csr" not in metadata or metadata.keys() - {"csr", "sha256"}:
+            raise DamagedFileError("it has no layers in compressed sparse rows: write it with export=csr")
+        if "sha256" not in metadata:
+            warnings.warn(f"{path} has no checksum: it was written by version 0.1.0. Write it anew", stacklevel=2)
+        elif metadata["sha256"] != _digest(metadata["csr"], tensors):
+            raise DamagedFileError("its checksum is of other contents")
+        layers = dict(_layers(net))
+        for name in json.loads(metadata["csr"]):
+            if name not in layers or _convertible(layers[name]) is not None:
+                raise DamagedFileError(f"{name} is no layer of {type(net).__name__} that has a sparse form")
+            _replace(net, name, _loaded(layers[name], name, tensors))
         net.load_state_dict(tensors)
-        return net
+    except OSError:
+        raise
+    except Exception as error:
+        raise DamagedFileError(
+            f"{path} is no model in sparse rows, or not whole, or of another model: {error}"
+        ) from error
+    return net
 
 
-def _loaded(layer: nn.Module, name: str, tensors: dict[str, Tensor]) -> nn.Module:
-    """The sparse form of a layer, of what is in a file."""
+def _digest(replaced: str, tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of the names of the replaced layers, and of all tensors."""
+    digest = hashlib.sha256(replaced.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _loaded(layer: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The sparse form of a layer, of what is in a file.
+
+    Raises:
+        DamagedFileError: the rows are none of a matrix of the layer's size. Kernels read what columns say unchecked.
+    """
     inner = f"{name}.matrix" if isinstance(layer, nn.Conv2d) else name
-    inputs = layer.weight[0].numel()  # type: ignore[index]
-    parts = [tensors[f"{inner}.{part}"] for part in ("rows", "columns", "values")]
-    linear = CSRLinear(parts[0], parts[1], parts[2], inputs, tensors.get(f"{inner}.bias"))
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    out, inputs = len(weight), weight[0].numel()
+    rows, columns, values = (tensors[f"{inner}.{part}"] for part in ("rows", "columns", "values"))
+    bias = tensors.get(f"{inner}.bias")
+    if rows.dtype != torch.int32 or columns.dtype != torch.int32 or values.dtype != weight.dtype:
+        raise DamagedFileError(f"{name} has rows, columns and values of other types")
+    if rows.shape != (out + 1,) or columns.dim() != 1 or columns.shape != values.shape:
+        raise DamagedFileError(f"{name} has rows of another shape than {out} x {inputs}")
+    if int(rows[0]) != 0 or int(rows[-1]) != len(columns) or bool((rows.diff() < 0).any()):
+        raise DamagedFileError(f"{name} has rows that do not follow each other")
+    if len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < inputs:
+        raise DamagedFileError(f"{name} has columns beyond its {inputs} inputs")
+    rising = columns.diff() > 0
+    rising[rows[1:-1][(rows[1:-1] > 0) & (rows[1:-1] < len(columns))].long() - 1] = True  # from a row to the next
+    if not bool(rising.all()):
+        raise DamagedFileError(f"{name} has columns that are not in order")
+    if (bias is None) != (layer.bias is None) or (bias is not None and bias.shape != (out,)):
+        raise DamagedFileError(f"{name} has another bias than {out} numbers")
+    linear = CSRLinear(rows, columns, values, inputs, bias)
     return CSRConv2d(layer, linear) if isinstance(layer, nn.Conv2d) else linear

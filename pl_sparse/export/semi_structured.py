@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.export.compressed import load_compressed, save_compressed
+from pl_sparse.export.compressed import loaded, save_compressed
 from pl_sparse.export.format import Executable, Export, missing
 from pl_sparse.structure import Structure
 
-__all__ = ["SemiStructured", "to_semi_structured", "unfit"]
+__all__ = ["SemiStructured", "load_semi_structured", "to_semi_structured", "unfit"]
 
 _OUT, _IN = 32, 64
 """Half-precision weights come in multiples of this many outputs and inputs."""
@@ -76,7 +77,8 @@ def _no_gpu() -> str | None:
 class SemiStructured(Export):
     """A model whose 2:4 linear layers run on sparse tensor cores, in half precision.
 
-    The file has the half-precision weights as `Compressed` stores them; they take their form for the GPU when loaded.
+    The file has the half-precision weights as `Compressed` stores them; they take their form for the GPU when loaded,
+    by `load_semi_structured`.
 
     Source: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378.
     """
@@ -100,13 +102,31 @@ class SemiStructured(Export):
         return notes
 
     def open(self, path: Path, net: nn.Module) -> Executable:
-        net = copy.deepcopy(net)
-        net.load_state_dict(load_compressed(path))
-        sparse, _, _ = to_semi_structured(net)
-        return _on_gpu(sparse)
+        return _on_gpu(load_semi_structured(path, net))
 
     def dense(self, net: nn.Module, example: Tensor, folder: Path) -> Executable:
         return _on_gpu(copy.deepcopy(net).eval().half().cuda())
+
+
+def load_semi_structured(path: str | os.PathLike[str], net: nn.Module) -> nn.Module:
+    """The model in a file that `SemiStructured` wrote.
+
+    >>> net = load_semi_structured("outputs/.../model_24.safetensors.zst", Net(...))  # doctest: +SKIP
+
+    Args:
+        path: the file.
+        net: a model of the same class, which is left as it is.
+
+    Returns:
+        A copy in eval mode, in half precision on the GPU, whose 2:4 linear layers run on sparse tensor cores.
+
+    Raises:
+        DamagedFileError: it is no such file, not what was written, or of another model.
+        ValueError: there is no GPU with sparse tensor cores, or no layer fits.
+        ImportError: the package zstandard is missing.
+    """
+    sparse, _, _ = to_semi_structured(loaded(path, net))
+    return sparse
 
 
 def _on_gpu(net: nn.Module) -> Executable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -65,7 +65,13 @@ class SparsityCallback(TrainerCallback):
         per_epoch = None
         if hasattr(loader, "__len__"):
             per_epoch = max(-(-len(loader) // args.gradient_accumulation_steps), 1)
-        probe = Probe(model, lambda: self._batches(model, loader), lambda batch: _loss(model, batch))
+        following = islice(chain.from_iterable(repeat(loader)), self.calibration_batches, None)
+        probe = Probe(
+            model,
+            lambda: self._batches(model, loader),
+            lambda batch: _loss(model, batch),
+            fresh=lambda: self._batches(model, following),
+        )
         pruner.prepare(state.max_steps, per_epoch, probe if pruner.calibrates else None)
 
     def on_step_begin(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -106,12 +107,13 @@ def build(project: str, entity: str, groups: Sequence[str], contents: Mapping[st
         )
         for axis in contents["axes"]
     ]
+    judged = re.sub("^test", "val", contents["metric"])
     curves = [
         wr.LinePlot(title=title, x="trainer/global_step", y=list(keys))
         for title, keys in {
             "sparsity": ("sparsity",),
-            "accuracy": ("val/acc",),
-            "loss": ("train/loss", "val/loss"),
+            judged: (judged,),
+            "loss": ("train/loss", "train_loss", "val/loss", "val_loss"),
             "overlap of masks": ("mask/overlap",),
         }.items()
     ]

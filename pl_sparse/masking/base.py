@@ -36,9 +36,9 @@ class Masking(Axis, ABC):
     A step of the optimizer is `shape_gradients`, `before_step`, the optimizer's own, `after_step`.
 
     Attributes:
-        remembers: whether the values behind the mask are kept, in `MaskedParameter.latent`, so that weights can return.
+        remembers: whether the values behind the mask are kept, in `MaskedParameter.latent`, so that weights can return;
+            what the optimizer remembers of them stays then, too.
         trains_pruned: whether the values behind the mask are trained.
-        clears_state: whether the optimizer's state (momentum and the like) of pruned weights is set to zero.
         transforms: whether kept weights too differ from the values behind them.
         samples: whether the model computes with a sample in training, drawn by `before_forward`.
         rests_on: the scorer it needs, if it needs one.
@@ -47,7 +47,6 @@ class Masking(Axis, ABC):
     axis: ClassVar[str] = "masking"
     remembers: ClassVar[bool] = False
     trains_pruned: ClassVar[bool] = False
-    clears_state: ClassVar[bool] = True
     transforms: ClassVar[bool] = False
     samples: ClassVar[bool] = False
     rests_on: ClassVar[type[Scorer] | None] = None

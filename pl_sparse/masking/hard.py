@@ -16,7 +16,11 @@ __all__ = ["Frozen", "Hard"]
 @register
 @dataclass(frozen=True)
 class Hard(Masking):
-    """Pruned weights are zero and have no gradient: w <- mask * w after every step. They forget their values."""
+    """Pruned weights are zero and have no gradient: w <- mask * w after every step. They forget their values.
+
+    When masks change the optimizer's momentum of pruned weights is set to zero. Its second moments stay, but under
+    `updater=dropgrow`, whose new weights start with nothing remembered of them.
+    """
 
     def shape_gradients(self, params: Params, groups: Groups) -> None:
         mask_gradients(params)
@@ -27,7 +31,7 @@ class Hard(Masking):
 class Frozen(Masking):
     """Pruned weights keep the value they had, untrained and undecayed, and return with it when the mask lets them.
 
-    The optimizer sees mask * w and mask * gradient.
+    The optimizer sees mask * w and mask * gradient, and keeps what it remembers.
 
     Source: Sanh, Wolf, Rush, Movement pruning: adaptive sparsity by fine-tuning, 2020, arXiv:2005.07683, section 3.
     """

@@ -39,7 +39,6 @@ class Gated(Masking):
     seed: int = 0
     remembers: ClassVar[bool] = True
     trains_pruned: ClassVar[bool] = True
-    clears_state: ClassVar[bool] = False
     transforms: ClassVar[bool] = True
     samples: ClassVar[bool] = True
     rests_on: ClassVar[type[Scorer] | None] = HardConcrete
@@ -115,7 +114,6 @@ class SoftThresholded(Masking):
 
     remembers: ClassVar[bool] = True
     trains_pruned: ClassVar[bool] = True
-    clears_state: ClassVar[bool] = False
     transforms: ClassVar[bool] = True
     rests_on: ClassVar[type[Scorer] | None] = SoftThreshold
 

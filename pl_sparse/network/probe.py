@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import suggestion
 from pl_sparse.core.targets import find
 from pl_sparse.core.upstream import padding_of
 from pl_sparse.network.attention import keeps_inputs_first
 from pl_sparse.network.dropout import without_dropout
 from pl_sparse.network.hooks import evaluated, hooked, trained, undisturbed
 
-__all__ = ["NORMS", "Probe"]
+__all__ = ["NORMS", "Probe", "columns_of"]
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -33,6 +35,7 @@ class Probe:
         batches: calibration batches, or a function that fetches them when they are first needed.
         loss: from a batch to the scalar loss, through the model's parameters.
         reduce: the mean of a tensor over processes, where each has its own batches.
+        fresh: fetches the batches that follow, for scorers that look at others in each round; None: there are none.
 
     >>> net = nn.Linear(2, 1, bias=False)
     >>> probe = Probe(net, [torch.ones(1, 2)], lambda batch: net(batch).sum())
@@ -46,11 +49,14 @@ class Probe:
         batches: Sequence[Any] | Callable[[], Sequence[Any]],
         loss: Callable[[Any], Tensor],
         reduce: Callable[[Tensor], Tensor] | None = None,
+        fresh: Callable[[], Sequence[Any]] | None = None,
     ) -> None:
         self.model = model
         self.loss = loss
         self.reduce = reduce
         self._batches = batches
+        self._fresh = fresh
+        self._renewed = False
         self._fetched: Sequence[Any] | None = None
 
     @property
@@ -62,41 +68,56 @@ class Probe:
         """
         if self._fetched is None:
             with torch.random.fork_rng(devices=[]):  # a shuffling loader draws its seed
-                self._fetched = self._batches() if callable(self._batches) else self._batches
+                source = self._fresh if self._renewed and self._fresh is not None else self._batches
+                self._fetched = source() if callable(source) else source
             if not self._fetched:
                 raise ValueError("there is no batch to calibrate scores on: the training data is empty")
         return self._fetched
 
+    def renew(self) -> None:
+        """Look at other batches from here on, until `release`."""
+        if self._fresh is not None:
+            self._fetched, self._renewed = None, True
+
     def release(self) -> None:
         """Let go of batches that were fetched."""
         if callable(self._batches):
-            self._fetched = None
+            self._fetched, self._renewed = None, False
 
-    def gradients(self, weights: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
-        """dL/dw of the sum of the batches' losses, L computed with logits / temperature; `.grad` is not touched.
+    def gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """dL/dw of the sum of the batches' losses; `.grad` is not touched.
 
         Args:
             weights: parameters of the model.
-            temperature: what logits are divided by.
 
         Returns:
             A tensor of the weight's shape per weight, zero where the loss does not depend on it.
         """
-        with self._calibrating(temperature), trained(weights):
+        with self._calibrating(), trained(weights):
             return self.reduced(self._sum(weights, lambda batch: self.loss(batch)))
 
-    def hessian_gradients(self, weights: Sequence[Tensor], temperature: float = 1.0) -> list[Tensor]:
-        """H g with g = dL/dw and H = d2L/dw2, by double backpropagation, for the same L as `gradients`.
+    def hessian_gradients(
+        self, weights: Sequence[Tensor], temperature: float = 1.0, logits: str | None = None
+    ) -> list[Tensor]:
+        """H g with g = dL/dw and H = d2L/dw2, by double backpropagation, L computed with logits / temperature.
 
         Args:
             weights: parameters of the model.
             temperature: what logits are divided by.
+            logits: the name, or a pattern of names, of the modules whose outputs they are; None: the last layer.
 
         Returns:
             A tensor of the weight's shape per weight.
+
+        Raises:
+            ValueError: there is no such module, or the loss does not depend on its output.
         """
-        math = sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
-        with self._calibrating(temperature), trained(weights), math:
+        with (
+            sdpa_kernel(SDPBackend.MATH),  # fused attention has no second derivative
+            self._calibrating(),
+            self._cooled(temperature, logits),
+            trained(weights),
+        ):
             fixed = self.reduced(self._sum(weights, lambda batch: self.loss(batch)))
 
             def product(batch: Any) -> Tensor:
@@ -169,6 +190,42 @@ class Probe:
                 self.loss(batch)
 
     @torch.no_grad()
+    def sums(
+        self, params: Sequence[MaskedParameter], of: Callable[[Tensor], Tensor], shape: Callable[[torch.Size], Any]
+    ) -> list[Tensor | None]:
+        """The sum over batches, and the mean over processes, of something of what each weight is multiplied with.
+
+        All processes take part for all weights, in their order, also where one of them does not call a layer.
+
+        Args:
+            params: the weights.
+            of: from (groups, positions, in / groups, *kernel) to what is summed.
+            shape: from (groups, in / groups, *kernel) to the shape of that.
+
+        Returns:
+            One for each weight; None where no process has seen it.
+        """
+        total: dict[MaskedParameter, Tensor] = {}
+
+        def see(param: MaskedParameter, x: Tensor) -> None:
+            total[param] = total[param] + of(x) if param in total else of(x)
+
+        self.activations(params, see)
+        found: list[Tensor | None] = []
+        for param in params:
+            size = columns_of(param)
+            mine = total.get(param)
+            if size is None or self.reduce is None:
+                found.append(mine)
+                continue
+            dtype = torch.promote_types(param.weight.dtype, torch.float32)
+            none = torch.zeros(*shape(size), dtype=dtype, device=param.weight.device)
+            seen = none.new_tensor(float(mine is not None))
+            value, seen = self.reduced([none if mine is None else mine.to(dtype), seen])
+            found.append(value if seen > 0 else None)
+        return found
+
+    @torch.no_grad()
     def following_norms(self, modules: Sequence[nn.Module]) -> dict[nn.Module, nn.Module]:
         """The batch norm with scales that takes the output of each of the modules, where one does."""
         outputs: list[tuple[Tensor, nn.Module]] = []  # the tensors are held, so that none takes another's place
@@ -200,16 +257,45 @@ class Probe:
         return values if self.reduce is None else [self.reduce(value) for value in values]
 
     @contextmanager
-    def _calibrating(self, temperature: float) -> Iterator[None]:
-        """Training mode without dropout; the outputs of the last layer, the logits, divided by `temperature`."""
-        last = [find(self.model, frozen="prune")[-1].module] if temperature != 1 else []
-        with (
-            hooked(last, post=lambda module, args, kwargs, out: out / temperature),
-            undisturbed(self.model),
-            torch.enable_grad(),
-            without_dropout(self.model),
-        ):
+    def _calibrating(self) -> Iterator[None]:
+        """Training mode without dropout."""
+        with undisturbed(self.model), torch.enable_grad(), without_dropout(self.model):
             yield
+
+    @contextmanager
+    def _cooled(self, temperature: float, logits: str | None) -> Iterator[None]:
+        """The outputs of the modules that `logits` names, or of the last layer, divided by `temperature`."""
+        if temperature == 1:
+            yield
+            return
+        names = {name.replace("_orig_mod.", ""): module for name, module in self.model.named_modules()}
+        if logits is None:
+            last = find(self.model, frozen="prune")[-1].module
+            chosen = {name: module for name, module in names.items() if module is last}
+        else:
+            chosen = {name: module for name, module in names.items() if fnmatchcase(name, logits)}
+            if not chosen:
+                raise ValueError(f"logits={logits!r} matches no module of the model. {suggestion(logits, names)}")
+        waiting = dict.fromkeys(chosen)
+
+        def divide(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+            def reached(gradient: Tensor) -> None:
+                for name in [name for name in waiting if names[name] is module]:
+                    del waiting[name]
+
+            if not isinstance(out, Tensor) or not out.requires_grad:
+                return None
+            out = out / temperature
+            out.register_hook(reached)
+            return out
+
+        with hooked(chosen.values(), post=divide):
+            yield
+        if waiting:
+            raise ValueError(
+                f"temperature={temperature:g} divides the logits, but the loss does not depend on the output of "
+                f"{', '.join(waiting)}: name the module that gives them, GraSP(logits='head'), or scorer.logits=head"
+            )
 
 
 def _inputs(batch: Any) -> Tensor:
@@ -220,6 +306,17 @@ def _inputs(batch: Any) -> Tensor:
     if not parts:
         raise ValueError("a calibration batch holds no tensor")
     return _inputs(parts[0])
+
+
+def columns_of(param: MaskedParameter) -> torch.Size | None:
+    """The size of what a weight is multiplied with at a position, (groups, in / groups, *kernel); None if unseen."""
+    module, shape = param.module, param.weight.shape
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return torch.Size((module.groups, *shape[1:]))
+    if keeps_inputs_first(module):
+        return torch.Size((1, shape[0]))
+    projects = isinstance(module, nn.MultiheadAttention) and param.name.endswith("in_proj_weight")
+    return torch.Size((1, shape[1])) if projects or isinstance(module, nn.Linear) else None
 
 
 def _columns(param: MaskedParameter, x: Tensor) -> Tensor | None:

@@ -9,9 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Quantization", "quiet_torchao"]
+__all__ = ["Quantization", "quiet_torchao", "same_random_numbers"]
 
 
 class Quantization(ABC):
@@ -89,3 +90,15 @@ def quiet_torchao() -> Iterator[None]:
     finally:
         for name, level in zip(names, levels, strict=True):
             logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def same_random_numbers(net: nn.Module) -> Iterator[None]:
+    """Afterwards the random generators are as they were: torchao initializes the layers that it makes.
+
+    Args:
+        net: on whose devices random numbers are drawn.
+    """
+    devices = sorted({weight.device.index for weight in net.parameters() if weight.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        yield

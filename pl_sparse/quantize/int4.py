@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.upstream import is_read_by_attention, without_fused_layer
-from pl_sparse.quantize.base import Quantization, quiet_torchao
+from pl_sparse.quantize.base import Quantization, quiet_torchao, same_random_numbers
 
 __all__ = ["Int4Weight"]
 
@@ -39,7 +39,7 @@ class Int4Weight(Quantization):
         return module.in_features % self.group == 0
 
     def prepare(self, net: nn.Module, example: Tensor) -> None:
-        with quiet_torchao():
+        with quiet_torchao(), same_random_numbers(net):
             from torchao.quantization import quantize_
             from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
@@ -65,7 +65,7 @@ class Int4Weight(Quantization):
             raise ValueError("nothing was prepared: call prepare(net, example) first")
         net = copy.deepcopy(self._net).eval().cpu()
         _stop_simulating(net)
-        with quiet_torchao():
+        with quiet_torchao(), same_random_numbers(net):
             from torchao.quantization import IntxWeightOnlyConfig, quantize_
             from torchao.quantization.granularity import PerGroup
 
@@ -75,7 +75,7 @@ class Int4Weight(Quantization):
 
 def _stop_simulating(net: nn.Module) -> None:
     """Linear layers in place of those that simulate integers."""
-    with quiet_torchao():
+    with quiet_torchao(), same_random_numbers(net):
         from torchao.quantization import quantize_
         from torchao.quantization.qat import QATConfig
 

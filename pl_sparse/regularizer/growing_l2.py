@@ -30,7 +30,9 @@ class GrowingL2(Regularizer):
     weights is decided once, there: those that magnitude pruning with this structure and allocation would remove.
 
     Source: Wang et al., Neural pruning via growing regularization, 2020, arXiv:2012.09243, Algorithm 1 (GReg-1), which
-    begins with a trained model and takes the same fraction of every layer.
+    begins with a trained model, takes the same fraction of every layer, holds lambda at its ceiling until the weights
+    have settled, and prunes then. Here the penalty grows from where it begins and lasts for
+    as long as it is set to; when weights are pruned is the schedule's.
 
     Args:
         sparsity: the fraction of the weights that is penalized.

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from torch import Tensor, nn
 
+from pl_sparse.results.judged import judged
 from pl_sparse.results.style import BLUE, GREY, VERMILION, remove_frame, save
 from pl_sparse.results.summary import Summary, percent
 
@@ -67,33 +68,33 @@ def plot_training(history: Sequence[Mapping[str, float | None]], path: str | os.
 
 
 def plot_tickets(rows: Sequence[Mapping[str, float]], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw the validation accuracy (else loss) of each round of lottery tickets over the weights remaining.
+    """Draw the metric that models are judged by at each round of lottery tickets over the weights remaining.
 
     One line is the end of the rounds, another the best epoch of each.
 
     Args:
-        rows: a row per round, with "remaining", a fraction, and any of val/acc, best/val/acc, val/loss, best/val/loss.
+        rows: a row per round, with "remaining", a fraction, what validation logs, and the best of it under "best/".
         path: the picture; its suffix gives the format.
         title: above the figure; "" for none.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    kind = "acc" if any("val/acc" in row for row in rows) else "loss"
+    metric = judged(dict.fromkeys(name for row in rows for name in row)) or "val/loss"
     for key, label, colour, style in (
-        (f"val/{kind}", "end of the round", BLUE, "-"),
-        (f"best/val/{kind}", "best of the round", VERMILION, "--"),
+        (metric, "end of the round", BLUE, "-"),
+        (f"best/{metric}", "best of the round", VERMILION, "--"),
     ):
         points = [(row["remaining"], row[key]) for row in rows if key in row]
         if points:
             axis.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=3.5, label=label)
-            if key.startswith("val"):
+            if key == metric:
                 axis.axhline(points[0][1], color="0.6", linewidth=1)
     axis.set_xscale("log")
     axis.invert_xaxis()
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g} %"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("weights remaining")
-    axis.set_ylabel("validation accuracy" if kind == "acc" else "validation loss")
+    axis.set_ylabel({"val/acc": "validation accuracy", "val/loss": "validation loss"}.get(metric, metric))
     remove_frame(axis)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False)

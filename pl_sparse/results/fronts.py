@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from pl_sparse.results.runs import CHOICES, Run
+from pl_sparse.results.runs import CHOICES, Run, key_of
 
 __all__ = [
     "AXES",
@@ -189,7 +189,7 @@ def _labels(points: Sequence[Point]) -> dict[int, str]:
 
     A setting is part of the labels if its values split points that all settings before it left together.
     """
-    keys = dict.fromkeys(o.partition("=")[0].lstrip("+~") for point in points for o in point.run.overrides)
+    keys = dict.fromkeys(key_of(o) for point in points for o in point.run.overrides)
     parts: dict[int, tuple[str, ...]] = {id(point): () for point in points}
     for key in (*CHOICES, *(key for key in keys if key not in (*_UNLABELLED, *CHOICES))):
         values = {

@@ -11,12 +11,11 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from pl_sparse.results.figures import plot_masks
-from pl_sparse.results.runs import Run, flat, is_run, read
+from pl_sparse.results.runs import Run, flat, is_run, read, shown
 
 __all__ = ["compare", "show"]
 
@@ -89,7 +88,7 @@ def _is_number(value: Any) -> bool:
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1))
     for i, column in enumerate(columns):
-        table.add_column(escape(column), overflow="fold", justify="right" if i else "left")
+        table.add_column(shown(column), overflow="fold", justify="right" if i else "left")
     return table
 
 
@@ -99,12 +98,14 @@ def _table(*columns: str) -> Table:
 def _show(path: str, console: Console) -> None:
     """Print state, command, metrics and layers of a run, and draw its masks."""
     run = _read_run(path)
-    console.print(f"[bold]{escape(str(run.folder))}[/]: {run.state}" + (f", {escape(run.error)}" if run.error else ""))
-    console.print(f"  {escape(run.command)}\n", highlight=False, soft_wrap=True)
+    console.print(
+        f"[bold]{shown(str(run.folder))}[/]: {shown(run.state)}" + (f", {shown(run.error)}" if run.error else "")
+    )
+    console.print(f"  {shown(run.command)}\n", highlight=False, soft_wrap=True)
     if run.models:
         table = _table("metric", "value")
         for key, value in _metrics(run).items():
-            table.add_row(escape(key), escape(_text(value)))
+            table.add_row(shown(key), shown(_text(value)))
         console.print(table, "")
     if rows := _layers(run):
         table = _table("layer", "shape", "structure", "weights", "kept", "density", "note")
@@ -112,7 +113,7 @@ def _show(path: str, console: Console) -> None:
             weights, kept = int(row["weights"]), int(row["kept"])
             cells = (row["name"], row["shape"], row["structure"], f"{weights:,}", f"{kept:,}")
             style = "bold red" if kept == 0 else None
-            table.add_row(*map(escape, cells), f"{float(row['density']):.2%}", escape(row["note"]), style=style)
+            table.add_row(*map(shown, cells), f"{float(row['density']):.2%}", shown(row["note"]), style=style)
         console.print(table, "")
     if masks := _masks(run):
         picture = run.folder / "masks.png"
@@ -124,7 +125,9 @@ def _compare(first_path: str, second_path: str, console: Console) -> None:
     """Print how two runs differ: settings, metrics, density of each layer, overlap of the masks."""
     first, second = _read_run(first_path), _read_run(second_path)
     for name, run in (("first", first), ("second", second)):
-        console.print(f"{name:<7} [bold]{escape(str(run.folder))}[/]: {run.state}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{name:<7} [bold]{shown(str(run.folder))}[/]: {shown(run.state)}", highlight=False, soft_wrap=True
+        )
     settings = _setting_differences(first, second)
     if settings.row_count:
         console.print("", settings)
@@ -145,7 +148,7 @@ def _setting_differences(first: Run, second: Run) -> Table:
     for key in {**first_settings, **second_settings}:
         values = first_settings.get(key), second_settings.get(key)
         if values[0] != values[1]:
-            table.add_row(escape(key), *(escape(_text(value)) for value in values))
+            table.add_row(shown(key), *(shown(_text(value)) for value in values))
     return table
 
 
@@ -158,7 +161,7 @@ def _metric_differences(first: Run, second: Run) -> Table:
         difference = ""
         if values[0] != values[1] and all(map(_is_number, values)):
             difference = _text(float(values[1]) - float(values[0]))
-        table.add_row(escape(key), *(escape(_text(value)) for value in values), difference)
+        table.add_row(shown(key), *(shown(_text(value)) for value in values), difference)
     return table
 
 
@@ -174,7 +177,7 @@ def _compare_masks(first: Mapping[str, Tensor], second: Mapping[str, Tensor], co
             shared, united = int((masks[0] & masks[1]).sum()), int((masks[0] | masks[1]).sum())
             both, either = both + shared, either + united
             overlap = f"{shared / max(united, 1):.2%}"
-        table.add_row(escape(layer), *densities, overlap)
+        table.add_row(shown(layer), *densities, overlap)
     console.print("", table)
     if either:
         console.print(f"overlap of the masks, kept by both of those kept by either: {both / either:.2%}")

@@ -9,19 +9,19 @@ import argparse
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from pl_sparse.core.files import write_csv, write_json, write_text
 from pl_sparse.results.fronts import AXES, CostAxis, merge_seeds, metric
 from pl_sparse.results.page import render
-from pl_sparse.results.runs import gather
+from pl_sparse.results.runs import gather, shown
 from pl_sparse.results.scatter import plot_scatter
 from pl_sparse.results.tables import Criteria, baseline_accuracies, csv_rows, json_contents
 
@@ -38,6 +38,7 @@ def overview(
     baseline: float | None = None,
     kb: float | None = None,
     ms: float | None = None,
+    others: bool = False,
 ) -> dict[str, Any]:
     """Gather the runs below some folders, write their overview, and print it.
 
@@ -50,6 +51,7 @@ def overview(
         baseline: the baseline accuracy; None for that of the dense runs among them.
         kb: adds the most accurate model of at most so many kB (1000 bytes): exported where all were, else compressed.
         ms: adds the most accurate model of at most so many milliseconds per sample.
+        others: list the runs without an end, in place of counting them.
 
     Returns:
         what is in pareto.json.
@@ -78,28 +80,32 @@ def overview(
     write_json(out / "pareto.json", contents)
     plot_scatter(all_series, axis, key, baseline_accuracies(all_series, criteria), out / "pareto.png")
     write_text(out / "pareto.html", render(contents))
-    _print(contents, out)
+    _print(contents, out, others)
     return contents
 
 
-def _print(contents: Mapping[str, Any], out: Path) -> None:
-    """Print the table of methods, the runs without a result, and the names of the files."""
+def _print(contents: Mapping[str, Any], out: Path, others: bool) -> None:
+    """Print the table of methods, the runs that are not finished, and the names of the files."""
     console = Console()
     summary = contents["summary"]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), title="", caption=escape(summary["note"]))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), title="", caption=shown(summary["note"]))
     table.caption_justify = "left"
     for i, column in enumerate(summary["columns"]):
         table.add_column(column, overflow="fold", justify="right" if i in (1, 2) else "left")
     for row in summary["rows"]:
-        table.add_row(*map(escape, row), style="bold" if row[0] == "all" else None)
+        table.add_row(*map(shown, row), style="bold" if row[0] == "all" else None)
     console.print(table)
-    if contents["others"]:
+    if contents["others"] and not others:
+        states = Counter(run["state"] for run in contents["others"])
+        counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        console.print(f"{counts}: --unfinished lists them", highlight=False, soft_wrap=True)
+    if contents["others"] and others:
         columns = ("run", "state", "progress", "error")
         table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1))
         for column in table.columns:
             column.overflow = "fold"
         for run in contents["others"]:
-            table.add_row(*(escape(run[key]) for key in columns), style="red" if run["state"] == "failed" else None)
+            table.add_row(*(shown(run[key]) for key in columns), style="red" if run["state"] == "failed" else None)
         console.print(table)
     console.print(f"\n{contents['lead']}; written to {out}:", highlight=False, soft_wrap=True)
     for name, text in (
@@ -119,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="pl-sparse pareto",
         description="Compare runs: fronts of accuracy and cost, hypervolume, the best under a constraint. Works while "
-        "a sweep runs and after one was interrupted: what has a result counts, the rest is listed.",
+        "a sweep runs and after one was interrupted: what has a result counts, the rest is counted.",
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="runs, or folders of runs")
     parser.add_argument("--axis", choices=AXES, default="sparsity", help="what accuracy is compared with (%(default)s)")
@@ -132,6 +138,7 @@ def main() -> None:
         "--kb", type=float, metavar="N", help="tell the most accurate model of at most N kB (1000 bytes)"
     )
     parser.add_argument("--ms", type=float, metavar="N", help="tell the most accurate model of at most N ms a sample")
+    parser.add_argument("--unfinished", action="store_true", help="list the runs that run, failed or were cut off")
     parser.add_argument("--out", type=Path, help="where to write (the first DIR)")
     arguments = parser.parse_args()
     try:
@@ -144,6 +151,7 @@ def main() -> None:
             baseline=arguments.dense,
             kb=arguments.kb,
             ms=arguments.ms,
+            others=arguments.unfinished,
         )
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

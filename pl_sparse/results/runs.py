@@ -11,8 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CHOICES", "Run", "flat", "gather", "is_run", "read"]
+from rich.markup import escape
 
+from pl_sparse.core.files import read_yaml
+
+__all__ = ["CHOICES", "Run", "flat", "gather", "is_run", "key_of", "printable", "read", "shown"]
+
+_LARGEST = 1 << 26  # bytes of a file of figures
 CHOICES = ("method", "scorer", "structure", "schedule", "allocation", "masking")
 """The metrics that name the parts of a run's method."""
 
@@ -23,7 +28,8 @@ class Run:
 
     Attributes:
         folder: the folder.
-        state: "finished", "running", "failed", or "unfinished" for a run that left neither an end nor an error.
+        state: "finished", "running", "failed", "interrupted", or "unfinished" for a run that left neither an end nor
+            an error.
         error: why it failed.
         overrides: the arguments it was started with, without Hydra's own.
         config: its settings, resolved.
@@ -67,15 +73,23 @@ class Run:
             neither.
         """
         for override in self.overrides:
-            name, _, value = override.partition("=")
-            if name.lstrip("+~") == key:
-                return value
+            if key_of(override) == key:
+                return override.partition("=")[2]
         node: Any = self.config
         for part in key.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
         if isinstance(node, Mapping):
             return str(node.get("_target_", "")).rpartition(".")[2].lower() or None
         return None if node is None else str(node)
+
+
+def key_of(override: str) -> str:
+    """The key of an override, as it is without Hydra's signs.
+
+    >>> key_of("+model.width=4"), key_of("~data.limit")
+    ('model.width', 'data.limit')
+    """
+    return override.partition("=")[0].lstrip("+~")
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -93,6 +107,20 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def printable(text: str) -> str:
+    """A text of a run without control characters, which terminals act on.
+
+    >>> printable("a\\x1b]52;c;")
+    'a\\\\x1b]52;c;'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(text: str) -> str:
+    """A text of a run for rich: printable, and no markup."""
+    return escape(printable(text))
 
 
 # Reading
@@ -116,7 +144,7 @@ def gather(folders: Iterable[str | os.PathLike[str]]) -> list[Run]:
         if not top.is_dir():
             raise FileNotFoundError(f"{top} is no folder")
         for path in _run_folders(top):
-            by_path.setdefault(path.resolve(), read(path))
+            by_path.setdefault(path.resolve(), read(path, top))
     return list(by_path.values())
 
 
@@ -129,7 +157,9 @@ def _run_folders(folder: Path) -> Iterator[Path]:
     if is_run(folder):
         yield folder
         return
-    below = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    below = [
+        path for path in folder.iterdir() if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
+    ]  # what a link leads to is elsewhere, or is found without it
     for path in sorted(below, key=lambda path: _natural(path.name)):
         yield from _run_folders(path)
 
@@ -144,20 +174,27 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts if part]
 
 
-def read(folder: Path) -> Run:
-    """The run in a folder, as far as its files are there. A run whose files are broken counts as failed."""
+def read(folder: Path, within: Path | None = None) -> Run:
+    """The run in a folder, as far as its files are there. A run whose files are broken counts as failed.
+
+    Args:
+        folder: the run's.
+        within: files that are links to what is outside of this folder are not read; None for the run's own.
+    """
     run = Run(folder, "unfinished")
+    top = (within or folder).resolve()
     try:
-        run.status = _json(folder / "status.json") or {}
+        run.status = _json(folder / "status.json", dict, top) or {}
         run.overrides = [
-            o for o in map(str, _yaml(folder / ".hydra/overrides.yaml") or []) if not o.startswith("hydra.")
+            o for o in map(str, _yaml(folder / ".hydra/overrides.yaml", list, top) or []) if not o.startswith("hydra.")
         ]
-        run.config = _yaml(folder / "config.yaml") or _yaml(folder / ".hydra/config.yaml") or {}
-        final = _json(folder / "metrics.json")
-        models = _json(folder / "front.json") or [
-            _ticket(_json(path), final or {}) for path in sorted(folder.glob("levels/level_*/metrics.json"))
+        run.config = _yaml(folder / "config.yaml", dict, top) or _yaml(folder / ".hydra/config.yaml", dict, top) or {}
+        final = _json(folder / "metrics.json", dict, top)
+        models = _json(folder / "front.json", list, top) or [
+            _ticket(_json(path, dict, top) or {}, final or {})
+            for path in sorted(folder.glob("levels/level_*/metrics.json"))
         ]
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError) as error:
         run.state, run.error = "failed", f"cannot be read: {error}"
         return run
     run.models = [metrics for metrics in models if isinstance(metrics, dict)]
@@ -183,17 +220,27 @@ def _ticket(row: dict[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path, kind: type, top: Path) -> Any:
+    if not _is_within(path, top):
+        return None
+    if path.stat().st_size > _LARGEST:
+        raise ValueError(f"{path.name} is larger than {_LARGEST:,} bytes")
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
+        return _of_kind(json.loads(path.read_text(encoding="utf-8")), kind, path)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: {error}") from error
 
 
-def _yaml(path: Path) -> Any:
-    import yaml  # type: ignore[import-untyped]
+def _yaml(path: Path, kind: type, top: Path) -> Any:
+    return _of_kind(read_yaml(path), kind, path) if _is_within(path, top) else None
 
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+
+def _of_kind(value: Any, kind: type, path: Path) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{path.name} holds a {type(value).__name__}, and no {kind.__name__}")
+    return value
+
+
+def _is_within(path: Path, top: Path) -> bool:
+    """Whether there is a file, in a folder when links are followed."""
+    return path.is_file() and path.resolve().is_relative_to(top)

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from pl_sparse.core.upstream import plain_name
 from pl_sparse.network.macs import Macs
 from pl_sparse.pruner import Pruner
 
@@ -71,7 +72,7 @@ class Summary:
         bytes_dense: size of the stored model, dense.
         bytes_compressed: size of the stored model, compressed.
         params_left: number of parameters after channels were removed (0: not counted).
-        coverage: prunable weights over all weights there are, 0..1; None: not counted.
+        coverage: prunable weights over all weights there are, frozen and excluded ones too, 0..1; None: not counted.
         left_out: names of the weights that coverage lacks and no pattern excludes.
     """
 
@@ -121,7 +122,7 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
     """
     rows = []
     overrides = {param.name: override for group, override in pruner.group_overrides for param, _ in group.members}
-    params = {name.replace("_orig_mod.", ""): weight for name, weight in model.named_parameters()}
+    params = {plain_name(name): weight for name, weight in model.named_parameters()}
     masked = {param.name: param for param in pruner.params}
     tensors = {**params, **dict(model.named_buffers())}
     compressed = sum(tensor.numel() * tensor.element_size() for tensor in (*params.values(), *model.buffers()))

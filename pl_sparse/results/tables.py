@@ -41,7 +41,7 @@ _FILES = {
     "model.onnx": "ONNX",
 }
 _SHORT = {"sparsity": "sparsity", "size": "size", "macs": "MACs", "latency": "latency", "exported": "exported"}
-_STATES = ("finished", "running", "failed", "unfinished")
+_STATES = ("finished", "running", "failed", "interrupted", "unfinished")
 
 
 @dataclass(frozen=True)

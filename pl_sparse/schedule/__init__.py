@@ -11,7 +11,7 @@ from pl_sparse.schedule.gradual import Cosine, Cubic, Exponential, Linear
 from pl_sparse.schedule.paced import Decisions, Paced
 from pl_sparse.schedule.rounds import Constant, Cyclic, Iterative, OneShot, Staircase
 from pl_sparse.schedule.tickets import Tickets
-from pl_sparse.schedule.time import Time, step_of
+from pl_sparse.schedule.time import Time
 
 __all__ = [
     "Constant",
@@ -28,5 +28,4 @@ __all__ = [
     "Staircase",
     "Tickets",
     "Time",
-    "step_of",
 ]

@@ -37,9 +37,12 @@ class Clock:
     span: tuple[int, int] = (0, 0)
     _planned: tuple[int, int | None] | None = None  # the estimates before training
     _timed: Schedule = field(init=False)  # with epochs turned into steps
+    _moves: bool = field(init=False)  # whether a time depends on the length of training or of an epoch
 
     def __post_init__(self) -> None:
         self._timed = self.schedule
+        # asked for at each step
+        self._moves = self.schedule.movable and (self.schedule.fractional or self.schedule.in_epochs)
 
     def fit(self, total: float, steps_per_epoch: int | None = None) -> None:
         """Fit the schedule to a training of `total` optimizer steps (infinity: not known).
@@ -79,9 +82,7 @@ class Clock:
         Returns:
             Whether the times of the schedule have moved.
         """
-        if self.total is None or step == 0 or step > self.span[1] or not self.schedule.movable:
-            return False
-        if not (self.schedule.fractional or self.schedule.in_epochs):
+        if self.total is None or step == 0 or step > self.span[1] or not self._moves:
             return False
         total, per_epoch = self.total, self.per_epoch
         tolerance = max(2.0, step / 100)

@@ -1,14 +1,15 @@
 """How important each weight is: higher = keep. What a scorer gathers over steps lives in `MaskedParameter.state`."""
 
-from pl_sparse.scorer.activations import Wanda
+from pl_sparse.scorer.activations import RIA, Wanda
 from pl_sparse.scorer.at_init import SNIP, GraSP, SynFlow
 from pl_sparse.scorer.base import Scorer
-from pl_sparse.scorer.gradients import Gradient, Momentum, Movement, Taylor
-from pl_sparse.scorer.learned import HardConcrete, SoftMovement, SoftThreshold
+from pl_sparse.scorer.gradients import Gradient, Momentum, Taylor
+from pl_sparse.scorer.learned import HardConcrete, Movement, SoftMovement, SoftThreshold
 from pl_sparse.scorer.ticket import Ticket
 from pl_sparse.scorer.weights import Magnitude, Random, Slimming
 
 __all__ = [
+    "RIA",
     "SNIP",
     "GraSP",
     "Gradient",

@@ -22,18 +22,25 @@ class SNIP(Scorer):
     """|g w|, the connection sensitivity: |dL/dc| of c = 1 in c w, on calibration batches.
 
     Gradients of several batches are added up before the absolute value is taken. In rounds (`schedule.rounds`) it is
-    iterative SNIP; where masking remembers pruned values, and so lets them return between rounds, FORCE.
+    iterative SNIP; where masking remembers pruned values, and so lets them return between rounds, FORCE. Each round
+    looks at other batches, as in the authors' code.
 
     Source: Lee, Ajanthan, Torr, SNIP: single-shot network pruning based on connection sensitivity, 2018,
     arXiv:1810.02340, equation 6. There biases are scored and pruned too; here they are neither. De Jorge et al.,
     Progressive skeletonization: trimming more fat from a network at initialization, 2020, arXiv:2006.09081, for rounds.
+
+    Args:
+        fresh: whether each round has batches of its own; False: all rounds look at the same.
     """
 
+    fresh: bool = True
     calibrates: ClassVar[bool] = True
 
     def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
         for param, grad in zip(params, probe.gradients([param.weight for param in params]), strict=True):
             param.state["calibrated"] = (grad * param.values).abs_()
+        if self.fresh:
+            probe.renew()
 
     def score(self, param: MaskedParameter) -> Tensor:
         return observed(param, "calibrated")
@@ -45,16 +52,20 @@ class GraSP(Scorer):
     """w (H g): high for weights whose removal would take most from the norm of the gradient.
 
     The first-order change of |g|^2 when w is removed is -2 w (H g): the paper removes where -w (H g) is largest, which
-    is to keep where w (H g) is. Logits are divided by `temperature`, at the output of the model's last layer.
+    is to keep where w (H g) is. Logits are divided by `temperature`.
 
     Source: Wang, Zhang, Grosse, Picking winning tickets before training by preserving gradient flow, 2020,
-    arXiv:2002.07376, equation 8 and Algorithm 1.
+    arXiv:2002.07376, equation 8 and Algorithm 1. The authors' code takes as many examples of each class (10 on
+    CIFAR-10) and draws the last layers anew for scoring; here batches are those of training, and weights the model's.
 
     Args:
         temperature: of the logits.
+        logits: the name of the module whose output they are, or a pattern for several heads; None: the layer that the
+            model registers last, which an auxiliary head may be.
     """
 
     temperature: float = 200.0
+    logits: str | None = None
     calibrates: ClassVar[bool] = True
     signed: ClassVar[bool] = True
 
@@ -63,7 +74,7 @@ class GraSP(Scorer):
             raise ValueError(f"temperature={self.temperature!r} must be positive")
 
     def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
-        products = probe.hessian_gradients([param.weight for param in params], self.temperature)
+        products = probe.hessian_gradients([param.weight for param in params], self.temperature, self.logits)
         for param, product in zip(params, products, strict=True):
             param.state["calibrated"] = param.values * product
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
 from pl_sparse.scorer.base import Scorer, average_into, check_decay, observed
 
-__all__ = ["Gradient", "Momentum", "Movement", "Taylor"]
+__all__ = ["Gradient", "Momentum", "Taylor"]
 
 
 @register
@@ -41,16 +40,22 @@ class Gradient(Scorer):
 @register
 @dataclass(frozen=True)
 class Taylor(Scorer):
-    """The moving average of |w g|: to first order, how much the loss changes when the weight is removed.
+    """The moving average of |w g|, or of (w g)^2: to first order, how much the loss changes when the weight is removed.
 
-    Source: Molchanov et al., Importance estimation for neural network pruning, 2019, arXiv:1906.10771, equation 8
-    (there squared, which ranks alike).
+    For one weight and one step both rank alike; averages over steps do not, nor do the means over a unit's weights.
+    g is the gradient of an optimizer step: with accumulation, larger batches or more processes it is the mean of more
+    examples before it is squared, and the score is another one.
+
+    Source: Molchanov et al., Importance estimation for neural network pruning, 2019, arXiv:1906.10771, equation 8,
+    which squares and takes the mean over the batches between two prunings.
 
     Args:
         decay: the share of the past; 0 takes the last step alone.
+        squared: whether squares are averaged, as in the paper, or absolute values.
     """
 
     decay: float = 0.9
+    squared: bool = False
     observes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -58,43 +63,11 @@ class Taylor(Scorer):
 
     def observe(self, param: MaskedParameter) -> None:
         if param.grad is not None:
-            average_into(param, "taylor", (param.values * param.grad.detach()).abs_(), self.decay)
+            change = param.values * param.grad.detach()
+            average_into(param, "taylor", change.square_() if self.squared else change.abs_(), self.decay)
 
     def score(self, param: MaskedParameter) -> Tensor:
         return observed(param, "taylor")
-
-
-@register
-@dataclass(frozen=True)
-class Movement(Scorer):
-    """S = -lr * sum over steps of g w: high for weights that move away from zero.
-
-    g is the gradient at the masked weights, for pruned positions too (straight-through), and w the value behind the
-    mask, so that a pruned weight can come back.
-
-    Source: Sanh, Wolf, Rush, Movement pruning: adaptive sparsity by fine-tuning, 2020, arXiv:2005.07683, equation 3.
-
-    Args:
-        lr: the learning rate of the scores, which ranks nothing by itself but scales them for thresholds.
-    """
-
-    lr: float = 1.0
-    needs_latent: ClassVar[bool] = True
-    observes: ClassVar[bool] = True
-    signed: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr!r} must be positive")
-
-    def observe(self, param: MaskedParameter) -> None:
-        if param.grad is not None:
-            if "movement" not in param.state:
-                param.state["movement"] = torch.zeros_like(param.values)
-            param.state["movement"].addcmul_(param.grad.detach(), param.values, value=-self.lr)
-
-    def score(self, param: MaskedParameter) -> Tensor:
-        return observed(param, "movement")
 
 
 @register

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 from zlib import crc32
 
 import torch
@@ -15,10 +15,10 @@ from pl_sparse.core.gate import GAMMA, ZETA, Gate, open_probability, slope, stre
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
-from pl_sparse.scorer.base import Scorer
+from pl_sparse.scorer.base import Scorer, observed
 from pl_sparse.structure import Structure
 
-__all__ = ["HardConcrete", "SoftMovement", "SoftThreshold"]
+__all__ = ["HardConcrete", "Movement", "SoftMovement", "SoftThreshold"]
 
 
 @register
@@ -26,17 +26,19 @@ __all__ = ["HardConcrete", "SoftMovement", "SoftThreshold"]
 class HardConcrete(Scorer):
     """Gates that are learned under an L0 penalty: weights are z v, each unit's z a hard concrete variable in [0, 1].
 
-    The loss is that of a batch (its mean) + penalty * sum over units |unit| P(z > 0), |unit| the weights it has. The
-    paper's lambda is per weight and divided by the number of training examples N, so that penalty = lambda / N: its
-    0.1 on MNIST is 0.1 / 60,000. log alpha, one a unit, is trained by
+    The loss is that of a batch (its mean) + penalty * sum over units |unit| P(z > 0), |unit| the weights it has, with
+    `updater=threshold` alone: any other decides how many units stay, and there is no penalty then. The paper's lambda
+    is per weight and divided by the number of training examples N, so that penalty = lambda / N: its 0.1 on MNIST is
+    0.1 / 60,000. log alpha, one a unit, is trained by
 
         dL/d(log alpha) = dz/d(log alpha) sum over the unit of g v + penalty |unit| P (1 - P),   P = P(z > 0)
 
-    once an optimizer step with the gradient of the whole step, by an Adam without weight decay, and clamped to
-    [log 1e-2, log 1e2]. The score is the gate of evaluation before clipping, sigmoid(log alpha) (zeta - gamma) + gamma:
-    a unit is off where it is 0 or less. `masking=gated` samples z in training. The sparsity comes out of the penalty:
-    a gate that is shut in evaluation may still open in 31 % of all samples, so that the expected L0 norm is larger than
-    the count. Weight decay on v is the optimizer's; the paper weighs it by P.
+    once an optimizer step with the gradient of the whole step, by an Adam without weight decay at a constant rate, and
+    clamped to [log 1e-2, log 1e2]. The score is the gate of evaluation before clipping,
+    sigmoid(log alpha) (zeta - gamma) + gamma: a unit is off where it is 0 or less. `masking=gated` samples z in
+    training. The sparsity comes out of the penalty: a gate that is shut in evaluation may still open in 31 % of all
+    samples, so that the expected L0 norm is larger than the count. Weight decay on v is the optimizer's; the paper
+    weighs it by P.
 
     Source: Louizos, Welling, Kingma, Learning sparse neural networks through L0 regularization, 2017, arXiv:1712.01312,
     equations 10 to 15.
@@ -92,20 +94,83 @@ class HardConcrete(Scorer):
 
 @register
 @dataclass(frozen=True)
+class Movement(Scorer):
+    """S, trained beside the weights by straight-through gradients: high for weights that move away from zero.
+
+        dL/dS = sum over the unit of g w
+
+    g is the gradient at the masked weights, for pruned ones too, and w the value behind the mask, so that a pruned
+    weight can come back. S starts at 0. The published numbers were not made by equation 3 but by an AdamW without
+    weight decay on S at 1e-2 with warm-up, and by gradients of scores and model that are clipped together: `rule=adam`.
+    Its rate follows the learning-rate schedule of the weights. The norm that is clipped is the model's; that of S
+    would add little to it, for dL/dS is g times a weight. `rule=sum` is equation 3: S = -lr * sum over steps of g w.
+
+    Source: Sanh, Wolf, Rush, Movement pruning: adaptive sparsity by fine-tuning, 2020, arXiv:2005.07683, equation 3
+    and appendix A, and the authors' code; for blocks, whose weights share one S, Lagunas et al., Block pruning for
+    faster transformers, 2021, arXiv:2109.04838. There masks are set at every step (`schedule.every=1`), and the
+    gradients of a step are masked as its forward pass was, here by the masks that the step sets.
+
+    Args:
+        lr: the learning rate of S. Under `rule=sum` it ranks nothing but scales S for thresholds.
+        rule: what trains S.
+        clip: the norm of the model's gradients above which that of S is scaled down, for `rule=adam`; None: never. The
+            model itself is clipped by `Trainer(gradient_clip_val=...)`.
+    """
+
+    lr: float = 1e-2
+    rule: Literal["adam", "sum"] = "adam"
+    clip: float | None = 1.0
+    needs_latent: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
+    signed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr!r} must be positive")
+        if self.rule not in ("adam", "sum"):
+            raise ValueError(f"rule={self.rule!r} is none of adam, sum")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip={self.clip!r} must be positive, or null")
+
+    def start(self, groups: Sequence[Group], structure: Structure) -> None:
+        if self.rule == "adam":
+            for group in groups:
+                group.gate = Gate(group.name, group.members, structure, self.lr, True, self.clip)
+
+    def observe(self, param: MaskedParameter) -> None:
+        if self.rule == "sum" and param.grad is not None:
+            if "movement" not in param.state:
+                param.state["movement"] = torch.zeros_like(param.values)
+            param.state["movement"].addcmul_(param.grad.detach(), param.values, value=-self.lr)
+
+    def learn(self, group: Group) -> None:
+        if group.gate is not None:
+            group.gate.step(group.gate.correlation())
+
+    def score(self, param: MaskedParameter) -> Tensor:
+        return observed(param, "movement")
+
+    def unit_scores(self, group: Group) -> Tensor | None:
+        return None if group.gate is None else group.gate.value.detach()
+
+
+@register
+@dataclass(frozen=True)
 class SoftMovement(Scorer):
     """sigmoid(S), with S learned by straight-through gradients: dL/dS = sum over the unit of g w.
 
-    g is the gradient at the masked weights and w the value behind the mask, for pruned units too. The loss has
-    penalty * mean over tensors of mean(sigmoid(S)) added, as much of it as the threshold of `updater=threshold` has
-    of its own final value. S starts at 0 and is trained by an Adam without weight decay. With `updater=prune` it is
-    (hard) movement pruning by an adaptive optimizer, with an exact count.
+    g is the gradient at the masked weights and w the value behind the mask, for pruned units too. With
+    `updater=threshold` the loss has penalty * mean over tensors of mean(sigmoid(S)) added, as much of it as the
+    threshold has of its own final value. S starts at 0 and is trained by an Adam without weight decay, whose rate
+    follows the learning-rate schedule of the weights. With `updater=prune` there is no penalty, and it is (hard)
+    movement pruning with an exact count, as `scorer=movement` is.
 
     Source: Sanh, Wolf, Rush, Movement pruning: adaptive sparsity by fine-tuning, 2020, arXiv:2005.07683, section 4 and
     appendix A; for blocks, whose weights share one S, Lagunas et al., Block pruning for faster transformers, 2021,
     arXiv:2109.04838.
 
     Args:
-        penalty: lambda, the price of sigmoid(S).
+        penalty: lambda, the price of sigmoid(S), for `updater=threshold`.
         lr: the learning rate of S.
     """
 
@@ -120,7 +185,7 @@ class SoftMovement(Scorer):
 
     def start(self, groups: Sequence[Group], structure: Structure) -> None:
         for group in groups:
-            group.gate = Gate(group.name, group.members, structure, self.lr)
+            group.gate = Gate(group.name, group.members, structure, self.lr, follows=True)
             group.gate.share = 1 / len(groups)
 
     def learn(self, group: Group) -> None:

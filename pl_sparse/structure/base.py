@@ -34,6 +34,10 @@ class Structure(Axis, ABC):
     def pool(self, scores: Tensor) -> Tensor:
         """The score of each unit; `scores` is (out, in, *kernel)."""
 
+    def alive(self, mask: Tensor) -> Tensor:
+        """Which units have a weight left in a mask of shape (out, in, *kernel), a bool tensor of the units' shape."""
+        return self.pool(mask.float()) > 0
+
     def select(self, units: Tensor, keep: int) -> Tensor:
         """The bool mask of the `keep` best units, of the units' shape; ties to the lower index."""
         return top_k(units, keep)

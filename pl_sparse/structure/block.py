@@ -40,10 +40,15 @@ class Block(Structure):
         return None
 
     def pool(self, scores: Tensor) -> Tensor:
-        return scores.unflatten(1, (-1, self.w)).unflatten(0, (-1, self.h)).mean(dim=(1, 3))
+        # One dimension after the other: first whole rows, so that little is left for the short runs of a row.
+        return scores.unflatten(0, (-1, self.h)).mean(1).unflatten(1, (-1, self.w)).mean(2)
+
+    def alive(self, mask: Tensor) -> Tensor:
+        return mask.unflatten(0, (-1, self.h)).amax(1).unflatten(1, (-1, self.w)).amax(2)
 
     def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
-        return chosen.repeat_interleave(self.h, 0).repeat_interleave(self.w, 1)
+        tiles = chosen.unsqueeze(1).unsqueeze(3)  # (out / h, 1, in / w, 1, *kernel)
+        return tiles.expand(-1, self.h, -1, self.w, *chosen.shape[2:]).reshape(shape)
 
 
 @register
@@ -53,6 +58,9 @@ class Kernel(Structure):
 
     def pool(self, scores: Tensor) -> Tensor:
         return scores.flatten(2).mean(2) if scores.dim() > 2 else scores
+
+    def alive(self, mask: Tensor) -> Tensor:
+        return mask.flatten(2).amax(2) if mask.dim() > 2 else mask
 
     def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
         return chosen.reshape(*chosen.shape, *(1,) * (len(shape) - 2)).expand(shape)

@@ -87,6 +87,9 @@ class Channel(Structure):
     def pool(self, scores: Tensor) -> Tensor:
         return scores.flatten(1).mean(1)
 
+    def alive(self, mask: Tensor) -> Tensor:
+        return mask.flatten(1).amax(1)
+
     def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
         return chosen.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape)
 

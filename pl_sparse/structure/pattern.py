@@ -60,6 +60,9 @@ class NM(Structure):
     def pool(self, scores: Tensor) -> Tensor:
         return scores.movedim(1, -1).unflatten(-1, (-1, self.m))
 
+    def alive(self, mask: Tensor) -> Tensor:
+        return self.pool(mask)
+
     def select(self, units: Tensor, keep: int) -> Tensor:
         groups = units.numel() // self.m
         n = min(self.m, max(self.n, -(-keep // groups)))
@@ -120,6 +123,9 @@ class Transposable(Structure):
     def pool(self, scores: Tensor) -> Tensor:
         last = scores.flatten(2).movedim(2, 0) if scores.dim() > 2 else scores.unsqueeze(0)
         return last.unflatten(2, (-1, self.m)).unflatten(1, (-1, self.m)).transpose(2, 3).flatten(3)
+
+    def alive(self, mask: Tensor) -> Tensor:
+        return self.pool(mask)
 
     def select(self, units: Tensor, keep: int) -> Tensor:
         n = min(self.m, max(self.n, -(-keep * self.m // units.numel())))

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pl_sparse.core.optional import beginning
+
 __all__ = ["pretrained_from", "transformers_library"]
 
 
@@ -37,5 +39,5 @@ def pretrained_from(auto: Any, path: str, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"path={path}: no pretrained model can be read from such a folder, nor from the hub under this name "
-            f"({str(error).splitlines()[0]})"
+            f"({beginning(error)})"
         ) from error

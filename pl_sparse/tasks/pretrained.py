@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.core.optional import beginning
 from pl_sparse.core.registry import near_misses, suggestion
 from pl_sparse.tasks.hugging_face import pretrained_from, transformers_library
-from pl_sparse.tasks.text import sentences
+from pl_sparse.tasks.text import freeze_embeddings_of, sentences
 
 __all__ = ["Preprocessing", "huggingface", "timm_model"]
 
@@ -75,10 +76,10 @@ def timm_model(
             model = library.create_model(name, **options)
     except (OSError, RuntimeError) as error:
         if not pretrained:
-            raise ValueError(f"name={name}: {_line(error)}") from error
+            raise ValueError(f"name={name}: {beginning(error)}") from error
         raise FileNotFoundError(
-            f"name={name}: its pretrained weights are neither in the cache nor can they be loaded ({_line(error)}): "
-            "give pretrained=FILE, or pretrained=false for new ones"
+            f"name={name}: its pretrained weights are neither in the cache nor can they be loaded "
+            f"({beginning(error)}): give pretrained=FILE, or pretrained=false for new ones"
         ) from error
     facts = library.data.resolve_model_data_config(model)
     model.preprocessing = Preprocessing(tuple(shape or facts["input_size"]), tuple(facts["mean"]), tuple(facts["std"]))
@@ -141,9 +142,7 @@ def huggingface(*, name: str, classes: int, pretrained: bool = True, freeze_embe
     else:
         model = auto.from_config(config)
     if freeze_embeddings:
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                module.requires_grad_(False)
+        freeze_embeddings_of(model)
     if kind == "text":
         return sentences(model, name)
     made = _Images(model).train()
@@ -158,7 +157,3 @@ def huggingface(*, name: str, classes: int, pretrained: bool = True, freeze_embe
         shape, tuple(facts.get("image_mean", half)), tuple(facts.get("image_std", half))
     )
     return made
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

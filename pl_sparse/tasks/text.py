@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pl_sparse.tasks.data import InMemory, Split, hold_out
 from pl_sparse.tasks.hugging_face import pretrained_from, transformers_library
 
-__all__ = ["MovieReviews", "sentences", "transformer"]
+__all__ = ["MovieReviews", "freeze_embeddings_of", "sentences", "transformer"]
 
 
 class MovieReviews(InMemory):
@@ -111,10 +111,15 @@ def transformer(*, path: str, classes: int, freeze_embeddings: bool = True) -> n
     auto = transformers_library().AutoModelForSequenceClassification
     model = pretrained_from(auto, path, num_labels=classes, ignore_mismatched_sizes=True, dtype=torch.float32)
     if freeze_embeddings:
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                module.requires_grad_(False)
+        freeze_embeddings_of(model)
     return sentences(model, path)
+
+
+def freeze_embeddings_of(model: nn.Module) -> None:
+    """Leave the embeddings of a model as they are in training."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.requires_grad_(False)
 
 
 def sentences(model: Any, path: str) -> nn.Module:

@@ -22,7 +22,11 @@ def shuffle(groups: Sequence[Group], structure: Structure) -> None:
     """Permute each mask within its tensor, whole units (of N:M, whole groups), as the seed of torch has it."""
     units = Units(groups, structure, lambda param: param.mask.float())
     for index in range(len(units)):
-        alive = units.alive(index) if structure.fixed is None else units[index].bool()
-        rows = alive.reshape(-1, 1) if structure.fixed is None else alive.flatten(0, -2)  # (units, 1) or (groups, m)
-        order = torch.randperm(len(rows)).to(rows.device)
-        units.assign(index, rows[order].reshape(alive.shape))
+        if structure.fixed is None:
+            alive = units.alive(index)
+            drawn = torch.rand(alive.shape).to(alive.device)
+            units.assign(index, structure.select(drawn, int(alive.sum())))
+        else:
+            rows = units[index].bool().flatten(0, -2)  # (groups, m)
+            order = torch.randperm(len(rows)).to(rows.device)
+            units.assign(index, rows[order].reshape(units[index].shape))

@@ -65,16 +65,20 @@ class Updater(Axis, ABC):
         needs_training: whether it rests on masking that trains pruned weights on.
         fixed_count: whether the number of kept weights never changes, so that a schedule other than a constant one
             makes no sense.
+        grows: whether weights return that the optimizer is to know nothing of, second moments included.
         targets_sparsity: whether the schedule's level is a sparsity that it meets.
         calibrates: whether it looks at the whole model through `Update.probe`.
+        writes_weights: whether it gives the weights that are left other values.
     """
 
     axis: ClassVar[str] = "updater"
     needs_zeros: ClassVar[bool] = False
     needs_training: ClassVar[bool] = False
     fixed_count: ClassVar[bool] = False
+    grows: ClassVar[bool] = False
     targets_sparsity: ClassVar[bool] = True
     calibrates: ClassVar[bool] = False
+    writes_weights: ClassVar[bool] = False
 
     def target(self, scheduled: float) -> float | None:
         """The final sparsity it is asked for, given the schedule's; None where it comes out of training."""

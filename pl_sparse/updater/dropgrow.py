@@ -13,14 +13,13 @@ from torch import Tensor
 
 from pl_sparse.allocation import Allocation, Units, choose
 from pl_sparse.core.group import Group
-from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parameter import MaskedParameter, where_kept
 from pl_sparse.core.registry import register
-from pl_sparse.core.topk import top_k
 from pl_sparse.scorer import Momentum, Random, Scorer
 from pl_sparse.structure import Structure
 from pl_sparse.updater.base import Update, Updater
 
-__all__ = ["DropGrow"]
+__all__ = ["DropGrow", "GraNet"]
 
 
 @register
@@ -31,7 +30,8 @@ class DropGrow(Updater):
     The first masks are random, as dense as the allocation says. Each update then drops floor(f n) of the n kept units
     of a tensor and grows as many of those not kept, the ones just dropped among them. Grown weights start at zero,
     with the optimizer's memory of them at zero; what is dropped and grown at once keeps both. f decays from `fraction`
-    over the schedule:
+    over the schedule. With `structure=row` both go by rows, so that each output keeps as many inputs as before: the
+    constant fan-in of SRigL, whose removal of whole neurons is not here. f over the schedule:
 
         cosine: f = fraction / 2 (1 + cos(pi x)),   linear: f = fraction (1 - x),   constant: f = fraction
 
@@ -39,7 +39,8 @@ class DropGrow(Updater):
     by network science, 2018, arXiv:1707.04780 (SET: random growth). Evci et al., Rigging the lottery: making all
     tickets winners, 2020, arXiv:1911.11134, Algorithm 1 (RigL: growth by the gradient; an update replaces the step).
     Dettmers, Zettlemoyer, Sparse networks from scratch, 2019, arXiv:1907.04840, Algorithm 1 (sparse momentum: growth
-    by momentum, `redistribute`).
+    by momentum, `redistribute`). Lasby et al., Dynamic sparse training with structured sparsity, 2023,
+    arXiv:2305.02299 (SRigL: constant fan-in).
 
     Args:
         fraction: of the kept units that the first update drops, in [0, 1].
@@ -61,6 +62,7 @@ class DropGrow(Updater):
     seed: int = 0
     needs_zeros: ClassVar[bool] = True
     fixed_count: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:
@@ -113,17 +115,17 @@ class DropGrow(Updater):
             return
         units = Units(groups, structure, scorer.score, unit_scores=scorer.unit_scores)
         alive = [units.alive(index) for index in range(len(units))]
-        counts = [int(mask.sum()) for mask in alive]
+        counts = [int(torch.count_nonzero(mask)) for mask in alive]
         leasts = units.leasts(due.level)
         rate = self.rate(due.progress)
         dropped = [min(int(rate * n), max(n - least, 0)) for n, least in zip(counts, leasts, strict=True)]
         grown = self._shares(groups, units, counts, dropped) if self.redistribute else dropped
         growth = Units(groups, structure, lambda param: self._growth(param, due))
         for index in range(len(units)):
-            lowest = torch.finfo(torch.float32).min
-            stay = top_k(units[index].float().masked_fill(~alive[index], lowest), counts[index] - dropped[index])
-            new = top_k(growth[index].float().masked_fill(stay, lowest), grown[index])
-            units.assign(index, stay | new)
+            left = counts[index] - dropped[index]
+            stay = structure.select(where_kept(units[index].float(), alive[index]), left) & alive[index]
+            wanted = growth[index].float().masked_fill(stay, torch.finfo(torch.float32).max)
+            units.assign(index, structure.select(wanted, left + grown[index]))
 
     def _growth(self, param: MaskedParameter, due: Update) -> Tensor:
         """How much each weight wants to grow; indifferent where nothing is known."""
@@ -159,3 +161,26 @@ class DropGrow(Updater):
                 left -= count * units.weights[i]
             open_ = [i for i in open_ if shares[i] < space[i]]
         return shares
+
+
+@register
+@dataclass(frozen=True)
+class GraNet(DropGrow):
+    """Gradual pruning with regrowth: each update keeps what scores best at the schedule's level, then drops and grows.
+
+    The second half is an update of `DropGrow`, so that the count is the schedule's. A weight that is pruned and grown
+    at once keeps its value.
+
+    Source: Liu et al., Sparse training via boosting pruning plasticity with neuroregeneration, 2021, arXiv:2106.10404,
+    Algorithm 1.
+    """
+
+    fraction: float = 0.5
+    skip_step: bool = False
+    fixed_count: ClassVar[bool] = False
+
+    def update(
+        self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update
+    ) -> None:
+        choose(due.units(groups, scorer, structure), allocation, due.level, due.overrides)
+        super().update(groups, scorer, structure, allocation, due)

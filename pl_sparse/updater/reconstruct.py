@@ -27,11 +27,13 @@ __all__ = ["Reconstruct"]
 class Reconstruct(Updater):
     """SparseGPT: remove weights and move those that are left, so that each layer's outputs change least.
 
-    A layer with weight W and inputs X minimizes |W X - W' X|^2 over W' that are sparse. With H = 2 X X^T, damped by
-    `damping` times the mean of its diagonal, and U the upper Cholesky factor of H^-1, columns are passed from left to
-    right: column i of a removed weight adds -w_i / U_ii U_i,: to its row, which is the optimal brain surgeon's step for
-    the columns from i on. What is removed is chosen for `block` columns at once (for an n:m pattern for m), by the
-    smallest w^2 / U_ii^2, as these columns are by then. Inputs that are always zero have H_ii = 1 and w = 0.
+    A layer with weight W and inputs X minimizes |W X - W' X|^2 over W' that are sparse. With H = 2 X X^T / n, n the
+    positions in X, damped by `damping` times the mean of its diagonal, and U the upper Cholesky factor of H^-1, columns
+    are passed from left to right: column i of a removed weight adds -w_i / U_ii U_i,: to its row, which is the optimal
+    brain surgeon's step for the columns from i on. What is removed is chosen for `block` columns at once (for an n:m
+    pattern for m), by the smallest w^2 / U_ii^2, as these columns are by then. Inputs that are always zero have w = 0
+    and no part in the mean, in which the authors' code counts each as 1; so neither the scale nor the number of the
+    inputs matters.
 
     Layers are done in the order in which the model calls them, each on the outputs of those already pruned: one pass
     over the calibration batches for each. A convolution is a linear layer of its unfolded inputs, channels last.
@@ -51,6 +53,7 @@ class Reconstruct(Updater):
     damping: float = 0.01
     needs_zeros: ClassVar[bool] = True
     calibrates: ClassVar[bool] = True
+    writes_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -86,7 +89,10 @@ class Reconstruct(Updater):
             order_of_calls.setdefault(param.name, len(order_of_calls))
 
         due.probe.activations(params, see)
-        for i in sorted(range(len(params)), key=lambda i: order_of_calls.get(params[i].name, len(order_of_calls))):
+        places = [order_of_calls.get(param.name, len(order_of_calls)) for param in params]
+        here = torch.tensor(places, dtype=torch.float32, device=params[0].weight.device)
+        mean = due.probe.reduced([here])[0].tolist()
+        for i in sorted(range(len(params)), key=mean.__getitem__):  # the same in all processes
             self._reconstruct(params[i], counts[i], structure, due)
 
     def _reconstruct(self, param: MaskedParameter, count: int, structure: Structure, due: Update) -> None:
@@ -129,27 +135,29 @@ class Reconstruct(Updater):
 
 
 def _hessian(param: MaskedParameter, columns: int, probe: Probe) -> Tensor:
-    """2 X X^T of each group of a layer's inputs, (groups, columns, columns), summed batch by batch; ones if unseen."""
-    total: list[Tensor] = []
+    """2 X X^T / n of each group of a layer's n inputs, (groups, columns, columns); ones if unseen."""
 
-    def see(_: MaskedParameter, x: Tensor) -> None:
+    def product(x: Tensor) -> Tensor:
         flat = x.movedim(2, -1).flatten(2)
         product = 2 * (flat.mT @ flat)
-        total[:] = [total[0] + product if total else product]
+        count = product.new_full((*product.shape[:-2], 1, product.shape[-1]), flat.shape[1])
+        return torch.cat([product, count], -2)  # (groups, columns + 1, columns)
 
-    probe.activations([param], see)
-    if not total:
+    (total,) = probe.sums([param], product, lambda size: (size[0], size[1:].numel() + 1, size[1:].numel()))
+    if total is None:
         return torch.eye(columns, dtype=torch.float64, device=param.weight.device).unsqueeze(0)
-    return probe.reduced(total)[0].double()
+    total = total.double()
+    return total[..., :-1, :] / total[..., -1:, :]
 
 
 def _inverse_factor(hessian: Tensor, weight: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the inverse of H, damped; weights of dead inputs become zero."""
     hessian = hessian.clone()
     dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
     weight[:, dead] = 0
-    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    mean = hessian.diagonal().sum() / (~dead).sum().clamp_min(1)
+    hessian.diagonal()[dead] = 1
+    hessian.diagonal().add_(damping * mean)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     return torch.linalg.cholesky(inverse, upper=True)
 

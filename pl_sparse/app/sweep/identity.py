@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import platform
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,16 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.aliases import ADDED, former_targets
+from pl_sparse.app.nodes import strings, targets
 from pl_sparse.callbacks.run.status import read_status
 
 __all__ = ["code", "data", "digest", "fingerprint", "run_fingerprint", "settings"]
 
 _PACKAGE = Path(__file__).parents[2]
-_BESIDE = ("output_dir", "ckpt_path", "resume", "prefix_cache", "threads", "print_config")
+_BESIDE = (
+    "output_dir", "ckpt_path", "resume", "resume_with", "overwrite", "prefix_cache", "threads", "print_config",
+    "trust",
+)  # fmt: skip
 """Settings that say where and how, not what is trained."""
 
 
@@ -36,7 +39,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
         plain.pop(key, None)
     for key, default in ADDED.items():  # with its default it is a run of 0.1.0
         if plain.get(key) == default:
-            plain.pop(key)
+            plain.pop(key, None)
     plain["trainer"].pop("enable_progress_bar", None)
     return plain
 
@@ -69,7 +72,7 @@ def code(plain: dict[str, Any]) -> dict[str, str]:
         plain: resolved settings.
     """
     hashes = {"pl_sparse": _hash(*sorted(_PACKAGE.rglob("*.py")))}
-    for name in sorted(set(_targets(plain))):
+    for name in sorted(set(targets(plain))):
         try:
             module = inspect.getmodule(get_object(name))
             source = inspect.getsourcefile(module) if module is not None else None
@@ -90,7 +93,7 @@ def data(plain: Any) -> list[tuple[str, int, int]]:
         plain: the resolved settings of the data.
     """
     facts = []
-    for value in _strings(plain):
+    for value in strings(plain):
         path = Path(value)
         if value and path.exists():
             files = [path] if path.is_file() else [Path(top, name) for top, _, names in os.walk(path) for name in names]
@@ -104,22 +107,3 @@ def _hash(*files: Path) -> str:
         total.update(file.name.encode())
         total.update(file.read_bytes())
     return total.hexdigest()[:16]
-
-
-def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        if isinstance(node.get("_target_"), str):
-            yield node["_target_"]
-        for value in node.values():
-            yield from _targets(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _targets(value)
-
-
-def _strings(node: Any) -> Iterator[str]:
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, dict | list):
-        for value in node.values() if isinstance(node, dict) else node:
-            yield from _strings(value)

@@ -16,20 +16,28 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pl_sparse.app.aliases import current_options
+from pl_sparse.app.ends import EndedError
+from pl_sparse.app.folder import FolderError, take
 from pl_sparse.app.hydra_api import as_typed, given, quoted, register_resolver
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.sweep.identity import digest, run_fingerprint
 from pl_sparse.callbacks.run.status import Status, read_status
+from pl_sparse.core.files import read_yaml, write_json
 from pl_sparse.core.registry import suggestion
+from pl_sparse.results.runs import key_of
 
 __all__ = ["Train", "metric", "objective", "plain_overrides", "run", "subdir", "threads"]
 
-_HOW = ("resume", "ckpt_path", "prefix_cache", "threads", "output_dir", "print_config")
+_HOW = (
+    "resume", "resume_with", "overwrite", "ckpt_path", "prefix_cache", "threads", "output_dir", "print_config",
+    "trust",
+)  # fmt: skip
 """Settings that say how and where a run is run."""
+_PATIENCE = 30
+"""Seconds that an interrupted process has for its end."""
 Train = Callable[[DictConfig], dict[str, Any]]
 """From a configuration to the metrics of the run."""
 
@@ -59,16 +67,25 @@ def run(cfg: DictConfig, train: Train) -> float | tuple[float, ...] | None:
     if cfg.resume and same:
         metrics = _read_json(folder / "metrics.json")
         if metrics is not None:
-            if hydra.mode != RunMode.MULTIRUN:
+            assert status is not None
+            if status["state"] != "finished":  # it was interrupted after its last file
+                write_json(folder / "status.json", {**status, "state": "finished", "error": None})
+            elif hydra.mode != RunMode.MULTIRUN:
                 print(f"nothing was to be done: the run in {folder} was finished before")
             return objective(cfg, metrics)
         last = folder / "checkpoints" / "last.ckpt"
         if last.is_file() and cfg.ckpt_path is None:
             cfg.ckpt_path = str(last)
-    elif cfg.ckpt_path is None:
-        _forget(folder)
     if hydra.mode != RunMode.MULTIRUN:
         return objective(cfg, train(cfg))
+    try:
+        place = take(cfg)
+    except FolderError as error:  # what is there stays as it is
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return None
+    apart = _has_processes(cfg)
+    if apart:
+        place.release()
 
     count = threads(cfg)
     if count is not None:
@@ -77,15 +94,17 @@ def run(cfg: DictConfig, train: Train) -> float | tuple[float, ...] | None:
         cfg.trainer.enable_progress_bar = False
     try:
         with _printing_to(folder / "run.log"):
-            return objective(cfg, _train_apart(cfg) if _has_processes(cfg) else train(cfg))
+            return objective(cfg, _train_apart(cfg) if apart else train(cfg))
     except Exception as error:
-        explained = isinstance(error, (ConfigError, ImportError, FileNotFoundError))
+        explained = isinstance(error, (ConfigError, EndedError, ImportError, FileNotFoundError))
         with open(folder / "run.log", "a", encoding="utf-8") as file:
             file.write(f"error: {error}\n" if explained else traceback.format_exc())
         status = read_status(folder)
         if status is None or status["state"] != "failed":
             _write_failure(cfg, error)
         return None
+    finally:
+        place.release()
 
 
 def objective(cfg: DictConfig, metrics: Mapping[str, Any]) -> float | tuple[float, ...] | None:
@@ -149,7 +168,7 @@ def threads(cfg: DictConfig) -> int | None:
 def plain_overrides(overrides: Sequence[Any]) -> list[str]:
     """What a run was asked for, without how it is run, in the names that options have today."""
     names = current_options(map(str, overrides))
-    return sorted(override for override in names if override.partition("=")[0].lstrip("+~") not in _HOW)
+    return sorted(override for override in names if key_of(override) not in _HOW)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -159,13 +178,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return content
     except (OSError, ValueError):
         return None
-
-
-@rank_zero_only
-def _forget(folder: Path) -> None:
-    """A run that begins anew in a folder is not taken for the one that was there."""
-    for name in ("metrics.json", "front.json", "status.json", "ranges.safetensors", "bench.json"):
-        (folder / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -211,14 +223,19 @@ def _train_apart(cfg: DictConfig) -> dict[str, Any]:
     groups = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     command = [sys.executable, "-m", "pl_sparse", "train", *groups, *overrides, "prefix_cache='off'"]
     command += [f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=null", "trainer.enable_progress_bar=false"]
-    command += [f"ckpt_path={quoted(cfg.ckpt_path)}"] if cfg.ckpt_path is not None else []
+    if cfg.ckpt_path is not None:  # with resume=true it is the run's own
+        command += [f"ckpt_path={quoted(cfg.ckpt_path)}", f"trust={str(cfg.trust is not False).lower()}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     with open(folder / "run.log", "a", encoding="utf-8") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
         try:
             code = process.wait()
         except BaseException:
-            process.kill()
+            process.terminate()  # it says in its folder that it was interrupted
+            try:
+                process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
             raise
     metrics = _read_json(folder / "metrics.json")
     if code or metrics is None:
@@ -249,7 +266,11 @@ def subdir(number: Any, *, _root_: DictConfig) -> str:
 def _overrides_of(run: Path) -> list[str] | None:
     """What a run was asked for; None where there is no run."""
     path = run / ".hydra" / "overrides.yaml"
-    return plain_overrides(as_typed(OmegaConf.load(path))) if path.is_file() and path.stat().st_size else None
+    try:
+        overrides = read_yaml(path)
+    except (OSError, ValueError):
+        return None
+    return plain_overrides(as_typed(overrides)) if isinstance(overrides, list) else None
 
 
 register_resolver("sweep_subdir", subdir)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from pl_sparse.results.runs import key_of
+
 __all__ = ["arguments"]
 
 _PLUGINS = {  # what chooses a plugin: its module, the extra that has it, settings that stand unless others are given
@@ -59,14 +61,14 @@ def arguments(command: Sequence[str]) -> list[str]:
     Raises:
         ImportError: a plugin is not installed.
     """
-    keys = {argument.partition("=")[0].lstrip("+~") for argument in command}
+    keys = {key_of(argument) for argument in command}
     added: list[str] = []
     for choice, (module, extra, settings) in _PLUGINS.items():
         if choice not in command:
             continue
         if find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{module}") is None:
             raise ImportError(f"{choice} is not installed: pip install 'pl_sparse[{extra}]'")
-        added += [setting for setting in settings if setting.partition("=")[0].lstrip("+") not in keys]
+        added += [setting for setting in settings if key_of(setting) not in keys]
         if extra == "ray":
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     return [*added, *command]  # before a flag such as --cfg, after which no setting is read

@@ -7,22 +7,32 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from filelock import FileLock
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from pl_sparse.app.hydra_api import as_typed
+from pl_sparse.app.aliases import current_targets
+from pl_sparse.app.folder import lock, of_hydra, take, unlock
+from pl_sparse.app.hydra_api import as_typed, quoted
+from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.sweep.job import plain_overrides
 from pl_sparse.callbacks.run.status import read_status
-from pl_sparse.core.files import write_json
+from pl_sparse.core.files import read_yaml, remove_temporaries, write_json
 
 __all__ = ["Sweep", "statuses"]
+
+_LOST: dict[str, Any] = {
+    "state": "lost", "error": None, "step": 0, "steps_trained": 0, "steps_shared": 0,
+}  # fmt: skip
+"""The status of a run that left none."""
 
 
 class Sweep(Callback):
@@ -33,26 +43,53 @@ class Sweep(Callback):
     was asked for the same. A study of optuna goes on, too: trials that were interrupted come first, and as many are
     run as are missing.
 
-    At the end it lists the runs that failed, and the command's exit code is 1 if there are any.
+    At the end it lists the runs that failed or were lost, and the command's exit code is 1 if there are any.
+
+    The folder of a run, or of a sweep, is taken here, before Hydra writes into it.
     """
 
     def __init__(self) -> None:
         self._watch: _Watch | None = None
+        self._lock: FileLock | None = None
 
     def __reduce__(self) -> Any:
         return type(self), ()  # launchers send callbacks to their workers, which do not watch
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            take(current_targets(of_hydra(config)))
+        except ConfigError as error:
+            _refuse(error)
+        except OmegaConfBaseException:
+            return  # which the check of all settings explains
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         hydra = config.hydra
         searched = [override for override in as_typed(hydra.overrides.hydra) if _is_searched(override)]
         overrides = plain_overrides([*as_typed(hydra.overrides.task), *searched])
         folder = Path(str(hydra.sweep.dir))
+        if any(override.partition("=")[0].lstrip("+") == "output_dir" for override in map(str, hydra.overrides.task)):
+            _refuse(
+                "output_dir is the folder of one run: that of a sweep, with a folder for each run, is hydra.sweep.dir"
+            )
+        if "direction" in hydra.sweeper:
+            _check_directions(config)
         if config.get("resume"):
             if not any(str(override).startswith("hydra.sweep.dir=") for override in hydra.overrides.hydra):
                 folder = _latest(folder, overrides) or folder
                 _set(config, "sweep.dir", str(folder))
             print(f"going on with the sweep in {folder}" if folder.is_dir() else f"no such sweep yet: {folder} is new")
+        elif not config.get("overwrite") and any(folder.glob("*/status.json")):
+            _refuse(
+                f"{folder} holds a sweep\n  resume=true goes on with it, overwrite=true trains its runs anew, "
+                "hydra.sweep.dir=... is another folder"
+            )
         folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = lock(folder)
+        except ConfigError as error:
+            _refuse(error)
+        remove_temporaries(folder)
         write_json(folder / "sweep.json", {"overrides": overrides, "started": time.time()})
         if "direction" in hydra.sweeper:
             _prepare_study(config)
@@ -65,7 +102,10 @@ class Sweep(Callback):
         self._watch.stop()
         folder = Path(str(config.hydra.sweep.dir))
         by_run = statuses(folder)
+        by_run |= _lost(folder, by_run)
         _print_end(folder, by_run, self._watch.since)
+        if self._lock is not None:
+            unlock(self._lock)
         if any(status["state"] != "finished" for status in by_run.values()):
             sys.exit(1)
 
@@ -79,6 +119,12 @@ def statuses(folder: Path) -> dict[str, dict[str, Any]]:
     by_run = {path.parent.name: read_status(path.parent) for path in folder.glob("*/status.json")}
     order = sorted(by_run, key=lambda name: (len(name.partition("-")[0]), name))
     return {name: status for name in order if (status := by_run[name]) is not None}
+
+
+def _lost(folder: Path, by_run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Runs that were begun and left no status."""
+    begun = {path.parent.parent.name for path in folder.glob("*/.hydra/overrides.yaml")}
+    return {name: dict(_LOST) for name in sorted(begun - set(by_run))}
 
 
 def _is_searched(override: str) -> bool:
@@ -98,21 +144,29 @@ def _set(config: DictConfig, key: str, value: Any) -> None:
     """Change one of Hydra's own settings, for the sweeper and for the runs, which are composed anew."""
     with read_write(config.hydra), open_dict(config.hydra):
         OmegaConf.update(config.hydra, key, value)
-        quoted = "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'" if isinstance(value, str) else value
-        config.hydra.overrides.hydra.append(f"hydra.{key}={quoted}")
+        text = quoted(value) if isinstance(value, str) else value
+        config.hydra.overrides.hydra.append(f"hydra.{key}={text}")
+
+
+def _refuse(error: object) -> NoReturn:
+    """End the command: what Hydra's callbacks raise would be a warning."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _check_directions(config: DictConfig) -> None:
+    """Check that each objective has a direction."""
+    directions = config.hydra.sweeper.direction
+    if isinstance(directions, (list, ListConfig)) and len(directions) != len(config.objectives):
+        _refuse(
+            f"objectives={list(config.objectives)} and hydra.sweeper.direction={list(directions)} must be as many: a "
+            "direction for each objective"
+        )
 
 
 def _prepare_study(config: DictConfig) -> None:
-    """Check the directions; make a study go on where it was interrupted."""
+    """Make a study go on where it was interrupted."""
     sweeper = config.hydra.sweeper
-    directions = sweeper.direction
-    if isinstance(directions, (list, ListConfig)) and len(directions) != len(config.objectives):
-        print(
-            f"error: objectives={list(config.objectives)} and hydra.sweeper.direction={list(directions)} must be as "
-            "many: a direction for each objective",
-            file=sys.stderr,
-        )
-        sys.exit(2)
     if not isinstance(sweeper.storage, str) or not sweeper.study_name:
         return
     import optuna
@@ -176,8 +230,11 @@ class _Watch:
     def _name(self, run: str) -> str:
         """What distinguishes a run: its overrides."""
         if run not in self._names:
-            path = self.folder / run / ".hydra" / "overrides.yaml"
-            self._names[run] = " ".join(plain_overrides(list(OmegaConf.load(path)))) if path.is_file() else ""
+            try:
+                overrides = read_yaml(self.folder / run / ".hydra" / "overrides.yaml")
+            except (OSError, ValueError):
+                overrides = []
+            self._names[run] = " ".join(plain_overrides(overrides if isinstance(overrides, list) else []))
         return self._names[run]
 
     def _lines(self) -> None:

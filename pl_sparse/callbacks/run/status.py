@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from pl_sparse.callbacks.clock import total_steps
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.core.files import write_json
+from pl_sparse.core.ledger import Ledger
 
 __all__ = ["Status", "read_status"]
 
@@ -26,18 +28,20 @@ def read_status(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         folder: the run's.
     """
     try:
-        status: dict[str, Any] = json.loads((Path(folder) / "status.json").read_text(encoding="utf-8"))
-        return status
-    except (OSError, ValueError):
+        status: Any = json.loads((Path(folder) / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return status if isinstance(status, dict) and isinstance(status.get("state"), str) else None
 
 
 class Status(Callback):
-    """Writes `folder`/status.json: state (running, finished, failed), error, step, total, sparsity, accuracy (the last
-    value of `objective`), started and updated (seconds since 1970), steps_trained and steps_shared.
+    """Writes `folder`/status.json: state (running, finished, interrupted, failed), error, step, total, sparsity,
+    accuracy (the last value of `objective`), started and updated (seconds since 1970), steps_trained and steps_shared,
+    process, and with a ledger the files that the run wrote and found.
 
-    As a context around the whole run it notes its end, too: "finished", or "failed" with the exception. A process that
-    was killed leaves "running" behind.
+    As a context around the whole run it notes its end, too: "finished", "interrupted" by the user or a signal, or
+    "failed" with the exception. A process that was killed leaves "running" behind. Where the file cannot be written
+    training goes on.
 
     Args:
         folder: the run's.
@@ -46,14 +50,17 @@ class Status(Callback):
 
     Attributes:
         shared: optimizer steps that were taken over from a prefix trained by another run.
+        ledger: what the run writes; None where nobody keeps it.
     """
 
     def __init__(self, folder: str | os.PathLike[str], objective: str = "val/acc", config: str | None = None) -> None:
         self.folder = Path(folder)
         self.objective = objective
+        self.ledger: Ledger | None = None
         self.values: dict[str, Any] = {
             "state": "running", "error": None, "step": 0, "total": 0, "sparsity": 0.0, "accuracy": None,
             "started": 0.0, "updated": 0.0, "steps_trained": 0, "steps_shared": 0, "config": config,
+            "process": os.getpid(),
         }  # fmt: skip
         self._before = 0  # steps trained before an interruption
         self._start = 0  # the step at which this process began
@@ -62,8 +69,8 @@ class Status(Callback):
         earlier = read_status(self.folder)
         if earlier is not None and earlier.get("config") == self.values["config"]:  # an interrupted run goes on
             kept = ("step", "total", "sparsity", "accuracy", "steps_trained", "steps_shared")
-            self.values |= {key: earlier[key] for key in kept}
-            self._before = earlier["steps_trained"]
+            self.values |= {key: earlier[key] for key in kept if key in earlier}
+            self._before = self.values["steps_trained"]
         self.values["started"] = time.time()
         self._write()
         return self
@@ -74,7 +81,7 @@ class Status(Callback):
         if error is None:
             self.values["state"] = "finished"
         else:
-            self.values["state"] = "failed"
+            self.values["state"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self.values["error"] = " ".join(f"{type(error).__name__}: {error}".split())
         self._write()
 
@@ -102,6 +109,12 @@ class Status(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(trainer, now=True)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"accuracy": self.values["accuracy"]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.values["accuracy"] = state_dict["accuracy"]
+
     def _look(self, trainer: Trainer, now: bool = False) -> None:
         if not now and time.time() - self.values["updated"] < 1:
             return
@@ -115,4 +128,8 @@ class Status(Callback):
     @rank_zero_only
     def _write(self) -> None:
         self.values["updated"] = time.time()
-        write_json(self.folder / "status.json", self.values)
+        if self.ledger is not None:
+            self.values["files"] = sorted(self.ledger.written)
+            self.values["found"] = sorted(self.ledger.found)
+        with suppress(OSError):  # a full disk ends training where a checkpoint does not fit
+            write_json(self.folder / "status.json", self.values)

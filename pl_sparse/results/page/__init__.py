@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pl_sparse.results.fronts import finite_or_none
+from pl_sparse.core.files import finite
 
 __all__ = ["render"]
 
@@ -29,22 +29,13 @@ def render(contents: Mapping[str, Any]) -> str:
     style = _text("page.css")
     script = "\n".join(map(_text, _SCRIPTS))
     # "<" is escaped, so that no text in the data ends the script element
-    data = json.dumps(_plain(contents), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(finite(contents), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     parts = {"DATA": data, "STYLE": style, "SCRIPT": script, "STYLE_HASH": _hash(style), "SCRIPT_HASH": _hash(script)}
     return re.sub(r"\$(STYLE_HASH|SCRIPT_HASH|STYLE|SCRIPT|DATA)", lambda match: parts[match[1]], _text("page.html"))
 
 
 def _text(name: str) -> str:
     return (_FOLDER / name).read_text(encoding="utf-8")
-
-
-def _plain(node: Any) -> Any:
-    """A copy in which numbers that JSON lacks are None."""
-    if isinstance(node, float):
-        return finite_or_none(node)
-    if isinstance(node, Mapping):
-        return {key: _plain(value) for key, value in node.items()}
-    return [_plain(value) for value in node] if isinstance(node, (list, tuple)) else node
 
 
 def _hash(text: str) -> str:

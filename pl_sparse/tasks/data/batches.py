@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-__all__ = ["Batches", "InMemory", "Split", "hold_out"]
+__all__ = ["Batches", "InMemory", "Split", "hold_out", "standardized"]
 
 Split = tuple[Tensor, Tensor]
 
@@ -171,3 +171,18 @@ def hold_out(x: Tensor, y: Tensor, count: int) -> tuple[Split, Split]:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held, rest = order[:count].sort().values, order[count:].sort().values
     return (x[rest], y[rest]), (x[held], y[held])
+
+
+def standardized(splits: Sequence[Split], scale: tuple[Tensor, Tensor] | None = None) -> tuple[Split, Split, Split]:
+    """Images (samples, channels, height, width) less a mean, over a deviation, of each channel.
+
+    Args:
+        splits: training, validation and test samples.
+        scale: the mean and the deviation, (1, channels, 1, 1); None for those of the training samples.
+    """
+    x = splits[0][0]
+    if scale is None:
+        scale = x.mean(dim=(0, 2, 3), keepdim=True), x.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-3)
+    mean, std = scale
+    train, val, test = (((x - mean) / std, y) for x, y in splits)
+    return train, val, test

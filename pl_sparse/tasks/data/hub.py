@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pl_sparse.core.optional import beginning
 from pl_sparse.core.registry import near_misses, suggestion
-from pl_sparse.tasks.data.batches import InMemory, Split, hold_out
+from pl_sparse.tasks.data.batches import InMemory, Split, hold_out, standardized
 from pl_sparse.tasks.hugging_face import pretrained_from, transformers_library
 
 __all__ = ["HuggingFace", "Torchvision"]
@@ -55,13 +56,6 @@ class _Images(InMemory):
         arrays = [np.asarray(_image(image).convert(mode).resize(size)) for image in images]
         pixels = torch.from_numpy(np.stack(arrays)).float() / 255
         return pixels.permute(0, 3, 1, 2).contiguous() if self.channels == 3 else pixels[:, None]
-
-    def _scaled(self, splits: tuple[Split, Split, Split]) -> tuple[Split, Split, Split]:
-        x = splits[0][0]
-        statistics = x.mean(dim=(0, 2, 3), keepdim=True), x.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-3)
-        mean, std = self._scale or statistics
-        train, val, test = (((x - mean) / std, y) for x, y in splits)
-        return train, val, test
 
 
 class Torchvision(_Images):
@@ -104,7 +98,7 @@ class Torchvision(_Images):
                 raise ValueError(f"name={name} has no `train`, so that its parts are not known: {error}") from error
             except RuntimeError as error:
                 raise FileNotFoundError(
-                    f"root={root} does not hold {name} ({str(error).splitlines()[0]}): download=true fetches it"
+                    f"root={root} does not hold {name} ({beginning(error)}): download=true fetches it"
                 ) from error
         self.validation = validation
         self.classes = len(self._parts[0].classes)
@@ -112,7 +106,7 @@ class Torchvision(_Images):
     def load(self) -> tuple[Split, Split, Split]:
         (train_x, train_y), test = (self._read(part) for part in self._parts)
         train, val = hold_out(train_x, train_y, self.validation)
-        return self._scaled((train, val, test))
+        return standardized((train, val, test), self._scale)
 
     def _read(self, part: Any) -> Split:
         images, labels = zip(*(part[index] for index in range(len(part))), strict=True)
@@ -190,7 +184,7 @@ class HuggingFace(_Images):
         else:
             train, val = hold_out(*train, max(round(self.validation * len(train[0])), 1))
         test = self._read(self._parts["test"]) if "test" in self._parts else val
-        return (train, val, test) if self._tokenizer is not None else self._scaled((train, val, test))
+        return (train, val, test) if self._tokenizer is not None else standardized((train, val, test), self._scale)
 
     def _read(self, part: Any) -> Split:
         numbers = {value: number for number, value in enumerate(self._classes)}
@@ -224,8 +218,9 @@ def _read_parts(library: Any, name: str, subset: str | None) -> dict[str, Any]:
             raise FileNotFoundError("there is no such folder")
         return dict(library.load_dataset(name, subset))
     except (OSError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(f"name={name}: no data set can be read there, nor from the hub ({line})") from error
+        raise FileNotFoundError(
+            f"name={name}: no data set can be read there, nor from the hub ({beginning(error)})"
+        ) from error
 
 
 def _is_image(value: Any) -> bool:

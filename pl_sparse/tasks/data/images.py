@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pl_sparse.tasks.data.batches import InMemory, Split, hold_out
+from pl_sparse.tasks.data.batches import InMemory, Split, hold_out, standardized
 
 __all__ = ["ImageFolder"]
 
@@ -65,9 +65,7 @@ class ImageFolder(InMemory):
             count = max(round(self.validation * len(train_x)), 1)
             (train_x, train_y), (val_x, val_y) = hold_out(train_x, train_y, count)
         test_x, test_y = self._read("test") if (self.root / "test").is_dir() else (val_x, val_y)
-        mean = train_x.mean(dim=(0, 2, 3), keepdim=True)
-        std = train_x.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-3)
-        return ((train_x - mean) / std, train_y), ((val_x - mean) / std, val_y), ((test_x - mean) / std, test_y)
+        return standardized(((train_x, train_y), (val_x, val_y), (test_x, test_y)))
 
     def _read(self, part: str) -> Split:
         """Images (samples, channels, size, size) in [0, 1] and labels of a part: train, val or test."""

@@ -1,0 +1,1 @@
+"""Methods written anew from their papers and the authors' code, sharing nothing with the package."""

@@ -1,0 +1,109 @@
+"""Real signals to real processes, and full disks: runs end as asked, and go on to the same end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pl_sparse.app.ends import EndedError, Interrupted, explained, how_to_go_on
+from pl_sparse.core.files import replacing
+from pl_sparse.core.optional import nice_to_have
+
+ROOT = Path(__file__).parent.parent
+KILL = [sys.executable, str(ROOT / "benchmarks" / "kill.py"), "--only", "magnitude", "--seed", "0"]
+
+
+def kill(folder: Path, *options: str) -> list[dict[str, object]]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*KILL, "--out", str(folder), *options], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (folder / "0" / "kills.jsonl").read_text().splitlines()]
+    assert all(not row["differs"] for row in rows) and "| **all** |" in done.stdout
+    return rows
+
+
+@pytest.mark.timeout(600)
+def test_each_signal_ends_a_run_that_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    rows = kill(tmp_path, "--kills", "4", "--most", "1", "--full", "0")
+    assert [row["signal"] for row in rows] == ["INT", "TERM", "HUP", "KILL"]
+    assert any(not row["late"] for row in rows)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_that_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.kill import can_mount
+
+    if not can_mount():
+        pytest.skip("a tmpfs can be mounted by root alone")
+    rows = kill(tmp_path, "--kills", "4", "--full", "1")
+    assert {row["signal"] for row in rows} == {"full"} and any(row["code"] == 1 for row in rows)
+
+
+SWEEP = """
+import os, signal
+from lightning.pytorch import Callback
+class Ends(Callback):
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.current_epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.timeout(600)
+def test_a_sweep_that_is_ended_says_so_and_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text(SWEEP)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    asked = ["-m", "sparsity=0.5,0.9", "data.limit=128", "trainer.max_epochs=3", "hydra.sweep.dir=s"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *asked, "+callbacks.ends._target_=ends.Ends"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 143 and "interrupted by SIGTERM" in done.stderr and "Traceback" not in done.stderr
+    assert "-m sparsity=0.5,0.9" in done.stderr and done.stderr.rstrip().endswith("resume=true")
+    assert json.loads((tmp_path / "s" / "0" / "status.json").read_text())["state"] == "interrupted"
+    assert not (tmp_path / "s" / "1").exists()
+
+
+def test_what_is_said_of_a_signal(tmp_path: Path) -> None:
+    end = Interrupted(signal.SIGHUP, tmp_path)
+    assert "the same command" in how_to_go_on(end, [], sweep=False)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    assert how_to_go_on(end, [], sweep=False).endswith(f" ckpt_path={tmp_path}/checkpoints/last.ckpt")
+
+
+def test_whatever_lightning_makes_of_a_signal_is_one() -> None:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    for raised, number in ((SIGTERMException(), 15), (KeyboardInterrupt(), 2)):
+        with pytest.raises(Interrupted) as caught, explained(Path(), torch.nn.Linear(1, 1)):
+            raise raised
+        assert caught.value.number == number
+    with pytest.raises(Interrupted) as caught, explained(Path(), torch.nn.Linear(1, 1)):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+    assert caught.value.number == 2
+    with pytest.raises(SystemExit, match="3"), explained(Path(), torch.nn.Linear(1, 1)):
+        sys.exit(3)
+
+
+def test_a_full_disk_is_two_lines(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(EndedError, match=f"the disk is full: {tmp_path}/a could not be written") as ended:  # noqa: SIM117
+        with explained(tmp_path, torch.nn.Linear(1, 1)), nice_to_have("a picture"), replacing(tmp_path / "a"):
+            raise full
+    assert len(str(ended.value).splitlines()) == 2 and not list(tmp_path.iterdir())
