@@ -24,12 +24,14 @@ from torch.optim import Optimizer
 from pl_sparse.allocation import Allocation, Units, refuse_unreachable
 from pl_sparse.allocation.zeros import mask_zeros
 from pl_sparse.core.cut import Cut
+from pl_sparse.core.dtensor import local
 from pl_sparse.core.group import Group
 from pl_sparse.core.masked_model import MaskedModel
 from pl_sparse.core.optimizers import begin_anew, clear_state, pace, skip_step
 from pl_sparse.core.parameter import MaskedParameter, zero_pruned
 from pl_sparse.core.places import Places
 from pl_sparse.core.registry import Axis, build, name_of
+from pl_sparse.core.sharded import refuse_shared, whole
 from pl_sparse.core.state import Masks, load_state, refuse_other_settings, settings_of, state_of
 from pl_sparse.core.targets import TargetOptions, Targets
 from pl_sparse.core.upstream import plain_name, unwrapped
@@ -178,6 +180,7 @@ class Pruner(MaskedModel):
         assert self._model is not None
         guess = self.structure.removes_outputs and not self.structure.needs_example  # which the outputs are
         choice = self.targets.choose(self._model, guess, trained=trained)
+        refuse_shared(choice.params, self)
         groups, misfits = self.structure.bind(choice.params, self._model, example, self.targets.misfit)
         normed = [param.name for group in groups for param, _ in group.members if param.norm_dim is not None]
         if normed and self.masking.transforms:
@@ -272,7 +275,9 @@ class Pruner(MaskedModel):
         updater = self.updater
         if updater.grows or updater.needs_training or not updater.targets_sparsity or not self.schedule.final:
             return
-        if mask_zeros(self.groups, self.structure):
+        with whole(self.masked):
+            found_zeros = mask_zeros(self.groups, self.structure)
+        if found_zeros:
             self.masking.changed([param for param in self.masked if param.pruned], self.groups)
             self._floor = self.level = self.sparsity
 
@@ -286,7 +291,7 @@ class Pruner(MaskedModel):
             weight = bound.get(param.name)
             if weight is None or weight is param.weight or weight.shape != param.shape or not param.pruned:
                 return weight is param.weight
-            return not bool((weight.detach() != 0).logical_and(~param.mask.to(weight.device)).any())
+            return not bool((local(weight.detach()) != 0).logical_and(~param.mask.to(weight.device)).any())
 
         return model is self._model or all(agrees(param) for param in self.params)
 
@@ -516,9 +521,10 @@ class Pruner(MaskedModel):
                 self.scorer.observe(param)
                 self.updater.observe(param)
             learning = [g for g in self.groups if g.gate is not None and any(p is g.members[-1][0] for p in live)]
-            pace([group.gate for group in learning if group.gate is not None], live, optimizer)
-            for group in learning:
-                self.scorer.learn(group)
+            with whole(live):
+                pace([group.gate for group in learning if group.gate is not None], live, optimizer)
+                for group in learning:
+                    self.scorer.learn(group)
         if step is not None:
             self.step = step
             started = self.num_updates > 0
@@ -615,7 +621,8 @@ class Pruner(MaskedModel):
             if self.scorer.calibrates:
                 assert self._probe is not None
                 self.scorer.calibrate(self.params, self._probe)
-            self.updater.update(self.groups, self.scorer, self.structure, self.allocation, due)
+            with whole(self.masked):
+                self.updater.update(self.groups, self.scorer, self.structure, self.allocation, due)
             if level == levels[-1] and self.ablation == "shuffle":
                 shuffle(self.groups, self.structure)
                 for param, value in zip(self.params, before, strict=True):  # earlier rounds have zeroed weights
@@ -639,7 +646,7 @@ class Pruner(MaskedModel):
         """After all weights were written from outside: they are the latent values too, and the masks hold."""
         for param in self.masked:
             if param.latent is not None:
-                param.latent.copy_(param.weight)
+                param.latent.copy_(param.data)
         self.masking.changed([param for param in self.masked if param.pruned], self.groups)
 
     @torch.no_grad()
@@ -690,8 +697,8 @@ class Pruner(MaskedModel):
             param.to_weight()
             if param.pruned:
                 if param.latent is not None and (written or not self.masking.transforms):
-                    param.latent.copy_(torch.where(param.mask, param.weight, param.latent))
-                zero_pruned([param.weight], [param])
+                    param.latent.copy_(torch.where(param.mask, param.data, param.latent))
+                zero_pruned([param.data], [param])
 
     @property
     def group_overrides(self) -> list[tuple[Group, float | None]]:

@@ -24,12 +24,12 @@ def mask_zeros(groups: Sequence[Group], structure: Structure, least: float = 0.0
         Whether any mask was set.
     """
     params = list(dict.fromkeys(param for group in groups for param, _ in group.members))
-    counts = torch.stack([torch.count_nonzero(param.weight).cpu() for param in params]).tolist()
+    counts = torch.stack([torch.count_nonzero(param.data).cpu() for param in params]).tolist()
     started = {param for param, count in zip(params, counts, strict=True) if count}
     zeros = sum(p.numel - count for p, count in zip(params, counts, strict=True) if count)
     if zeros < least * sum(param.numel for param in params):
         return False
-    units = Units(groups, structure, lambda param: (param.weight != 0).to(param.weight.dtype))
+    units = Units(groups, structure, lambda param: (param.data != 0).to(param.weight.dtype))
     changed = False
     for index, group in enumerate(groups):
         if all(param in started for param, _ in group.members):
@@ -44,6 +44,6 @@ def _nonzero(units: Units, index: int) -> Tensor:
     """Which units of a group have a weight, or a companion, that is not zero."""
     alive = units[index] > 0
     for companion, layout in units.groups[index].companions:
-        seen = layout.view(companion.weight != 0)
+        seen = layout.view(companion.data != 0)
         alive = alive | seen.reshape(alive.numel(), -1).any(1).reshape(alive.shape)
     return alive

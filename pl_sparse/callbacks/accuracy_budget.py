@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from pl_sparse.callbacks.clock import Timetable
 from pl_sparse.callbacks.monitored import require
 from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.callbacks.strategies import refuse_parts
 from pl_sparse.core.upstream import validation_has_run
 from pl_sparse.results.judged import judged
 from pl_sparse.schedule import Decisions, Paced, Time
@@ -87,6 +88,7 @@ class AccuracyBudget(Callback):
     # Before training
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_parts(pl_module, type(self).__name__)
         pruner = Sparsity.of(trainer).pruner
         schedule = pruner.schedule
         if not isinstance(schedule, Paced):

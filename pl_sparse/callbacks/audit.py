@@ -35,7 +35,7 @@ class Audit:
         """
         params = [param for param in pruner.masked if param.pruned]
         counts = {param: count for param, count in zip(params, nonzeros(params), strict=True) if count}
-        zero_pruned([param.weight for param in counts], list(counts))
+        zero_pruned([param.data for param in counts], list(counts))
         by_cause: dict[str, list[str]] = {}
         for param, count in counts.items():
             if param.name not in self._named:
@@ -53,7 +53,7 @@ class Audit:
 @torch.no_grad()
 def nonzeros(params: Sequence[MaskedParameter]) -> list[int]:
     """How many pruned weights of each are not zero; a single transfer from their device."""
-    counts = [torch.count_nonzero((param.weight != 0) & ~param.mask) for param in params]
+    counts = [param.total((param.data != 0) & ~param.mask) for param in params]
     if not counts:
         return []
     found: list[int] = torch.stack([count.to(counts[0].device) for count in counts]).tolist()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from pl_sparse.callbacks.strategies import refuse_parts
 from pl_sparse.core.upstream import override, plain_name, restore
 
 __all__ = ["Distill", "distillation"]
@@ -83,6 +84,7 @@ class Distill(Callback):
         self._handle: RemovableHandle | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_parts(pl_module, type(self).__name__)
         try:
             student = pl_module.get_submodule(self.student)
         except AttributeError as error:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from pl_sparse.core.optional import nice_to_have
+from pl_sparse.core.sharded import whole
 from pl_sparse.core.upstream import compiled
 from pl_sparse.network.macs import MacCounter, Macs, macs
 from pl_sparse.pruner import Pruner
@@ -78,7 +79,8 @@ class MacCount:
             return None
         counter = MacCounter(model)
         counter.positions, counter.other = dict(positions), other
-        masks = {param.name: param.mask for param in pruner.params if param.pruned}
+        with whole(pruner.params):
+            masks = {param.name: param.mask for param in pruner.params if param.pruned}
         sizes = {name: math.prod(cut.shape) for name, cut in pruner.cuts.items()}
         with nice_to_have("the count of MACs"):
             return macs(model, counter, masks, sizes=sizes)

@@ -13,6 +13,7 @@ from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.clock import Timetable
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.callbacks.steps import StepHooks
+from pl_sparse.callbacks.strategies import refuse_parts
 from pl_sparse.core.group import Group
 from pl_sparse.core.places import Places
 from pl_sparse.core.targets import Patterns, find
@@ -75,6 +76,7 @@ class Regularize(Callback):
         self._stepping: set[int] = set()  # optimizers whose step has begun with the penalty
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_parts(pl_module, type(self).__name__)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, Sparsity) for callback in callbacks[: callbacks.index(self)]):
             raise ValueError("the Regularize callback must come before Sparsity: callbacks=[Regularize, Sparsity]")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pl_sparse.callbacks.clock import total_steps
 from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.callbacks.strategies import refuse_parts
 from pl_sparse.core.files import replacing, write_csv, write_json
 from pl_sparse.core.upstream import averaged_models, restart_average
 from pl_sparse.results.judged import is_loss
@@ -64,6 +65,7 @@ class Rewind(Callback):
     # The rewinding point
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_parts(pl_module, type(self).__name__)
         self._schedule(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -22,6 +22,8 @@ from pl_sparse.callbacks.coverage import report_coverage
 from pl_sparse.callbacks.mac_count import MacCount
 from pl_sparse.callbacks.several import log_names, shared_weight
 from pl_sparse.callbacks.steps import StepHooks, refuse_optimizers
+from pl_sparse.callbacks.strategies import refuse_strategy
+from pl_sparse.core.dtensor import local, reshard
 from pl_sparse.core.optional import nice_to_have
 from pl_sparse.core.registry import Axis, names
 from pl_sparse.core.targets import Patterns
@@ -126,6 +128,7 @@ class Sparsity(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in `setup`: a module may build its layers in its own `setup` or `configure_model`, which come later.
+        refuse_strategy(trainer)
         self._start_anew(pl_module)
         self.attach(trainer, pl_module)
         self._join(trainer)
@@ -167,6 +170,8 @@ class Sparsity(Callback):
 
     def _find_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up parameters that the module has replaced or added."""
+        if self.pruner.shared:
+            reshard(pl_module)
         if not self.pruner.moved:
             return
         new = set(self.pruner.find_again(self._example(trainer, pl_module)))
@@ -394,7 +399,7 @@ class Sparsity(Callback):
             for name, weight in average.named_parameters():
                 param = masks.get(name) or masks.get(name.removeprefix("module."))
                 if param is not None:
-                    weight.mul_(param.mask.to(weight.device))
+                    local(weight).mul_(param.mask.to(weight.device))
 
     # State
 

@@ -13,6 +13,7 @@ from pl_sparse.core.group import Group
 from pl_sparse.core.optimizers import owned_by
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.places import Places
+from pl_sparse.core.sharded import ShardedParameter
 from pl_sparse.core.targets import Choice
 
 __all__ = ["MaskedModel"]
@@ -52,6 +53,11 @@ class MaskedModel:
     def attached(self) -> bool:
         """Whether the weights of a model are bound."""
         return bool(self.params)
+
+    @property
+    def shared(self) -> bool:
+        """Whether processes share a weight, of which each holds a part."""
+        return any(isinstance(param, ShardedParameter) for param in self.params)
 
     @property
     def moved(self) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from pl_sparse.core.dtensor import full
 from pl_sparse.core.gate import Gate
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.upstream import zero_memory
@@ -81,7 +82,7 @@ def pace(gates: Sequence[Gate], params: Sequence[MaskedParameter], optimizer: Op
         masked = {id(param.weight): param for param in params}
         trained = [w for group in groups for w in group["params"]] or [param.weight for param in params]
         gradients = [
-            w.grad.detach() * masked[id(w)].factor if id(w) in masked else w.grad.detach()
+            full(w.grad.detach()) * masked[id(w)].factor if id(w) in masked else full(w.grad.detach())
             for w in trained
             if w.grad is not None
         ]

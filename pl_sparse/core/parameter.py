@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.cut import Cut
+from pl_sparse.core.dtensor import total
 from pl_sparse.core.layouts import Plain, Whole
 
 __all__ = ["MaskedParameter", "living", "packed", "unpacked", "where_kept", "zero_pruned"]
@@ -44,7 +45,7 @@ class MaskedParameter:
     weight: nn.Parameter
     mask: Tensor
     latent: Tensor | None = None
-    state: dict[str, Tensor] = field(default_factory=dict)
+    state: MutableMapping[str, Tensor] = field(default_factory=dict)
     layout: Whole = field(default_factory=Plain)
     pruned: bool = False
     cut: Cut | None = None
@@ -53,9 +54,14 @@ class MaskedParameter:
     _bits: Tensor | None = field(default=None, repr=False)
 
     @property
+    def data(self) -> Tensor:
+        """The numbers of the weight that this process holds, to be changed in place: all of them, as a rule."""
+        return self.weight
+
+    @property
     def values(self) -> Tensor:
         """The values a score is taken of: the latent ones where there are any, else the weight itself."""
-        return self.weight.detach() if self.latent is None else self.latent
+        return self.data.detach() if self.latent is None else self.latent
 
     @property
     def grad(self) -> Tensor | None:
@@ -97,6 +103,19 @@ class MaskedParameter:
         if self.norm_dim is None:
             return 0
         return 1 if self.norm_dim < 0 else self.former[self.norm_dim]
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """What this process holds of a tensor of the weight's shape."""
+        return tensor
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of what belongs to the weight, over all processes that hold a part of it."""
+        return total(tensor, self.weight)
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        """Give the weight other values."""
+        self.weight.copy_(values)
 
     def fill(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape in its former shape."""
@@ -146,7 +165,7 @@ class MaskedParameter:
     def unset_mask(self) -> None:
         """Take the first mask back, before it came into force."""
         if self.latent is not None:
-            self.weight.copy_(self.latent)
+            self.data.copy_(self.latent)
         self.mask.fill_(True)
         self.latent = self._factor = self._bits = None
         self.pruned = False

@@ -71,10 +71,13 @@ class Axis:
 
     Attributes:
         axis: which one it is; the base class of each axis sets it.
+        elementwise: whether what it does at each step it does to each number of a weight on its own, sums but by
+            `MaskedParameter.total`, so that of a weight that processes share each may do it to its part.
         renamed: class attributes that had another name in an earlier release, old name first.
     """
 
     axis: ClassVar[str]
+    elementwise: ClassVar[bool] = False
     renamed: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -87,6 +90,11 @@ class Axis:
     def refusal(self, axes: Axes) -> str | None:
         """Why it does not go together with the other axes of a Pruner, and what would; None if it does."""
         return None
+
+    @property
+    def needs_whole(self) -> str | None:
+        """Why it cannot work where processes share weights, in words that follow its name; None if it can."""
+        return None if self.elementwise else "does not say that it works on parts of weights (`elementwise`)"
 
 
 def name_of(member: object) -> str:

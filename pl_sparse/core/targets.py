@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, TypedDict
 
-import torch
 from torch import nn
 
 from pl_sparse.core.candidates import CONVOLUTIONS, LAYOUTS, Candidate, candidates
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import near_misses
+from pl_sparse.core.sharded import masked
 from pl_sparse.core.upstream import plain_name
 
 __all__ = ["Choice", "Patterns", "TargetOptions", "Targets", "find", "select"]
@@ -252,12 +252,9 @@ class Targets:
             if weight.unmade:
                 what = "on the meta device" if weight.weight.is_meta else "a lazy parameter without a shape yet"
                 raise ValueError(f"{weight.name} is {what}: run one batch through the model first, or exclude it")
-            mask = torch.ones_like(weight.weight, dtype=torch.bool, requires_grad=False)
             choice.sizes[weight.name] = weight.numel
             choice.params.append(
-                MaskedParameter(
-                    weight.name, weight.module, weight.weight, mask, layout=weight.layout, norm_dim=weight.norm_dim
-                )
+                masked(weight.name, weight.module, weight.weight, layout=weight.layout, norm_dim=weight.norm_dim)
             )
         if not choice.params:
             raise ValueError("nothing to prune: " + self._nothing(model, weights, choice))

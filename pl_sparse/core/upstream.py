@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
+from pl_sparse.core.dtensor import local
+
 __all__ = [
     "CHANNEL_NORMS",
     "DispatchMode",
@@ -370,7 +372,7 @@ def zero_memory(state: dict[str, Any], key: str, mask: Tensor) -> None:
         key: of a tensor in it, of the weight's shape.
         mask: bool, True = kept.
     """
-    value: Tensor = state[key]
+    value = local(state[key])
     codes = state.get(key.replace("state", "qmap")) if value.dtype == torch.uint8 else None
     if isinstance(codes, Tensor):  # bitsandbytes: state1 has the codes, qmap1 the number of each
         value.masked_fill_(~mask, int(codes.abs().argmin()))

@@ -18,6 +18,7 @@ from torch import Tensor
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter, zero_pruned
 from pl_sparse.core.registry import Axes, Axis, name_of
+from pl_sparse.core.sharded import whole
 from pl_sparse.scorer import Scorer
 
 __all__ = ["Groups", "Masking", "Params", "factors", "latent", "mask_gradients", "weights"]
@@ -58,10 +59,11 @@ class Masking(Axis, ABC):
         if self.remembers:
             for param in params:
                 if param.latent is None:
-                    param.latent = param.weight.detach().clone()
+                    param.latent = param.data.detach().clone()
             torch._foreach_copy_(weights(params), latent(params))
         self.write(params, groups)
-        self.on_change(params)
+        with whole(params):
+            self.on_change(params)
 
     def on_change(self, params: Params) -> None:
         """After the masks changed and the sparse weights are written; by default nothing is done."""
@@ -117,7 +119,7 @@ class Masking(Axis, ABC):
 
 def weights(params: Params) -> list[Tensor]:
     """The parameters."""
-    return [param.weight for param in params]
+    return [param.data for param in params]
 
 
 def factors(params: Params) -> list[Tensor]:
@@ -133,7 +135,7 @@ def latent(params: Params) -> list[Tensor]:
 def with_gradients(params: Params) -> tuple[list[MaskedParameter], list[Tensor]]:
     """The weights that took part in the loss, and their gradients."""
     ready = [param for param in params if param.weight.grad is not None]
-    return ready, [param.weight.grad for param in ready if param.weight.grad is not None]
+    return ready, [param.grad for param in ready if param.grad is not None]
 
 
 def mask_gradients(params: Params) -> None:

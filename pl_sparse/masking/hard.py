@@ -22,6 +22,8 @@ class Hard(Masking):
     `updater=dropgrow`, whose new weights start with nothing remembered of them.
     """
 
+    elementwise: ClassVar[bool] = True
+
     def shape_gradients(self, params: Params, groups: Groups) -> None:
         mask_gradients(params)
 
@@ -37,6 +39,7 @@ class Frozen(Masking):
     """
 
     remembers: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def shape_gradients(self, params: Params, groups: Groups) -> None:
         mask_gradients(params)

@@ -39,6 +39,7 @@ class Gated(Masking):
     seed: int = 0
     remembers: ClassVar[bool] = True
     trains_pruned: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     transforms: ClassVar[bool] = True
     samples: ClassVar[bool] = True
     rests_on: ClassVar[type[Scorer] | None] = HardConcrete
@@ -84,9 +85,9 @@ class Gated(Masking):
         for param, gate, layout in _gated(params, groups):
             if gate.sample is None:
                 z = stretched(gate.value.detach()).clamp_(0, 1)
-                gates[id(param)] = gate.spread(z, param, layout) * param.factor
+                gates[id(param)] = param.part(gate.spread(z, param, layout)) * param.factor
             else:
-                gates[id(param)] = gate.spread(gate.sample, param, layout)
+                gates[id(param)] = param.part(gate.spread(gate.sample, param, layout))
         return [gates[id(param)] for param in params]
 
 
@@ -114,15 +115,16 @@ class SoftThresholded(Masking):
 
     remembers: ClassVar[bool] = True
     trains_pruned: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     transforms: ClassVar[bool] = True
     rests_on: ClassVar[type[Scorer] | None] = SoftThreshold
 
     def write(self, params: Params, groups: Groups) -> None:
         for param, values in zip(params, latent(params), strict=True):
             threshold = param.state["threshold"].sigmoid().to(values.dtype)
-            param.weight.copy_(values.sign() * (values.abs() - threshold).clamp_min_(0) * param.factor)
+            param.data.copy_(values.sign() * (values.abs() - threshold).clamp_min_(0) * param.factor)
 
     def shape_gradients(self, params: Params, groups: Groups) -> None:
         for param in params:
-            if param.weight.grad is not None:
-                param.weight.grad.mul_(param.weight.detach() != 0)
+            if param.grad is not None:
+                param.grad.mul_(param.data.detach() != 0)

@@ -28,6 +28,7 @@ class STE(Masking):
 
     remembers: ClassVar[bool] = True
     trains_pruned: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def shape_gradients(self, params: Params, groups: Groups) -> None:
         return
@@ -56,6 +57,7 @@ class SRSTE(Masking):
     decay: float = 2e-4
     remembers: ClassVar[bool] = True
     trains_pruned: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.decay < 0:
@@ -88,6 +90,7 @@ class TopKAST(Masking):
     reg: float = 1e-4
     remembers: ClassVar[bool] = True
     trains_pruned: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.exploration <= 1:

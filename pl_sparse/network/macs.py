@@ -58,6 +58,7 @@ class MacCounter:
         self.positions: dict[str, float] = {}
         self.other = 0.0
         self._names: dict[int, str] = {}
+        self._paths: dict[nn.Module, str] = {}
         self._handles: list[RemovableHandle] = []
         self._depth = 0  # of modules within modules, in a call
         self._whole = 0  # of those that are counted whole, products within them included
@@ -70,6 +71,7 @@ class MacCounter:
         MacCounter._open += 1  # several may be open at once, and close in any order
         torch.backends.mha.set_fastpath_enabled(False)
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        self._paths = {module: f"{path}." if path else "" for path, module in self.model.named_modules()}
         try:
             for module in self.model.modules():
                 self._handles.append(module.register_forward_pre_hook(self._enter))
@@ -95,6 +97,9 @@ class MacCounter:
         if not self._depth:
             self._products.__enter__()  # type: ignore[no-untyped-call]
         self._depth += 1
+        for name, parameter in module._parameters.items():  # FSDP has gathered ones there by now
+            if parameter is not None:
+                self._names.setdefault(id(parameter), f"{self._paths[module]}{name}")
         self._whole += isinstance(module, _COUNTED) or keeps_inputs_first(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from pl_sparse.core.dtensor import local, total
 from pl_sparse.core.upstream import plain_name
 from pl_sparse.network.macs import Macs
 from pl_sparse.pruner import Pruner
@@ -138,7 +139,7 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
             kept = masked[name].kept
             note = "" if overrides[name] is None else f"own sparsity {overrides[name]:g}"
             structure = pruner.structure.label
-            stored = int(torch.count_nonzero(masked[name].mask))
+            stored = masked[name].kept if masked[name].cut is None else int(torch.count_nonzero(masked[name].mask))
             # pruned values are not stored, and each element has a bit
             compressed -= (weight.numel() - stored) * weight.element_size() - -(-weight.numel() // 8)
         elif name in pruner.misfits:
@@ -175,7 +176,7 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
 def _nonzero(weight: nn.Parameter) -> int:
     """How many elements are not zero: all of them, where the tensor of another library cannot tell."""
     try:
-        return int(torch.count_nonzero(weight))
+        return int(total(local(weight) != 0, weight))
     except NotImplementedError:
         return weight.numel()
 

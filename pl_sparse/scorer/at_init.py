@@ -99,7 +99,7 @@ class SynFlow(Scorer):
 
     def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
         for param, flow in zip(params, probe.synaptic_flow([param.name for param in params]), strict=True):
-            param.state["calibrated"] = flow * param.weight.detach().abs()
+            param.state["calibrated"] = flow * param.data.detach().abs()
 
     def score(self, param: MaskedParameter) -> Tensor:
         return observed(param, "calibrated")

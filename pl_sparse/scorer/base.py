@@ -56,6 +56,12 @@ class Scorer(Axis, ABC):
             )
         return None
 
+    @property
+    def needs_whole(self) -> str | None:
+        if self.calibrates:
+            return "looks at the whole model at once"
+        return None if type(self).observe is Scorer.observe else super().needs_whole
+
     @abstractmethod
     def score(self, param: MaskedParameter) -> Tensor:
         """The scores of one weight, in its shape; higher = keep, and no NaN."""

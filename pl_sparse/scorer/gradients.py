@@ -25,6 +25,7 @@ class Gradient(Scorer):
 
     decay: float = 0.9
     observes: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_decay(self.decay)
@@ -57,6 +58,7 @@ class Taylor(Scorer):
     decay: float = 0.9
     squared: bool = False
     observes: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_decay(self.decay)
@@ -83,6 +85,7 @@ class Momentum(Scorer):
 
     decay: float = 0.9
     observes: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_decay(self.decay)

@@ -121,6 +121,7 @@ class Movement(Scorer):
     rule: Literal["adam", "sum"] = "adam"
     clip: float | None = 1.0
     needs_latent: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     observes: ClassVar[bool] = True
     signed: ClassVar[bool] = True
 
@@ -234,6 +235,7 @@ class SoftThreshold(Scorer):
     momentum: float = 0.875
     decay: float = 2.2517e-5
     needs_latent: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     signed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -255,7 +257,7 @@ class SoftThreshold(Scorer):
             return
         s = self._threshold(param)
         p = s.sigmoid()
-        pull = (param.grad.detach() * param.weight.detach().sign()).to(s.dtype).sum()  # the sign of 0 is 0
+        pull = param.total((param.grad.detach() * param.data.detach().sign()).to(s.dtype))  # the sign of 0 is 0
         gradient = -p * (1 - p) * pull + self.decay * s
         velocity = param.state.setdefault("threshold_velocity", torch.zeros_like(s))
         velocity.mul_(self.momentum).add_(gradient)

@@ -120,6 +120,10 @@ class Structure(Axis, ABC):
         return groups, {name: reason for name, reason in skipped.items() if name not in pruned}
 
     @property
+    def needs_whole(self) -> str | None:
+        return "couples layers, which it calls the model for" if self.needs_example else None
+
+    @property
     def needs_example(self) -> bool:
         """Whether `groups` calls the model, to find units that go through several layers."""
         return False

@@ -120,6 +120,12 @@ class Updater(Axis, ABC):
         """Look at one weight before an optimizer step, as `Scorer.observe` does; by default nothing is done."""
         return
 
+    @property
+    def needs_whole(self) -> str | None:
+        if self.calibrates:
+            return "looks at the whole model at once"
+        return None if type(self).observe is Updater.observe else super().needs_whole
+
     @abstractmethod
     def update(
         self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update

@@ -63,6 +63,7 @@ class DropGrow(Updater):
     needs_zeros: ClassVar[bool] = True
     fixed_count: ClassVar[bool] = True
     grows: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:

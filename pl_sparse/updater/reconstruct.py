@@ -98,7 +98,7 @@ class Reconstruct(Updater):
     def _reconstruct(self, param: MaskedParameter, count: int, structure: Structure, due: Update) -> None:
         """Give one weight its mask and its new values."""
         assert due.probe is not None
-        last = param.layout.view(param.weight.detach()).movedim(1, -1)  # (out, *kernel, in)
+        last = param.layout.view(param.data.detach()).movedim(1, -1)  # (out, *kernel, in)
         alive = param.layout.view(param.mask).movedim(1, -1).flatten(1)  # (out, columns)
         weight = last.flatten(1).to(torch.float64, copy=True)  # (out, columns)
         hessian = _hessian(param, weight.shape[1], due.probe)  # (groups, columns, columns)
@@ -130,8 +130,8 @@ class Reconstruct(Updater):
         if param.norm_dim is not None:  # a slice that is divided by its norm keeps its values where none would be left
             others = tuple(dim for dim in range(values.dim()) if dim != param.norm_dim)
             left = (values * param.mask).ne(0).any(others, keepdim=True)
-            values = torch.where(left, values, param.weight)
-        param.weight.copy_(values)
+            values = torch.where(left, values, param.data)
+        param.write(values)
 
 
 def _hessian(param: MaskedParameter, columns: int, probe: Probe) -> Tensor:

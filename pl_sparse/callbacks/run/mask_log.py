@@ -60,7 +60,7 @@ class Track(Callback):
             self._masks = [param.mask.clone() for param in pruner.params]
         counts = torch.stack(  # (weights, 3): kept before, kept now, kept both times
             [
-                torch.stack([before.sum(), param.mask.sum(), (before & param.mask).sum()]).cpu()
+                torch.stack([param.total(kept) for kept in (before, param.mask, before & param.mask)]).cpu()
                 for before, param in zip(self._masks, pruner.params, strict=True)
             ]
         )

@@ -1,0 +1,171 @@
+"""Trains methods on weights that processes share, and once more by one process; prints what differs as JSON.
+
+python -m torch.distributed.run --nproc-per-node 2 tests/sharded.py '{"movement": {"scorer": "movement"}}'
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import destroy_process_group, get_rank, get_world_size, init_process_group
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn import functional as F
+
+from pl_sparse import Pruner
+
+STEPS = 16
+FULL = StateDictOptions(full_state_dict=True)
+
+
+def network() -> nn.Sequential:
+    """Odd sizes, so that processes hold parts of different size, and one of them nothing of the last weight."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 5, 3, bias=False),  # a norm follows: its gradient would be nothing but rounding
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(180, 24),
+        nn.ReLU(),
+        nn.Linear(24, 16),
+        nn.ReLU(),
+        nn.Linear(16, 4),
+    )
+
+
+def fsdp(model: nn.Sequential, mesh: DeviceMesh) -> None:
+    """Each layer on its own but the last, which is of the whole model."""
+    for layer in list(model)[:-1]:
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def shard(model: nn.Sequential, kind: str) -> None:
+    """FSDP2; replicas of it; tensor parallelism; or FSDP2 of what is parallel already."""
+    count = get_world_size()
+    if kind == "fsdp":
+        fsdp(model, init_device_mesh("cpu", (count,)))
+    elif kind == "hsdp":
+        fsdp(model, init_device_mesh("cpu", (2, count // 2), mesh_dim_names=("copies", "parts")))
+    else:
+        mesh = init_device_mesh("cpu", (count // 2, 2), mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, mesh["tensor"], {"4": ColwiseParallel(), "6": RowwiseParallel()})
+        if kind == "both":
+            fsdp(model, mesh["data"])
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Training:
+    """On batches that are the same in all processes, so that mean gradients are the same to the bit."""
+
+    def __init__(self, make: Callable[[], Pruner], kind: str | None) -> None:
+        self.model, self.pruner = network(), make()
+        if kind is not None:
+            shard(self.model, kind)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 0.01)
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(STEPS, 8, 1, 8, 8, generator=generator)
+        self.y = torch.randint(4, (STEPS, 8), generator=generator)
+
+    def begin(self) -> None:
+        self.pruner.attach(self.model)
+        self.pruner.prepare(STEPS)
+
+    def run(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            self.optimizer.zero_grad()
+            self.pruner.before_forward()
+            F.cross_entropy(self.model(self.x[step]), self.y[step]).backward()
+            self.pruner.before_step(step, STEPS, self.optimizer)
+            self.optimizer.step()
+            self.pruner.after_step()
+
+    def save(self) -> Any:
+        return copy.deepcopy((*get_state_dict(self.model, self.optimizer, options=FULL), self.pruner.state_dict()))
+
+    def load(self, state: Any) -> None:
+        model, optimizer, pruner = state
+        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=FULL)
+        self.pruner.load_state_dict(pruner)
+
+
+def difference(expected: Training, seen: Training, limit: float) -> str:
+    """What differs between two trainings, or nothing."""
+    if seen.pruner.kept != expected.pruner.kept:
+        return f"{seen.pruner.kept} kept for {expected.pruner.kept}"
+    states = seen.pruner.state_dict()["params"], expected.pruner.state_dict()["params"]
+    for name, tensors in states[1].items():
+        for key, value in tensors.items():
+            if isinstance(value, Tensor) and (value.dtype == torch.uint8 or not limit):
+                if not torch.equal(value, states[0][name][key]):
+                    return f"{key} of {name}"
+    for (name, a), b in zip(seen.model.named_parameters(), expected.model.parameters(), strict=True):
+        if float((full(a.detach()) - b.detach()).abs().max()) > limit:
+            return f"{name} by {float((full(a.detach()) - b.detach()).abs().max())}"
+    return ""
+
+
+def compared(make: Callable[[], Pruner], kind: str) -> str:
+    """How a training by several processes differs from that of one, interrupted by either or not; or its refusal."""
+    # Products that are summed over processes are rounded in another order.
+    limit = 0.0 if kind in ("fsdp", "hsdp") else 1e-6
+    alone, shared = Training(make, None), Training(make, kind)
+    try:
+        shared.begin()
+    except ValueError as error:
+        return f"refused: {error}"
+    alone.begin()
+    half = range(STEPS // 2), range(STEPS // 2, STEPS)
+    alone.run(half[0])
+    shared.run(half[0])
+    states = alone.save(), shared.save()
+    alone.run(half[1])
+    shared.run(half[1])
+    if problem := difference(alone, shared, limit):
+        return problem
+    if limit:
+        return ""
+    for other, state in ((kind, states[0]), (None, states[1])):
+        resumed = Training(make, other)
+        resumed.load(state)
+        resumed.begin()
+        resumed.run(half[1])
+        if problem := difference(alone, resumed, limit):
+            return f"resumed by {'one' if other is None else 'several'}: {problem}"
+    return ""
+
+
+def main(kind: str, settings: dict[str, Any]) -> None:
+    results = {}
+    for name, options in settings.items():
+        if options is None:
+            from test_properties import made
+
+            results[name] = compared(lambda name=name: made(name, 0.8), kind)
+        else:
+            results[name] = compared(lambda options=options: Pruner(**options), kind)
+    if get_rank() == 0:
+        print("RESULTS " + json.dumps(results))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    init_process_group("gloo")
+    try:
+        main(sys.argv[1], json.loads(sys.argv[2]))
+    finally:
+        destroy_process_group()
