@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from pl_sparse.allocation import Allocation, Units, refuse_unreachable
 from pl_sparse.allocation.zeros import mask_zeros
+from pl_sparse.core.agreement import agree_on
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.dtensor import local
 from pl_sparse.core.group import Group
@@ -639,6 +640,7 @@ class Pruner(MaskedModel):
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+        agree_on((*self._model.parameters(), *self._model.buffers()))
         self.written()
 
     @torch.no_grad()

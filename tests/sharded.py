@@ -110,9 +110,9 @@ def difference(expected: Training, seen: Training, limit: float) -> str:
     states = seen.pruner.state_dict()["params"], expected.pruner.state_dict()["params"]
     for name, tensors in states[1].items():
         for key, value in tensors.items():
-            if isinstance(value, Tensor) and (value.dtype == torch.uint8 or not limit):
-                if not torch.equal(value, states[0][name][key]):
-                    return f"{key} of {name}"
+            exact = isinstance(value, Tensor) and (value.dtype == torch.uint8 or not limit)
+            if exact and not torch.equal(value, states[0][name][key]):
+                return f"{key} of {name}"
     for (name, a), b in zip(seen.model.named_parameters(), expected.model.parameters(), strict=True):
         if float((full(a.detach()) - b.detach()).abs().max()) > limit:
             return f"{name} by {float((full(a.detach()) - b.detach()).abs().max())}"

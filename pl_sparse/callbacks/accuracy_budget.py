@@ -123,7 +123,7 @@ class AccuracyBudget(Callback):
             return
         metric = self._judged(trainer)
         sign = 1 if self.mode == "max" else -1
-        value = sign * float(trainer.callback_metrics[metric])
+        value = sign * float(trainer.strategy.broadcast(float(trainer.callback_metrics[metric])))  # that of rank 0
         self._tried += 1
         if self._baseline is None:
             if self._held is None or value > self._best:

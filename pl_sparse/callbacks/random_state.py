@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 __all__ = ["RandomState"]
@@ -16,7 +17,8 @@ class RandomState(Callback):
     """Saves the state of the random generators (torch, CUDA, NumPy, Python) in checkpoints, so that a resumed run with
     dropout or shuffling is the uninterrupted one, bit for bit.
 
-    Only plain types are stored, which `torch.load(weights_only=True)` accepts.
+    Only plain types are stored, which `torch.load(weights_only=True)` accepts. Of several processes each has its own,
+    so that a training is exact where as many go on as were saved; a further one starts from its seed.
     """
 
     def __init__(self) -> None:
@@ -27,6 +29,10 @@ class RandomState(Callback):
         state, self._restored = self._restored, None
         if state is None:
             return
+        if "ranks" in state:
+            if trainer.global_rank >= len(state["ranks"]):
+                return
+            state = state["ranks"][trainer.global_rank]
         torch.set_rng_state(state["torch"])
         if len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda"])
@@ -37,12 +43,17 @@ class RandomState(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         name, keys, *rest = np.random.get_state(legacy=True)
-        return {
+        state: dict[str, Any] = {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "numpy": [name, np.asarray(keys).tolist(), *rest],
             "python": list(random.getstate()),
         }
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return state
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, state)
+        return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict

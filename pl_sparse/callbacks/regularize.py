@@ -14,6 +14,7 @@ from pl_sparse.callbacks.clock import Timetable
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.callbacks.steps import StepHooks
 from pl_sparse.callbacks.strategies import refuse_parts
+from pl_sparse.core.agreement import agreeing
 from pl_sparse.core.group import Group
 from pl_sparse.core.places import Places
 from pl_sparse.core.targets import Patterns, find
@@ -87,9 +88,9 @@ class Regularize(Callback):
                 f"until={self.until!r} is step {self._times.at('until')}"
             )
         example = example_of(trainer, pl_module) if self.regularizer.needs_example else None
-        self.groups = self.regularizer.groups(
-            find(pl_module, self.include, self.exclude, self.first, self.last), pl_module, example
-        )
+        weights = find(pl_module, self.include, self.exclude, self.first, self.last)
+        with agreeing(trainer.world_size > 1):
+            self.groups = self.regularizer.groups(weights, pl_module, example)
         if not any(self._of(optimizer) for optimizer in trainer.optimizers):
             raise ValueError(
                 "no optimizer trains a weight that is to be penalized: "
@@ -97,7 +98,8 @@ class Regularize(Callback):
                 + ". Unfreeze them, or choose others by `include`"
             )
         probe = Calibration(trainer, pl_module, 1).probe() if pl_module.automatic_optimization else None
-        self.regularizer.prepare(self.groups, pl_module, probe)
+        with agreeing(trainer.world_size > 1):
+            self.regularizer.prepare(self.groups, pl_module, probe)
         self._started = self._marked is not None
         for group in self.groups:
             for param, _ in group.members:

@@ -22,7 +22,8 @@ from pl_sparse.callbacks.coverage import report_coverage
 from pl_sparse.callbacks.mac_count import MacCount
 from pl_sparse.callbacks.several import log_names, shared_weight
 from pl_sparse.callbacks.steps import StepHooks, refuse_optimizers
-from pl_sparse.callbacks.strategies import refuse_strategy
+from pl_sparse.callbacks.strategies import refuse_difference, refuse_strategy
+from pl_sparse.core.agreement import agreeing
 from pl_sparse.core.dtensor import local, reshard
 from pl_sparse.core.optional import nice_to_have
 from pl_sparse.core.registry import Axis, names
@@ -163,7 +164,8 @@ class Sparsity(Callback):
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bind to the module's weights; a structure that looks at how layers are joined sees a training batch."""
-        self.pruner.attach(pl_module, self._example(trainer, pl_module))
+        with agreeing(trainer.world_size > 1):
+            self.pruner.attach(pl_module, self._example(trainer, pl_module))
 
     def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         return example_of(trainer, pl_module) if self.pruner.structure.needs_example else None
@@ -209,7 +211,8 @@ class Sparsity(Callback):
             pl_module, "on_before_optimizer_step", lambda optimizer: self._before_step(trainer, optimizer)
         )
         probe = Calibration(trainer, pl_module, self.calibration_batches).probe() if pruner.calibrates else None
-        pruner.prepare(*estimates(trainer, pruner.schedule), probe)
+        with agreeing(trainer.world_size > 1):
+            pruner.prepare(*estimates(trainer, pruner.schedule), probe)
         self._seen = -1
         self._look(trainer)
         if pruner.structure.fixed is not None and pruner.schedule.final not in (0.0, pruner.structure.fixed):
@@ -234,7 +237,8 @@ class Sparsity(Callback):
             names = self.pruner.thaw(self._example(trainer, pl_module))
             rank_zero_info(f"{', '.join(names)}: no longer frozen, pruned from here on")
         self._collapse.judge(self.pruner, trainer, pl_module, batch)
-        self.pruner.before_forward()
+        with agreeing(trainer.world_size > 1):
+            self.pruner.before_forward()
         self._macs.start(pl_module)
 
     def on_test_batch_start(
@@ -266,9 +270,9 @@ class Sparsity(Callback):
         if self._timekeeper is None and self.pruner.weights_of(optimizer):
             self._timekeeper = optimizer
         skipped = found_infinite_gradients(trainer, optimizer)
-        self.pruner.before_step(
-            self.pruner.step if optimizer is self._timekeeper else None, optimizer=optimizer, observe=not skipped
-        )
+        step = self.pruner.step if optimizer is self._timekeeper else None
+        with agreeing(trainer.world_size > 1):
+            self.pruner.before_step(step, optimizer=optimizer, observe=not skipped)
         if skipped:
             self.pruner.after_step(optimizer)  # the scaler leaves the step out, and its hook with it
         if self.pruner.num_updates != self._seen:
@@ -300,7 +304,9 @@ class Sparsity(Callback):
         if behind is None or behind < 1:
             return
         sparsity, planned = self.pruner.sparsity, self.pruner.ends_last
-        if self.pruner.catch_up() and not planned:
+        with agreeing(trainer.world_size > 1):
+            caught_up = self.pruner.catch_up()
+        if caught_up and not planned:
             rank_zero_warn(
                 f"training ends after {self.pruner.step} optimizer steps, before the schedule does: the sparsity is "
                 f"raised from {sparsity:.4f} to {self.pruner.sparsity:.4f} at once, without training after it. Let the "
@@ -384,6 +390,7 @@ class Sparsity(Callback):
     def _look(self, trainer: Trainer) -> None:
         """After masks changed: log the sparsity, mask averaged weights, note layers that died."""
         self._seen = self.pruner.num_updates
+        refuse_difference(self.pruner, trainer)
         kept = {param.name: param.kept for param in self.pruner.params}
         self.sparsity = 1 - sum(kept.values()) / self.pruner.numel
         for logger in trainer.loggers:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 
 from pl_sparse.core.dtensor import is_sharded
-from pl_sparse.core.upstream import of_kind
+from pl_sparse.core.upstream import of_kind, starts_from_here
+from pl_sparse.pruner import Pruner
 
-__all__ = ["refuse_parts", "refuse_strategy"]
+__all__ = ["refuse_difference", "refuse_parts", "refuse_strategy"]
 
 _REFUSED = {
     FSDPStrategy: "flattens the weights of a module into one tensor, which has no rows or columns any more",
@@ -25,6 +27,30 @@ def refuse_strategy(trainer: Trainer) -> None:
                 f"{type(trainer.strategy).__name__} {reason}: use ModelParallelStrategy with `fully_shard` (FSDP2) in "
                 "the module's configure_model, or strategy=ddp"
             )
+    if starts_from_here(trainer.strategy):
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} trains in spawned or forked processes, from which this one gets the "
+            "weights alone: masks, sparsity and summary would stay there. Use strategy=ddp, from a script"
+        )
+
+
+def refuse_difference(pruner: Pruner, trainer: Trainer) -> None:
+    """Raise a RuntimeError if processes have set different masks, from which on each would train another network.
+
+    Every process calls it after each update; it compares a checksum per mask.
+    """
+    if trainer.world_size == 1:
+        return
+    sums = torch.stack([param.checksum().to(trainer.strategy.root_device) for param in pruner.params])
+    of_all = trainer.strategy.all_gather(sums)
+    differ = (of_all != of_all[0]).any(0).tolist()
+    names = [param.name for param, differs in zip(pruner.params, differ, strict=True) if differs]
+    if names:
+        raise RuntimeError(
+            f"the masks of {', '.join(names[:5])} differ between processes after {pruner.step} optimizer steps: what "
+            "decides on them is not the same in all. It may be a scorer of one's own that looks at data of its process "
+            "alone, or weights that were not the same before"
+        )
 
 
 def refuse_parts(model: nn.Module, who: str) -> None:

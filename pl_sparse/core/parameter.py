@@ -14,7 +14,7 @@ from pl_sparse.core.cut import Cut
 from pl_sparse.core.dtensor import total
 from pl_sparse.core.layouts import Plain, Whole
 
-__all__ = ["MaskedParameter", "living", "packed", "unpacked", "where_kept", "zero_pruned"]
+__all__ = ["MaskedParameter", "checksum", "living", "packed", "unpacked", "where_kept", "zero_pruned"]
 
 _LARGE = 1 << 18  # weights of a tensor, from which on its mask is turned into numbers piece by piece
 _PIECE = 1 << 21  # scores per thread that are told apart at once: where other work has the cores, each piece waits
@@ -117,6 +117,10 @@ class MaskedParameter:
         """Give the weight other values."""
         self.weight.copy_(values)
 
+    def checksum(self) -> Tensor:
+        """A number that differs where masks do, but once in 2^64: an int64 on the mask's device."""
+        return checksum(self.mask)
+
     def fill(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape in its former shape."""
         return tensor if self.cut is None else self.cut.fill(tensor)
@@ -214,6 +218,18 @@ class MaskedParameter:
         state = {key: value for key, value in tensors.items() if key.startswith("state.")}
         self.state = {key.removeprefix("state."): value.clone() for key, value in state.items()}
         self.to_weight()
+
+
+def checksum(mask: Tensor) -> Tensor:
+    """A sum of a mask's words, each times an odd number of its own, modulo 2^64.
+
+    >>> masks = torch.ones(3, 8, dtype=torch.bool), torch.eye(3, 8, dtype=torch.bool), torch.eye(3, 8).flip(0).bool()
+    >>> len({int(checksum(mask)) for mask in masks})
+    3
+    """
+    bits = nn.functional.pad(mask.reshape(-1).view(torch.uint8), (0, -mask.numel() % 8))
+    words = bits.view(torch.int64)
+    return (words * torch.arange(1, 2 * len(words), 2, device=mask.device)).sum()
 
 
 def packed(mask: Tensor) -> Tensor:

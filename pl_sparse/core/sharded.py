@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.dtensor import gathered, is_sharded, local, part_of, total
-from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parameter import MaskedParameter, checksum
 from pl_sparse.core.registry import Axes, name_of
 
 __all__ = ["ShardedParameter", "masked", "refuse_shared", "whole"]
@@ -27,6 +27,7 @@ class ShardedParameter(MaskedParameter):
 
     _whole = False
     _kept: int | None = None
+    _checksum: Tensor | None = None
 
     # The fields of a weight, as parts or whole
 
@@ -78,6 +79,10 @@ class ShardedParameter(MaskedParameter):
                 self._kept = int(torch.count_nonzero(self.mask))
         return self._kept
 
+    def checksum(self) -> Tensor:
+        """That of the whole mask, as this process chose it; 0 where it was never chosen."""
+        return self.weight.new_zeros((), dtype=torch.int64) if self._checksum is None else self._checksum
+
     def part(self, tensor: Tensor) -> Tensor:
         return part_of(tensor, self.weight)
 
@@ -91,6 +96,7 @@ class ShardedParameter(MaskedParameter):
     @torch.no_grad()
     def put_mask(self, mask: Tensor) -> None:
         self._kept = int(torch.count_nonzero(mask)) if self._whole else None
+        self._checksum = checksum(mask) if self._whole else None
         held = self._held(mask)
         with whole([self], False):
             super().put_mask(held)

@@ -50,6 +50,7 @@ __all__ = [
     "restore",
     "saving_best",
     "skipping_checks",
+    "starts_from_here",
     "steps_directly",
     "training_loader",
     "unscale_gradients",
@@ -101,6 +102,11 @@ def of_kind(obj: Any, kind: type) -> bool:
         return True
     other = kind.__module__.replace("lightning.pytorch", "pytorch_lightning", 1), kind.__qualname__
     return any((base.__module__, base.__qualname__) == other for base in type(obj).__mro__)
+
+
+def starts_from_here(strategy: Any) -> bool:
+    """Whether a strategy trains in processes that it starts from this one and that end before it (spawn, fork)."""
+    return getattr(strategy, "_start_method", "popen") in ("spawn", "fork", "forkserver")
 
 
 def averaged_models(trainer: Any) -> Iterator[nn.Module]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.core.agreement import agreed
 from pl_sparse.core.files import write_json
 from pl_sparse.core.group import Group
 from pl_sparse.network.hooks import called, evaluated, hooked
@@ -212,6 +213,11 @@ class LatencyTable:
 
     def measure(self, layers: Sequence[Layer]) -> None:
         """Measure the layers that were not measured yet, and keep that."""
+        self._rows = agreed(lambda: self._measure_new(layers))
+        self._loaded = True
+
+    def _measure_new(self, layers: Sequence[Layer]) -> dict[str, dict[str, Any]]:
+        """All measurements, with those of layers that were not measured yet."""
         self._load()
         new = [layer for layer in layers if self._name(layer) not in self._rows]
         for layer in new:
@@ -219,6 +225,7 @@ class LatencyTable:
                 self._rows[self._name(layer)] = self._measured(layer)
         if new:
             write_json(self.file, {"fingerprint": fingerprint(), "layers": self._rows})
+        return self._rows
 
     def predict(self, layer: Layer, inputs: Any, outputs: Any) -> Any:
         """Milliseconds of a layer at a width.

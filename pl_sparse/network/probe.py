@@ -130,7 +130,7 @@ class Probe:
     def synaptic_flow(self, names: Sequence[str]) -> list[Tensor]:
         """dR/d|w| for R = sum of model(1) with |w| for all parameters w and without biases, in float64.
 
-        Norms use their running statistics.
+        Norms use their running statistics, of which each process has its own: the mean over processes is taken.
 
         Args:
             names: of the weights w that the derivative is taken by.
@@ -160,7 +160,7 @@ class Probe:
         with evaluated(self.model), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             out = functional_call(self.model, {**parameters, **buffers}, (ones,))
             flow = torch.autograd.grad(out.sum(), weights, allow_unused=True)
-        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, flow, strict=True)]
+        return self.reduced([torch.zeros_like(w) if g is None else g for w, g in zip(weights, flow, strict=True)])
 
     @torch.no_grad()
     def activations(self, params: Sequence[MaskedParameter], see: Callable[[MaskedParameter, Tensor], None]) -> None:
