@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as Bar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.hydra_api import instantiate
@@ -20,6 +21,8 @@ from pl_sparse.app.settings import ConfigError
 from pl_sparse.callbacks.run.atomic_checkpoints import AtomicCheckpoints
 from pl_sparse.callbacks.run.mask_log import Track
 from pl_sparse.callbacks.run.progress import ProgressBar, ProgressLines
+from pl_sparse.callbacks.strategies import refuse_strategy
+from pl_sparse.core.upstream import of_kind
 from pl_sparse.integrations.servers import obstacle
 
 __all__ = ["make_trainer"]
@@ -29,14 +32,14 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
     """The trainer with its loggers and the callbacks of the configuration.
 
     Without a progress bar a line is printed per epoch. On a CPU training is deterministic. Checkpoints
-    are written whole or not at all, unless the strategy or a plugin has a way of its own.
+    are written whole or not at all, unless a plugin has a way of its own.
 
     Args:
         cfg: with `trainer`, `callbacks`, `logger` and `output_dir`.
         callbacks: those of the run, which come first.
 
     Raises:
-        ConfigError: the trainer refuses its arguments, or a logger cannot reach its server.
+        ConfigError: the trainer refuses its arguments, its strategy is refused, or a logger cannot reach its server.
     """
     node = cfg.trainer.copy()
     if node.get("deterministic") is None:
@@ -51,8 +54,7 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
         lines = [ProgressBar(cfg.objective)]
     loggers = _loggers(cfg)
     all_callbacks = [*callbacks, *lines, *configured, *([Track()] if loggers else [])]
-    sharded = str(node.get("strategy")).startswith(("fsdp", "deepspeed", "model_"))  # these write their own way
-    plugins = {} if sharded or node.get("plugins") else {"plugins": [AtomicCheckpoints()]}
+    plugins = {} if node.get("plugins") else {"plugins": [AtomicCheckpoints()]}
     try:
         trainer: Trainer = instantiate(
             node,
@@ -65,6 +67,15 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
         )
     except Exception as error:
         raise ConfigError(f"trainer: {error.__cause__ or error}") from error
+    try:
+        refuse_strategy(trainer)
+    except ValueError as error:
+        raise ConfigError(f"trainer.strategy: {error}") from error
+    if of_kind(trainer.strategy, ModelParallelStrategy):
+        raise ConfigError(
+            "trainer.strategy: ModelParallelStrategy leaves a part of the model in each process, and a run's folder "
+            "has whole ones: use the Sparsity callback in a script of your own (docs/clusters.md), or strategy=ddp"
+        )
     return trainer
 
 
