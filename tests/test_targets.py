@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from pl_sparse import Pruner, Sparsity, Targets
 from pl_sparse.core.candidates import candidates
 from pl_sparse.core.layouts import Matrices
-from pl_sparse.core.parameter import living
 from pl_sparse.core.targets import find, select
 from pl_sparse.results.summary import summarize, summary_table
 
@@ -271,22 +270,6 @@ def test_a_weight_norm_and_whole_channels_are_refused() -> None:
     with pytest.raises(ValueError, match=r"0.parametrizations.weight.original1 .*0 / 0 is no number"):
         attached(vocoder(parametrizations.weight_norm), structure="channel")
     assert len(attached(vocoder(parametrizations.spectral_norm), structure="channel").params) == 2
-
-
-@pytest.mark.parametrize("dim", [0, 1, -1])
-def test_each_slice_keeps_its_largest_weight(dim: int) -> None:
-    values = torch.arange(1.0, 13.0).reshape(4, 3)
-    mask = torch.zeros(4, 3, dtype=torch.bool)
-    mask[3] = mask[2] = True
-    if dim == -1:
-        assert living(torch.zeros_like(mask), values, dim).nonzero().tolist() == [[3, 2]]
-        return
-    if dim == 1:
-        mask = torch.zeros_like(mask)
-        mask[1:, 2] = True
-    kept = living(mask, values, dim)
-    assert kept.sum() == mask.sum() and kept.any(1 - dim).all()
-    assert kept[3, 2] and (kept[0, 2] if dim == 0 else kept[3, 0] and kept[3, 1])
 
 
 def test_what_zeros_do_not_survive_is_left_out_by_name() -> None:
