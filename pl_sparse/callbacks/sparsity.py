@@ -389,8 +389,9 @@ class Sparsity(Callback):
     @torch.no_grad()
     def mask_averages(self, trainer: Trainer) -> None:
         """Averages over weights of several masks are denser than any of them: mask them with the newest."""
-        masks = {param.name: param for param in self.pruner.masked if param.pruned}
-        for average in averaged_models(trainer):
+        averages = list(averaged_models(trainer))
+        masks = {param.name: param for param in self.pruner.masked if param.pruned} if averages else {}
+        for average in averages:
             for name, weight in average.named_parameters():
                 param = masks.get(name) or masks.get(name.removeprefix("module."))
                 if param is not None:
