@@ -153,7 +153,10 @@ def test_sparsegpt_depends_neither_on_the_number_of_batches_nor_on_their_scale()
 
 
 def test_what_is_summed_of_inputs_is_exact_where_losses_are_in_bfloat16() -> None:
-    layer, x = nn.Linear(8, 4), torch.randn(64, 2) @ torch.randn(2, 8)  # of rank 2: rounded, it has negative eigenvalues
+    layer, x = (
+        nn.Linear(8, 4),
+        torch.randn(64, 2) @ torch.randn(2, 8),
+    )  # of rank 2: rounded, it has negative eigenvalues
 
     def loss(batch: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
