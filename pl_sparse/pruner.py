@@ -14,12 +14,14 @@ A plain training loop needs no more than this:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Unpack
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.allocation import Allocation, Units, refuse_unreachable
 from pl_sparse.allocation.zeros import mask_zeros
@@ -37,6 +39,7 @@ from pl_sparse.core.state import Masks, load_state, refuse_other_settings, setti
 from pl_sparse.core.targets import TargetOptions, Targets
 from pl_sparse.core.upstream import plain_name, unwrapped
 from pl_sparse.masking import Masking, auto
+from pl_sparse.network.collapse import Collapse, passes
 from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Schedule
 from pl_sparse.schedule.clock import Clock
@@ -128,6 +131,9 @@ class Pruner(MaskedModel):
         self._open: dict[int, list[MaskedParameter]] = {}  # what each optimizer's step has opened
         self._counted: int | None = None  # the optimizer whose open step is counted
         self._stale: set[str] = set()  # weights whose optimizer state is to be cleared
+        self.collapse = Collapse()
+        self.watches = True  # whether it looks by itself what passes through the model, at the first call after masks
+        self._watch: RemovableHandle | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -306,6 +312,8 @@ class Pruner(MaskedModel):
         self.num_updates = 0
         self.level = self._floor = 0.0
         self._overrides, self._open, self._stale, self._sampled = (), {}, set(), False
+        self._unwatch()
+        self.collapse = Collapse()
 
     def _rebind(self, model: nn.Module, example: Any = None) -> None:
         """Carry masks over to a model with the same weights, e.g. a copy."""
@@ -354,6 +362,8 @@ class Pruner(MaskedModel):
                 self._update(0)
                 if not self.level:
                     self._try_scorer()
+        if self.attached and self.level:
+            self._look()
 
     def _try_scorer(self) -> None:
         """Calibrate the scorer for nothing, so that what it cannot score is refused before training."""
@@ -594,6 +604,7 @@ class Pruner(MaskedModel):
         finally:
             self._forget_calibration()
         self._updated, self._overdue = step, ()
+        self._look()
         if self.ablation == "reinit":
             self.reinitialize()
         return True
@@ -631,6 +642,39 @@ class Pruner(MaskedModel):
             pruned = [param for param in self.masked if param.pruned]
             self.masking.changed(pruned, self.groups)
             self._stale |= {param.name for param in pruned}
+
+    def _look(self) -> None:
+        """After masks changed: note layers that died, and see at the model's next call whether anything passes."""
+        dead = [param.name for param in self.params if param.kept == 0] if self.level < 1 else []
+        self.collapse.look(dead)
+        self._unwatch()
+        if dead and self.watches and self._model is not None:
+            self._watch = self._model.register_forward_hook(self._called, with_kwargs=True)
+
+    def _called(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if not self._open:  # within a step the weights may be others
+            self._unwatch()
+            self.judge(lambda: passes(model, args, kwargs), lambda text: warnings.warn(text, stacklevel=2))
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+    def judge(self, depends: Callable[[], bool], warn: Callable[[str], Any]) -> None:
+        """Say what layers mean of which the newest masks keep nothing. Call it between two optimizer steps.
+
+        Args:
+            depends: whether the loss, or what the network returns, depends on its inputs.
+            warn: what warns of layers that died beside others.
+
+        Raises:
+            RuntimeError: nothing passes through the network.
+        """
+        if self.collapse.judged:
+            return
+        returning = self.revives and not self.settled
+        self.collapse.judge(self.step, self.sparsity, self.ablation is not None, returning, depends, warn)
 
     @torch.no_grad()
     def reinitialize(self) -> None:

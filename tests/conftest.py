@@ -1,7 +1,8 @@
 """Every test starts from the same seed, on one thread, and reaches no network."""
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "disabled"
@@ -9,6 +10,9 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 import torch
+from trainer_rows import rows
+
+from pl_sparse import Pruner
 
 LACKING = "pip install 'pl_sparse["
 
@@ -18,6 +22,31 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+PASSED = pytest.StashKey[bool]()
+ROWS = {row.test: row for row in rows()}
+
+
+@pytest.fixture(autouse=True)
+def _trainer_table(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test counts that docs/trainers.md names is what the page says."""
+    row = ROWS.get(f"{request.path.name}::{request.node.originalname}")
+    if row is None:
+        yield
+        return
+    attached: dict[Pruner, None] = {}
+    attach = Pruner.attach
+
+    def noted(pruner: Pruner, *args: Any, **kwargs: Any) -> None:
+        attached[pruner] = None
+        attach(pruner, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pruner, "attach", noted)
+        yield
+    if request.node.stash.get(PASSED, False):
+        row.check(list(attached))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +60,8 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    if report.when == "call":
+        item.stash[PASSED] = report.passed
     if report.failed and call.excinfo is not None and item.config.getoption("--without-extras"):
         error: BaseException | None = call.excinfo.value
         while error is not None and LACKING not in str(error):

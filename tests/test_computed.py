@@ -13,8 +13,11 @@ from torch.nn.utils import parametrizations
 
 from pl_sparse import Pruner
 from pl_sparse.allocation import kept
-from pl_sparse.core.parameter import living
+from pl_sparse.core.layouts import Plain
+from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.network.probe import Probe
+from pl_sparse.structure import living
+from pl_sparse.structure import structure as named
 
 
 def two() -> nn.Sequential:
@@ -79,10 +82,63 @@ def test_masks_that_may_scale_all_of_a_normalized_weight_to_zero_are_refused(sco
         attached(vocoder(NORMS[kind][0]), scorer=scorer)
 
 
+def alive(values: Tensor, chosen: Tensor, dim: int, structure: str = "unstructured", among: Any = None) -> Tensor:
+    """The mask after what `dim` cuts was kept alive, of units that were chosen."""
+    mask = torch.ones_like(values, dtype=torch.bool)
+    param = MaskedParameter("w", nn.Identity(), nn.Parameter(values), mask, norm_dim=dim)
+    made = named(structure)
+    return made.expand(living(made.alive(chosen), made, param, Plain(), among), values.shape)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_each_slice_keeps_its_largest_weight(dim: int) -> None:
+    values = torch.arange(1.0, 13.0).reshape(4, 3)
+    mask = torch.zeros(4, 3, dtype=torch.bool)
+    if dim == -1:
+        values[3] = mask[3] = 0
+        mask[3] = True
+        assert alive(values, mask, dim).nonzero().tolist() == [[2, 2], [3, 0], [3, 1]]
+        return
+    mask[3] = mask[2] = True
+    if dim == 1:
+        mask = torch.zeros_like(mask)
+        mask[1:, 2] = True
+    kept = alive(values, mask, dim)
+    assert kept.sum() == mask.sum() and kept.any(1 - dim).all()
+    assert kept[3, 2] and (kept[0, 2] if dim == 0 else kept[3, 0] and kept[3, 1])
+
+
 def test_a_slice_keeps_a_weight_that_is_not_zero() -> None:
     values = torch.tensor([[0.0, 0.0, 3.0], [4.0, 5.0, 6.0]])
     grown = torch.tensor([[True, False, False], [True, True, False]])
-    assert living(grown, values, 0).tolist() == [[False, False, True], [True, True, False]]
+    assert alive(values, grown, 0).tolist() == [[False, False, True], [True, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("structure", "dim"),
+    [(s, d) for s in ("row", "nm24", "nm12t") for d in (0, -1)]
+    + [(s, -1) for s in ("block2x2", "kernel", "channel", "feature")],
+)
+def test_a_structure_is_kept_where_a_slice_is_kept_alive(structure: str, dim: int) -> None:
+    made = named(structure)
+    torch.manual_seed(0)
+    values = torch.rand(4, 8, 2) + 0.1
+    units = made.pool(torch.rand(values.shape))
+    chosen = made.expand(made.select(units, units.numel() // 2), values.shape).clone()
+    values[chosen] = 0  # what is kept is zero everywhere
+    mask = alive(values, chosen, dim, structure)
+    assert mask.sum() == chosen.sum() and torch.equal(made.expand(made.alive(mask), mask.shape), mask)
+    assert (values * mask).flatten(1).any(1).all() if dim == 0 else (values * mask).any()
+    patterns = {"row": lambda m: m.flatten(1), "nm24": made.pool, "nm12t": lambda m: made.pool(m).unflatten(-1, (2, 2))}
+    if structure in patterns:
+        assert torch.equal(*(patterns[structure](m.float()).sum(-1) for m in (mask, chosen)))
+
+
+def test_what_is_pruned_for_good_keeps_no_slice_alive() -> None:
+    values, chosen = torch.tensor([[0.0, 0.0, 3.0, 2.0]]), torch.tensor([[True, True, False, False]])
+    assert alive(values, chosen, 0, "nm24", among=chosen.reshape(1, 1, 4)).tolist() == chosen.tolist()
+    among = torch.tensor([[[True, True, False, True]]])
+    assert alive(values, chosen, 0, "nm24", among).tolist() == [[True, False, False, True]]
 
 
 def test_a_norm_behind_a_recurrent_weight_leaves_the_reverse_direction_alone() -> None:

@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
+from pl_sparse import Pruner
+from pl_sparse.schedule import OneShot
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+HEAD = "bert.pooler.dense"
 
 
 def example(name: str) -> Any:
@@ -29,6 +34,63 @@ def test_a_plain_loop_resumes_exactly() -> None:
     whole, resumed, pruner = example("plain_loop").main()
     assert zeros(resumed.state_dict(), [param.name for param in pruner.params]) == pytest.approx(0.8, abs=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("begin", [0, 3])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_nothing_passes_in_a_plain_loop(layer: int, begin: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 4))
+    with torch.no_grad():
+        model[layer].weight.mul_(1e-6)
+    pruner = Pruner(schedule=OneShot(final=0.9, begin=f"{begin} steps"), allocation="global")
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with pytest.raises(
+        RuntimeError, match=rf"nothing passes .* after {begin + bool(begin)} .*: {layer}.weight kept no"
+    ):
+        train(model, optimizer, pruner, range(8), 8)
+    assert pruner.step == begin + bool(begin)  # no step was taken with the masks, but the one that they came in
+    before = model[1].running_mean.clone()
+    model.eval()(torch.randn(4, 16))
+    assert torch.equal(model[1].running_mean, before)
+
+
+class Skip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(x + self.inner(x))
+
+
+def test_a_layer_that_dies_beside_others_is_a_warning_in_a_plain_loop() -> None:
+    model = Skip()
+    with torch.no_grad():
+        model.inner.weight.mul_(1e-6)
+    pruner = Pruner(schedule="oneshot", sparsity=0.9, allocation="global")
+    with pytest.warns(UserWarning, match="inner.weight kept no weight at a sparsity of 0.9000 and pass nothing on"):
+        train(model, torch.optim.SGD(model.parameters(), 0.1), pruner, range(8), 8)
+    assert pruner.step == 8 and not model._forward_hooks
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner, steps: range, total: int) -> None:
+    example("plain_loop").train(model, optimizer, pruner, steps, total)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("begin", [0.0, 0.5])
+def test_nothing_passes_in_hugging_face_s_trainer(tmp_path: Path, begin: float) -> None:
+    pytest.importorskip("accelerate")
+    hugging_face = example("hugging_face")
+    trainer, sparsity = hugging_face.make_trainer(str(tmp_path))
+    sparsity.pruner = Pruner(schedule=OneShot(final=0.5, begin=begin), allocation="global")
+    model = trainer.model
+    with torch.no_grad():  # through which all goes
+        model.get_submodule(HEAD).weight.mul_(1e-9)
+    with pytest.raises(RuntimeError, match=rf"nothing passes through the network after .*{HEAD}.weight kept no"):
+        trainer.train()
+    assert sparsity.pruner.step < 16
 
 
 @pytest.mark.filterwarnings("ignore")

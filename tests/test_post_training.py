@@ -152,6 +152,24 @@ def test_sparsegpt_depends_neither_on_the_number_of_batches_nor_on_their_scale()
         torch.testing.assert_close(made(1, 1.0), other, rtol=1e-9, atol=1e-12)
 
 
+def test_what_is_summed_of_inputs_is_exact_where_losses_are_in_bfloat16() -> None:
+    layer, x = (
+        nn.Linear(8, 4),
+        torch.randn(64, 2) @ torch.randn(2, 8),
+    )  # of rank 2: rounded, it has negative eigenvalues
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(batch).float().sum()
+
+    (total,) = Probe(layer, [x], loss).sums(find(layer), lambda x: x.mT @ x, lambda size: (*size, size[-1]))
+    assert total is not None and torch.allclose(total[0], x.T @ x, rtol=1e-5, atol=1e-4)
+    pruner = Pruner("magnitude", OneShot(final=0.5), updater=Reconstruct(damping=1e-4))
+    pruner.attach(layer)
+    pruner.prepare(1, probe=Probe(layer, [x], loss))
+    assert pruner.kept == 16
+
+
 def test_sparsegpt_chooses_n_of_m_as_it_goes() -> None:
     layer, x = nn.Linear(12, 5, bias=False).double(), correlated(30, 12)
     expected = obs(layer.weight.detach(), x, 0, 4, n=2)

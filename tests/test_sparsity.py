@@ -408,6 +408,55 @@ def test_a_network_through_which_nothing_passes_is_an_error(layer: str, begin: f
         assert torch.equal(module.l2.bias, before["l2.bias"])
 
 
+class Manual(Foreign):
+    """Optimizes by itself, in a step of two losses with one optimizer that is toggled."""
+
+    def __init__(self, skip: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.skip = nn.Linear(16, 4) if skip else None
+        self.steps = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        return out if self.skip is None else out + self.skip(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        self.toggle_optimizer(optimizer)
+        for part in (0.5, 0.5):
+            optimizer.zero_grad()
+            self.manual_backward(part * super().training_step(batch, batch_idx))
+            optimizer.step()
+            self.steps += 1
+        self.untoggle_optimizer(optimizer)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("begin", [0.0, 0.5])
+def test_nothing_passes_where_the_module_optimizes_by_itself(skip: bool, begin: float) -> None:
+    module = Manual(skip)
+
+    class Small(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            with torch.no_grad():
+                module.l1.weight.mul_(1e-6)
+
+    Small().on_train_batch_start()
+    callback = Sparsity(
+        schedule=OneShot(final=0.9, begin=begin), allocation="global", exclude=["skip"] if skip else [], report=False
+    )
+    if skip:
+        with pytest.warns(UserWarning, match="l1.weight kept no weight"):
+            fit(module, Small(), callback)
+        assert module.steps == 2 * BATCHES * module.trainer.max_epochs and callback.pruner.step == module.steps
+        assert all(p.requires_grad for p in module.parameters())
+        return
+    with pytest.raises(RuntimeError, match=r"nothing passes .* l1.weight kept no .*allocation=erk"):
+        fit(module, Small(), callback)
+    assert module.steps == callback.pruner.step < 2 * BATCHES * module.trainer.max_epochs
+
+
 @pytest.mark.parametrize("back", [True, False])
 def test_a_network_that_may_come_back_is_judged_by_its_last_masks(back: bool) -> None:
     module = Foreign()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +18,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from pl_sparse import Pruner, Sparsity, Targets
 from pl_sparse.core.candidates import candidates
 from pl_sparse.core.layouts import Matrices
-from pl_sparse.core.parameter import living
 from pl_sparse.core.targets import find, select
 from pl_sparse.results.summary import summarize, summary_table
 
@@ -273,22 +273,6 @@ def test_a_weight_norm_and_whole_channels_are_refused() -> None:
     assert len(attached(vocoder(parametrizations.spectral_norm), structure="channel").params) == 2
 
 
-@pytest.mark.parametrize("dim", [0, 1, -1])
-def test_each_slice_keeps_its_largest_weight(dim: int) -> None:
-    values = torch.arange(1.0, 13.0).reshape(4, 3)
-    mask = torch.zeros(4, 3, dtype=torch.bool)
-    mask[3] = mask[2] = True
-    if dim == -1:
-        assert living(torch.zeros_like(mask), values, dim).nonzero().tolist() == [[3, 2]]
-        return
-    if dim == 1:
-        mask = torch.zeros_like(mask)
-        mask[1:, 2] = True
-    kept = living(mask, values, dim)
-    assert kept.sum() == mask.sum() and kept.any(1 - dim).all()
-    assert kept[3, 2] and (kept[0, 2] if dim == 0 else kept[3, 0] and kept[3, 1])
-
-
 def test_what_zeros_do_not_survive_is_left_out_by_name() -> None:
     class Symmetric(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -336,6 +320,93 @@ def test_weights_that_a_forward_of_its_own_standardises_are_left_out_by_name() -
     assert all("no zeros of the weight" in reason for reason in pruner.uncovered.values())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
+
+
+class Mine(nn.Module):
+    """A weight of a class that is not known, and what is made of it."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.make, self.weight = make, nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.make(self.weight)
+        return F.linear(x, weight) if weight.dim() == 2 else F.conv2d(x, weight)
+
+
+class Convolution(nn.Conv2d):
+    def __init__(self, make: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.make = make
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.make(self.weight), self.bias)
+
+
+class Margin(nn.Module):
+    """The cosine classifier of ArcFace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return 30 * (F.linear(F.normalize(x), F.normalize(self.weight)) - 0.1 * F.one_hot(labels, 5))
+
+
+MASK = torch.ones(4, 4, 3, 3).tril()
+MADE: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "depthwise, standardized": (lambda: Standardized(8, 8, 3, groups=8), False),
+    "standardized over outputs": (lambda: Convolution(lambda w: w - w.mean(0), 4, 4, 3), False),
+    "standardized, of a class of its own": (lambda: Mine(lambda w: w - w.mean(1, keepdim=True), 4, 4), False),
+    "cosine classifier": (lambda: Mine(lambda w: F.normalize(w, dim=1), 5, 4), True),
+    "cosine classifier with margins": (Margin, True),
+    "equalised rate": (lambda: Mine(lambda w: w * 0.3, 5, 4), True),
+    "equalised rate, convolution": (lambda: Mine(lambda w: w * 0.3, 4, 4, 3, 3), True),
+    "turned": (lambda: Mine(lambda w: w.mT, 4, 4), True),
+    "demodulated": (lambda: Mine(lambda w: w * (w.square().sum((1, 2, 3), True) + 1e-8).rsqrt(), 4, 4, 3, 3), True),
+    "masked": (lambda: Convolution(lambda w: w * MASK, 4, 4, 3), True),
+    "fake quantized": (
+        lambda: Convolution(lambda w: torch.fake_quantize_per_tensor_affine(w, 0.1, 0, -128, 127), 4, 4, 3), True,
+    ),
+    "shifted by fake quantization": (
+        lambda: Convolution(lambda w: torch.fake_quantize_per_tensor_affine(w + 0.2, 0.1, 0, -128, 127), 4, 4, 3),
+        False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_what_is_pruned_is_zero_in_the_weight_that_a_forward_makes(kind: str) -> None:
+    make, prunable = MADE[kind]
+    torch.manual_seed(0)
+    layer = make()
+    model = nn.ModuleDict({"layer": layer, "other": nn.Linear(8, 8)})
+    state = torch.get_rng_state()
+    pruner = attached(model, sparsity=0.75)
+    assert torch.equal(state, torch.get_rng_state())
+    assert [param.name for param in pruner.params] == ["layer.weight"] * prunable + ["other.weight"]
+    assert list(pruner.uncovered) == ["layer.weight"] * (not prunable)
+    if not prunable:
+        assert "no zeros of the weight" in pruner.uncovered["layer.weight"]
+        return
+    pruner.prepare(4)
+    mask, weight = pruner.params[0].mask, layer.get_parameter("weight")
+    used = layer.make(weight) if hasattr(layer, "make") else F.normalize(weight)
+    used = used.mT if kind == "turned" else used
+    assert not used[~mask].any() and used.any()
+
+
+def test_a_slice_that_a_forward_divides_by_its_norm_keeps_a_weight() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Mine(lambda w: w / w.norm(dim=1, keepdim=True), 8, 8))
+    with torch.no_grad():
+        model[0].weight[3] *= 1e-3
+    pruner = Pruner(schedule="oneshot", sparsity=0.875, allocation="global")
+    pruner.attach(model)
+    pruner.prepare(4)
+    assert pruner.params[0].norm_dim == 0 and pruner.kept == 8
+    assert model(torch.randn(2, 8)).isfinite().all()
 
 
 def test_parametrized_weights_are_named_like_the_layer_s() -> None:

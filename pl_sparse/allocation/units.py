@@ -13,7 +13,7 @@ from torch import Tensor
 from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import Layout
 from pl_sparse.core.parameter import MaskedParameter, where_kept
-from pl_sparse.structure import Structure
+from pl_sparse.structure import Structure, living
 
 __all__ = ["LazyScores", "Units", "refuse_nan"]
 
@@ -144,8 +144,11 @@ class Units(LazyScores):
     def assign(self, index: int, chosen: Tensor) -> None:
         """Give the weights of a group, and their companions, the mask that keeps the chosen units."""
         group = self.groups[index]
-        if self.monotone and group.pruned:  # a pattern may ask for more than is left
-            chosen = chosen & self.alive(index)
+        among = self.alive(index) if self.monotone and group.pruned else None
+        if among is not None:  # a pattern may ask for more than is left
+            chosen = chosen & among
+        for param, layout in group.members:
+            chosen = living(chosen, self.structure, param, layout, among)
         for param, layout in (*group.members, *group.companions):
             mask = self.structure.expand(chosen, layout.shape_of(param.former))
             param.set_mask(param.take(layout.write(param.fill(param.mask), mask)))

@@ -17,7 +17,7 @@ from pl_sparse.callbacks.audit import Audit
 from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.clock import epochs_behind, estimates, progress
-from pl_sparse.callbacks.collapse import Collapse
+from pl_sparse.callbacks.collapse import judge, judge_at_end
 from pl_sparse.callbacks.coverage import report_coverage
 from pl_sparse.callbacks.mac_count import MacCount
 from pl_sparse.callbacks.several import log_names, shared_weight
@@ -90,7 +90,6 @@ class Sparsity(Callback):
         self._judging: BestAtTarget | None = None
         self._macs = MacCount()
         self._log_name = "sparsity"
-        self._collapse = Collapse()
         self._seen = 0
         self._audit = Audit()
         self._restored = False  # whether a state was loaded since the last fit began
@@ -131,6 +130,7 @@ class Sparsity(Callback):
         # Not in `setup`: a module may build its layers in its own `setup` or `configure_model`, which come later.
         refuse_strategy(trainer)
         self._start_anew(pl_module)
+        self.pruner.watches = False
         self.attach(trainer, pl_module)
         self._join(trainer)
         if self.pruner.level and not self.pruner.num_updates and not self.pruner.step:
@@ -145,7 +145,7 @@ class Sparsity(Callback):
         if not self.pruner.attached or restored or self.pruner.carries_on(pl_module):
             return
         self.pruner.reset()
-        self.summary, self._macs, self._collapse, self._audit = None, MacCount(), Collapse(), Audit()
+        self.summary, self._macs, self._audit = None, MacCount(), Audit()
         rank_zero_info(
             "the Sparsity callback has pruned another model before: it starts anew, with this one's own masks. To "
             "carry masks over: sparsity.load_state_dict(sparsity.state_dict()) before fit"
@@ -236,7 +236,7 @@ class Sparsity(Callback):
         if self.pruner.thaws:
             names = self.pruner.thaw(self._example(trainer, pl_module))
             rank_zero_info(f"{', '.join(names)}: no longer frozen, pruned from here on")
-        self._collapse.judge(self.pruner, trainer, pl_module, batch)
+        judge(self.pruner, trainer, pl_module, batch)
         with agreeing(trainer.world_size > 1):
             self.pruner.before_forward()
         self._macs.start(pl_module)
@@ -294,7 +294,7 @@ class Sparsity(Callback):
         self._keep_time(trainer)
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
-        self._collapse.judge(self.pruner, trainer, pl_module, batch)
+        judge(self.pruner, trainer, pl_module, batch)
         self._macs.finish(batch, trainer.train_dataloader, batch_idx)
 
     def _keep_time(self, trainer: Trainer, ended: bool = False) -> None:
@@ -330,7 +330,7 @@ class Sparsity(Callback):
         self._keep_time(trainer, ended=True)  # an epoch may be left before its last batch
         if self.pruner.num_updates != self._seen:
             self._look(trainer)
-        self._collapse.at_end(self.pruner, trainer, pl_module)
+        judge_at_end(self.pruner, trainer, pl_module)
         self._check(trainer)
         pl_module.log(self._log_name, self.sparsity, sync_dist=True)
         for name, value in self.pruner.scorer.facts(self.pruner.groups).items():
@@ -388,21 +388,20 @@ class Sparsity(Callback):
         return summarize(self.pruner, model, self._macs.macs(model, self.pruner), prefix)
 
     def _look(self, trainer: Trainer) -> None:
-        """After masks changed: log the sparsity, mask averaged weights, note layers that died."""
+        """After masks changed: log the sparsity, mask averaged weights."""
         self._seen = self.pruner.num_updates
         refuse_difference(self.pruner, trainer)
-        kept = {param.name: param.kept for param in self.pruner.params}
-        self.sparsity = 1 - sum(kept.values()) / self.pruner.numel
+        self.sparsity = 1 - sum(param.kept for param in self.pruner.params) / self.pruner.numel
         for logger in trainer.loggers:
             logger.log_metrics({self._log_name: self.sparsity}, step=trainer.global_step)
         self.mask_averages(trainer)
-        self._collapse.look(self.pruner, kept)
 
     @torch.no_grad()
     def mask_averages(self, trainer: Trainer) -> None:
         """Averages over weights of several masks are denser than any of them: mask them with the newest."""
-        masks = {param.name: param for param in self.pruner.masked if param.pruned}
-        for average in averaged_models(trainer):
+        averages = list(averaged_models(trainer))
+        masks = {param.name: param for param in self.pruner.masked if param.pruned} if averages else {}
+        for average in averages:
             for name, weight in average.named_parameters():
                 param = masks.get(name) or masks.get(name.removeprefix("module."))
                 if param is not None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.layouts import InputsFirst, Matrices, Plain, Unoriented, Whole
-from pl_sparse.core.parametrized import is_parametrization, rescaled, underlying
+from pl_sparse.core.parametrized import is_parametrization, underlying
 from pl_sparse.core.upstream import CHANNEL_NORMS, plain_name
+from pl_sparse.core.used import used
 
 __all__ = ["CONVOLUTIONS", "LAYOUTS", "Candidate", "candidates"]
 
@@ -119,8 +120,8 @@ def _of_module(path: str, module: nn.Module) -> Iterator[Candidate]:
         candidate = _candidate(prefix + short, module, weight, layout, role)
         if scripted:
             candidate.refusal = "it is part of a scripted module"
-        elif short == "weight" and isinstance(module, (nn.Linear, *CONVOLUTIONS)) and rescaled(module):
-            candidate.refusal = "its zeros are no zeros of the weight that the layer makes of it"
+        elif role is None and candidate.refusal is None and not unmade:
+            candidate.refusal, candidate.norm_dim = used(module, short)
         yield candidate
 
 

@@ -14,7 +14,7 @@ from pl_sparse.core.cut import Cut
 from pl_sparse.core.dtensor import total
 from pl_sparse.core.layouts import Plain, Whole
 
-__all__ = ["MaskedParameter", "checksum", "living", "packed", "unpacked", "where_kept", "zero_pruned"]
+__all__ = ["MaskedParameter", "checksum", "packed", "unpacked", "where_kept", "zero_pruned"]
 
 _LARGE = 1 << 18  # weights of a tensor, from which on its mask is turned into numbers piece by piece
 _PIECE = 1 << 21  # scores per thread that are told apart at once: where other work has the cores, each piece waits
@@ -154,11 +154,6 @@ class MaskedParameter:
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
         """Write a new mask in place, so that nothing compiled against the old one is invalid."""
-        self.put_mask(mask if self.norm_dim is None else living(mask, self.values, self.norm_dim))
-
-    @torch.no_grad()
-    def put_mask(self, mask: Tensor) -> None:
-        """Write a mask that was set before."""
         self.mask.copy_(mask)
         self.pruned = True
         for numbers in (self._factor, self._bits):
@@ -211,7 +206,7 @@ class MaskedParameter:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Any]) -> None:
         """The inverse of `tensors`, with whether the weight is `pruned`."""
-        self.put_mask(unpacked(tensors["mask"], self.shape))
+        self.set_mask(unpacked(tensors["mask"], self.shape))
         self.pruned = bool(tensors["pruned"])
         latent = tensors.get("latent")
         self.latent = None if latent is None else latent.to(self.weight.dtype, copy=True)
@@ -298,28 +293,3 @@ def where_kept(values: Tensor, kept: Tensor) -> Tensor:
     for value, keep, into in zip(*pieces, strict=True):
         torch.bitwise_xor(value, bits, out=into).mul_(keep.to(dtype)).bitwise_xor_(bits)
     return out
-
-
-def living(mask: Tensor, values: Tensor, dim: int) -> Tensor:
-    """A mask with as many weights in which each slice along a dimension keeps one that is not zero: its largest.
-
-    What it keeps more there, it takes from the smallest weights that are not the last of their slice.
-
-    Args:
-        mask: bool, True = kept.
-        values: of the mask's shape. Where all of a slice is zero, its first weight is kept.
-        dim: the dimension; -1 for a single slice, all of the tensor.
-    """
-    shape = mask.shape if dim < 0 else mask.movedim(dim, 0).shape
-    rows = (mask if dim < 0 else mask.movedim(dim, 0)).reshape(1 if dim < 0 else shape[0], -1)
-    sizes = (values if dim < 0 else values.movedim(dim, 0)).abs().reshape(rows.shape)
-    dead = ~(rows & (sizes > 0)).any(1) & ((sizes > 0).any(1) | ~rows.any(1))
-    count = int(dead.sum())
-    if not count:
-        return mask
-    largest = torch.where(dead, sizes.argmax(1), sizes.masked_fill(~rows, -1).argmax(1))
-    only = torch.zeros_like(rows).scatter_(1, largest.unsqueeze(1), True)
-    spare = sizes.masked_fill(~rows | only, torch.inf).flatten()
-    gone = spare.argsort(stable=True)[: min(count, int((rows & ~only).sum()))]
-    rows = (rows | only).flatten().index_fill(0, gone, False).reshape(shape)
-    return rows if dim < 0 else rows.movedim(0, dim)

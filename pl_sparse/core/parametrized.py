@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-__all__ = ["WHOLE", "Underlying", "behind", "is_computed", "is_parametrization", "rescaled", "underlying"]
+__all__ = ["WHOLE", "Underlying", "behind", "is_computed", "is_parametrization", "tried", "twin_of", "underlying"]
 
 WHOLE = -1
 """As a dimension of `Underlying.norm_dim`: the whole tensor is divided by one norm."""
@@ -77,7 +77,7 @@ def underlying(module: nn.Module) -> Iterator[Underlying]:
             if isinstance(behind, ParametrizationList):
                 for short, parameter in behind.named_parameters(recurse=False):
                     if parameter.dim() > 1:
-                        reason, norm_dim = _tried(parameter, lambda b=behind, s=short: _copied(b, s))  # type: ignore[misc]
+                        reason, norm_dim = tried(parameter, lambda b=behind, s=short: _copied(b, s))  # type: ignore[misc]
                         name = f"parametrizations.{weight}.{short}"
                         yield Underlying(weight, name, parameter, reason, norm_dim)
     for hook in module._forward_pre_hooks.values():  # weight_norm and spectral_norm of old, pruning of torch
@@ -86,7 +86,7 @@ def underlying(module: nn.Module) -> Iterator[Underlying]:
             continue
         for short, tensor in module._parameters.items():
             if tensor is not None and short.removeprefix(attribute) in _SUFFIXES and tensor.dim() > 1:
-                reason, norm_dim = _tried(tensor, lambda h=hook, s=short, w=attribute: _hooked(module, h, s, w))  # type: ignore[misc]
+                reason, norm_dim = tried(tensor, lambda h=hook, s=short, w=attribute: _hooked(module, h, s, w))  # type: ignore[misc]
                 yield Underlying(attribute, short, tensor, reason, norm_dim)
 
 
@@ -98,7 +98,7 @@ def _copied(behind: ParametrizationList, short: str) -> tuple[Tensor, Callable[[
 
 def _hooked(module: nn.Module, hook: Any, short: str, weight: str) -> tuple[Tensor, Callable[[], Any]]:
     """The same for a hook that sets the weight before each forward pass."""
-    twin = _twin(module)
+    twin = twin_of(module)
     twin.__dict__.pop(weight, None)
 
     def compute() -> Any:
@@ -108,7 +108,7 @@ def _hooked(module: nn.Module, hook: Any, short: str, weight: str) -> tuple[Tens
     return twin._parameters[short].data, compute
 
 
-def _twin(module: nn.Module) -> Any:
+def twin_of(module: nn.Module) -> Any:
     """A copy of a layer with tensors of its own, that is not in training."""
     twin = copy.copy(module)
     object.__setattr__(twin, "training", False)
@@ -122,51 +122,7 @@ def _twin(module: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def rescaled(module: nn.Module) -> bool:
-    """Whether a layer with a `forward` of its own computes with nonzero values where its weight is zero.
-
-    A weight that is standardised is such. An input whose weights are all zero must have the same effect whatever the
-    other weights are: none, or that of what the layer adds.
-    """
-    if type(module).forward.__module__.startswith("torch.nn."):
-        return False
-    weight: Any = module._parameters.get("weight")
-    transposed = bool(getattr(module, "transposed", False))
-    if weight is None or weight.is_meta or not weight.is_floating_point() or weight.shape[0 if transposed else 1] < 2:
-        return False
-    devices = [weight.device] if weight.is_cuda else []
-    generator = torch.Generator().manual_seed(0)  # not the one that training draws from
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator).to(weight)
-
-    try:
-        twin = _twin(module)
-        twin._modules = copy.deepcopy(module._modules)
-        for parameter in twin.parameters():  # a gain that is zero yet would hide what it scales
-            parameter.copy_(drawn(*parameter.shape))
-        kernel = zip(getattr(module, "kernel_size", ()), getattr(module, "dilation", ()), strict=True)
-        groups = getattr(module, "groups", 1)
-        channels = weight.shape[0] if transposed else weight.shape[1] * groups
-        inputs = drawn(2, channels, *(2 * (size - 1) * gap + 1 for size, gap in kernel))
-        others = inputs.clone()
-        others[:, :: channels if transposed else weight.shape[1]] += 1
-        effects = []
-        for _ in range(2):
-            twin.weight.copy_(drawn(*weight.shape)).select(0 if transposed else 1, 0).zero_()
-            outputs = []
-            for x in (inputs, others):
-                with torch.random.fork_rng(devices=devices):
-                    outputs.append(type(module).forward(twin, x))
-            effects.append(outputs[1] - outputs[0])
-        scale = float(outputs[0].abs().max())
-        return not torch.allclose(effects[0], effects[1], rtol=1e-3, atol=1e-4 * scale)
-    except Exception:  # of code that is not ours, that wants other inputs
-        return False
-
-
-@torch.no_grad()
-def _tried(
+def tried(
     parameter: nn.Parameter, make: Callable[[], tuple[Tensor, Callable[[], Any]]]
 ) -> tuple[str | None, int | None]:
     """Why zeros of the parameter are none of the weight, or None; and the dimension that is divided by norms."""

@@ -94,12 +94,12 @@ class ShardedParameter(MaskedParameter):
         local(self.weight).copy_(self._held(values))
 
     @torch.no_grad()
-    def put_mask(self, mask: Tensor) -> None:
+    def set_mask(self, mask: Tensor) -> None:
         self._kept = int(torch.count_nonzero(mask)) if self._whole else None
         self._checksum = checksum(mask) if self._whole else None
         held = self._held(mask)
         with whole([self], False):
-            super().put_mask(held)
+            super().set_mask(held)
 
     @torch.no_grad()
     def unset_mask(self) -> None:

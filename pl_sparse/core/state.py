@@ -32,7 +32,7 @@ class Masks:
         """Give the weights the masks they had, and the values; those that had none are dense again."""
         for param, mask in self._masks:
             if mask is not None:
-                param.put_mask(mask)
+                param.set_mask(mask)
             elif param.pruned:
                 param.unset_mask()
         for weight, values in self._weights:

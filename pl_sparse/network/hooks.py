@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["called", "evaluated", "hooked", "stand_ins", "trained", "undisturbed", "unfused"]
+__all__ = ["called", "evaluated", "hooked", "stand_ins", "tensors", "trained", "undisturbed", "unfused"]
 
 Pre = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """What sees a module, its arguments and its keywords before it is called."""
@@ -136,18 +136,18 @@ def called(model: nn.Module, example: Any) -> list[Tensor]:
         out = model(*example)
     else:
         out = model(example)
-    return list(_tensors(out))
+    return list(tensors(out))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in nested containers."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from _tensors(part)
+            yield from tensors(part)
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors(part)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors(vars(value))
+        yield from tensors(vars(value))

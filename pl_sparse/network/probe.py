@@ -183,7 +183,8 @@ class Probe:
             for param in by_module[module]:
                 columns = _columns(param, args[0] if args else next(iter(kwargs.values())))
                 if columns is not None:
-                    see(param, columns.detach().to(torch.promote_types(columns.dtype, torch.float32)))
+                    with torch.autocast(columns.device.type, enabled=False):  # it is on where losses are in bfloat16
+                        see(param, columns.detach().to(torch.promote_types(columns.dtype, torch.float32)))
 
         with hooked(by_module, pre=watch), evaluated(self.model):
             for batch in self.batches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import lru_cache
 from typing import TypeAlias
 
 __all__ = ["Time", "parse"]
@@ -12,6 +13,7 @@ Time: TypeAlias = "float | int | str"
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?)\s*")
 
 
+@lru_cache(typed=True)  # asked for at each step; 1 and True are not the same
 def parse(time: Time, what: str) -> tuple[float, str]:
     """A time as (number, unit); the units are "fraction", "steps" and "epochs"."""
     if isinstance(time, str):

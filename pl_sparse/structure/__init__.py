@@ -7,6 +7,7 @@ into a mask. The score of a unit is the mean over its weights, so that units of 
 from pl_sparse.structure.base import Structure
 from pl_sparse.structure.block import Block, Kernel
 from pl_sparse.structure.channel import Channel, Feature
+from pl_sparse.structure.living import living
 from pl_sparse.structure.names import structure
 from pl_sparse.structure.pattern import NM, Transposable
 from pl_sparse.structure.single import Row, Unstructured
@@ -24,5 +25,6 @@ __all__ = [
     "Structure",
     "Transposable",
     "Unstructured",
+    "living",
     "structure",
 ]

@@ -42,6 +42,10 @@ class Structure(Axis, ABC):
         """The bool mask of the `keep` best units, of the units' shape; ties to the lower index."""
         return top_k(units, keep)
 
+    def exchange(self, chosen: Tensor, wanted: Tensor) -> Tensor:
+        """As many units as are chosen, those that are wanted most; both of the units' shape."""
+        return self.select(wanted, int(chosen.sum()))
+
     @abstractmethod
     def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
         """The mask of shape (out, in, *kernel) that keeps the chosen units; it may be a broadcast view."""
@@ -157,3 +161,9 @@ def divided(members: Sequence[tuple[MaskedParameter, Layout]]) -> str | None:
     if all(param.norm_dim in (None, WHOLE) for param, _ in members):
         return None
     return "it is divided by the norms of its parts, and 0 / 0 is no number where all of a part is pruned"
+
+
+def exchanged_within(chosen: Tensor, wanted: Tensor) -> Tensor:
+    """As many as are chosen along the last dimension, those that are wanted most."""
+    order = wanted.argsort(dim=-1, descending=True, stable=True)
+    return order.argsort(-1) < chosen.sum(-1, keepdim=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
-from pl_sparse.structure.base import Structure
+from pl_sparse.structure.base import Structure, exchanged_within
 
 __all__ = ["NM", "Transposable"]
 
@@ -76,6 +76,9 @@ class NM(Structure):
             beaten = [(other >= mine) if j < i else (other > mine) for j, other in enumerate(lanes) if j != i]
             ranks.append(sum(b.to(torch.int8) for b in beaten) if beaten else torch.zeros_like(mine, dtype=torch.int8))
         return torch.stack([torch.as_tensor(rank) < n for rank in ranks], dim=-1)
+
+    def exchange(self, chosen: Tensor, wanted: Tensor) -> Tensor:
+        return exchanged_within(chosen, wanted)
 
     def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
         return chosen.flatten(-2).movedim(-1, 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
 from pl_sparse.core.topk import top_k
-from pl_sparse.structure.base import Structure
+from pl_sparse.structure.base import Structure, exchanged_within
 
 __all__ = ["Row", "Unstructured"]
 
@@ -73,6 +73,12 @@ class Row(Structure):
             equal = rows[short] == bound[short].unsqueeze(1)
             chosen[short] |= equal & (equal.cumsum(1, dtype=torch.int32) <= missing[short].unsqueeze(1))
         return chosen.reshape(units.shape)
+
+    def exchange(self, chosen: Tensor, wanted: Tensor) -> Tensor:
+        counts = chosen.flatten(1).sum(1)
+        if int(counts.max() - counts.min()) <= 1:
+            return super().exchange(chosen, wanted)
+        return exchanged_within(chosen.flatten(1), wanted.flatten(1)).reshape(chosen.shape)
 
     def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
         return chosen

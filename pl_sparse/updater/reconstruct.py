@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pl_sparse.allocation import Allocation, kept
+from pl_sparse.allocation import Allocation, Units, kept
 from pl_sparse.allocation.units import refuse_nan
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
@@ -93,11 +93,12 @@ class Reconstruct(Updater):
         here = torch.tensor(places, dtype=torch.float32, device=params[0].weight.device)
         mean = due.probe.reduced([here])[0].tolist()
         for i in sorted(range(len(params)), key=mean.__getitem__):  # the same in all processes
-            self._reconstruct(params[i], counts[i], structure, due)
+            self._reconstruct(units, i, counts[i], due)
 
-    def _reconstruct(self, param: MaskedParameter, count: int, structure: Structure, due: Update) -> None:
+    def _reconstruct(self, units: Units, index: int, count: int, due: Update) -> None:
         """Give one weight its mask and its new values."""
         assert due.probe is not None
+        structure, param = units.structure, units.groups[index].members[0][0]
         last = param.layout.view(param.data.detach()).movedim(1, -1)  # (out, *kernel, in)
         alive = param.layout.view(param.mask).movedim(1, -1).flatten(1)  # (out, columns)
         weight = last.flatten(1).to(torch.float64, copy=True)  # (out, columns)
@@ -122,11 +123,11 @@ class Reconstruct(Updater):
                 chosen[outputs, block] = structure.expand(structure.select(structure.pool(score), share), score.shape)
                 _eliminate(weight[outputs], chosen[outputs, block], factor, start)
 
-        def restored(columns: Tensor) -> Tensor:
-            return param.layout.restore(columns.reshape(last.shape).movedim(-1, 1), param.shape)
+        def seen(columns: Tensor) -> Tensor:
+            return columns.reshape(last.shape).movedim(-1, 1)  # (out, in, *kernel)
 
-        param.set_mask(restored(chosen))
-        values = restored(weight)
+        units.assign(index, structure.alive(seen(chosen)))
+        values = param.layout.restore(seen(weight), param.shape)
         if param.norm_dim is not None:  # a slice that is divided by its norm keeps its values where none would be left
             others = tuple(dim for dim in range(values.dim()) if dim != param.norm_dim)
             left = (values * param.mask).ne(0).any(others, keepdim=True)
