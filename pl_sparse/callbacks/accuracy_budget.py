@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pl_sparse.callbacks.clock import Timetable
-from pl_sparse.callbacks.monitored import require
+from pl_sparse.callbacks.monitored import require, require_of_sanity_check
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.core.upstream import validation_has_run
 from pl_sparse.results.judged import judged
@@ -148,6 +148,10 @@ class AccuracyBudget(Callback):
         require(self.metric or "val/acc", trainer.callback_metrics, "AccuracyBudget")
         assert self.metric is not None
         return self.metric
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.metric is not None:
+            require_of_sanity_check(self.metric, trainer, type(self).__name__)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:

@@ -216,6 +216,10 @@ class Sparsity(Callback):
             rank_zero_info(f"{name} stays dense: {reason}")
         report_coverage(pruner)
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._judging is not None:
+            self._judging.after_sanity_check(trainer)
+
     # Steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
