@@ -437,9 +437,7 @@ class Neighbours(Net):
 
 
 @pytest.mark.parametrize(("kind", "metric"), [(Guarded, "val/later"), (Guarded, "train/seen"), (Neighbours, "val/knn")])
-def test_a_metric_that_the_sanity_check_cannot_know_is_waited_for(
-    tmp_path: Path, kind: type[Net], metric: str
-) -> None:
+def test_a_metric_that_the_sanity_check_cannot_know_is_waited_for(tmp_path: Path, kind: type[Net], metric: str) -> None:
     best = ModelCheckpoint(tmp_path, monitor=metric, save_on_train_epoch_end=True)
     trainer = make_trainer(tmp_path, sparse(), best, epochs=2, enable_checkpointing=True)
     trainer.fit(make_net(kind))
