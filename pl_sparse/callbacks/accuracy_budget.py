@@ -206,10 +206,12 @@ class AccuracyBudget(Callback):
             optimizer.load_state_dict(copy.deepcopy(state))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate  # time goes on
-        pruner = Sparsity.of(trainer).pruner
+        sparsity = Sparsity.of(trainer)
+        pruner = sparsity.pruner
         now = pruner.state_dict()
         clock = {"step": now["step"], "updated": now["updated"], "num_updates": now["num_updates"] + 1}
         pruner.load_state_dict({**copy.deepcopy(self._held["pruner"]), **clock})
+        sparsity.look(trainer)
         self._level = self._held["pruner"]["level"]
 
     # State

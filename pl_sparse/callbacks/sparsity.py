@@ -206,7 +206,7 @@ class Sparsity(Callback):
         probe = Calibration(trainer, pl_module, self.calibration_batches).probe() if pruner.calibrates else None
         pruner.prepare(*estimates(trainer, pruner.schedule), probe)
         self._seen = -1
-        self._look(trainer)
+        self.look(trainer)
         if pruner.structure.fixed is not None and pruner.schedule.final not in (0.0, pruner.structure.fixed):
             rank_zero_info(
                 f"structure={pruner.structure.label} prescribes a sparsity of {pruner.structure.fixed:g}; "
@@ -271,7 +271,7 @@ class Sparsity(Callback):
         if skipped:
             self.pruner.after_step(optimizer)  # the scaler leaves the step out, and its hook with it
         if self.pruner.num_updates != self._seen:
-            self._look(trainer)
+            self.look(trainer)
 
     def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         self.pruner.after_step(optimizer)
@@ -288,7 +288,7 @@ class Sparsity(Callback):
         self._find_again(trainer, pl_module)
         self._keep_time(trainer)
         if self.pruner.num_updates != self._seen:
-            self._look(trainer)
+            self.look(trainer)
         self._collapse.judge(self.pruner, trainer, pl_module, batch)
         self._macs.finish(batch, trainer.train_dataloader, batch_idx)
 
@@ -322,7 +322,7 @@ class Sparsity(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._keep_time(trainer, ended=True)  # an epoch may be left before its last batch
         if self.pruner.num_updates != self._seen:
-            self._look(trainer)
+            self.look(trainer)
         self._collapse.at_end(self.pruner, trainer, pl_module)
         self._check(trainer)
         pl_module.log(self._log_name, self.sparsity, sync_dist=True)
@@ -380,7 +380,7 @@ class Sparsity(Callback):
         """
         return summarize(self.pruner, model, self._macs.macs(model, self.pruner), prefix)
 
-    def _look(self, trainer: Trainer) -> None:
+    def look(self, trainer: Trainer) -> None:
         """After masks changed: log the sparsity, mask averaged weights, note layers that died."""
         self._seen = self.pruner.num_updates
         kept = {param.name: param.kept for param in self.pruner.params}
