@@ -239,7 +239,7 @@ class Sparsity(Callback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self.pruner.attached:
+        if self.pruner.attached and not self._macs.known:  # attention computes otherwise while it is counted
             self._macs.start(pl_module)
 
     def on_test_batch_end(
