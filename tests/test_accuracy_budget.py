@@ -72,6 +72,7 @@ def test_levels_rise_and_fall_back(tmp_path: Path) -> None:
     expected = [0, 0, 0.5, 0.75, 0.75, 0.625, 0.719, 0.719, 0.672, 0.713, 0.713, 0.692, 0.712, 0.712, 0.702, 0.702]
     assert module.seen == pytest.approx(expected, abs=0.002)
     assert sparsity.pruner.sparsity == pytest.approx(0.692, abs=0.002) and sparsity.pruner.at_target
+    assert sparsity.sparsity == pytest.approx(sparsity.pruner.sparsity, abs=1e-9)  # what is logged, and in status.json
     for param in sparsity.pruner.params:
         assert not param.weight[~param.mask].any()
     # it ends with the weights of the epoch that held last

@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from test_sweep import command
 
-from pl_sparse.app.ends import EndedError, Interrupted, explained, how_to_go_on
+from pl_sparse.app.ends import EndedError, Interrupted, asked, explained, how_to_go_on, signals
 from pl_sparse.core.files import replacing
 from pl_sparse.core.optional import nice_to_have
 
@@ -99,6 +101,61 @@ def test_whatever_lightning_makes_of_a_signal_is_one() -> None:
     assert caught.value.number == 2
     with pytest.raises(SystemExit, match="3"), explained(Path(), torch.nn.Linear(1, 1)):
         sys.exit(3)
+
+
+def test_an_error_that_a_library_makes_of_a_signal_is_the_signal(tmp_path: Path) -> None:
+    for within in (False, True):
+        with pytest.raises(Interrupted) as caught, signals():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
+            except KeyboardInterrupt:
+                if not within:
+                    raise ValueError("cannot be composed") from None
+                with explained(tmp_path, torch.nn.Linear(1, 1)):
+                    raise ValueError("cannot be trained") from None
+        assert caught.value.number == signal.SIGTERM and asked() is None
+        assert caught.value.folder == (tmp_path if within else None)
+    with pytest.raises(ValueError, match="no signal"), signals():
+        raise ValueError("no signal")
+
+
+LOADING = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.{})
+    time.sleep(5)
+except BaseException:
+    pass
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "pl_sparse", "train"], ["-m", "pl_sparse", "export", "x"]])
+def test_a_signal_while_libraries_are_imported_is_a_line(tmp_path: Path, command: list[str], name: str) -> None:
+    (tmp_path / "torch.py").write_text(LOADING.format(name))
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "PYTHONSAFEPATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 128 + signal.Signals[name]
+    assert done.stderr == f"interrupted by {name} before anything was done\n"
+
+
+def test_a_run_that_ended_in_its_first_epoch_starts_again_by_the_same_command(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    asked_for = ["data.limit=128", "trainer.max_epochs=1", f"hydra.run.dir={folder}"]
+    assert command(*asked_for) == 0
+    for name in ("metrics.json", "checkpoints/last.ckpt"):  # as a full disk or a kill leaves it
+        (folder / name).unlink()
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps({**status, "state": "running"}))
+    assert (folder / "checkpoints" / "best.ckpt").is_file()
+    assert command(*asked_for, "sparsity=0.5") == 2  # another run
+    assert command(*asked_for) == 0
+    assert (folder / "metrics.json").is_file() and not list(folder.glob(".replaced*"))
+    assert command(*asked_for) == 2  # it is finished
 
 
 def test_a_full_disk_is_two_lines(tmp_path: Path) -> None:

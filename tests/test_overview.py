@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,18 @@ def test_a_sweep_ends_with_its_overview(tmp_path: Path) -> None:
 
 def test_the_page_is_whole_and_escaped(sweep: Path, contents: dict[str, Any]) -> None:
     text = (sweep / "pareto.html").read_text()
-    assert not re.search(r"""(?:src|href)\s*=\s*["']|@import|https?://(?!www\.w3\.org/2000/svg)""", text)
+    assert links_of(text) == []
     assert text.count("</script>") == 2 and "<img" not in text
 
 
-@pytest.fixture(scope="module")
-def page(sweep: Path, contents: dict[str, Any]) -> Iterator[Any]:
+def links_of(text: str) -> list[str]:
+    """What a page would load or lead to."""
+    return re.findall(r"""(?:src|href)\s*=\s*["']|@import|https?://(?!www\.w3\.org/2000/svg)""", text)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A page in a browser, which asks for nothing but itself, and in which nothing goes wrong."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
@@ -115,11 +122,16 @@ def page(sweep: Path, contents: dict[str, Any]) -> Iterator[Any]:
         tab.on("pageerror", lambda error: tab.trouble.append(str(error)))
         tab.on("dialog", lambda dialog: (tab.trouble.append("a dialog"), dialog.dismiss()))
         tab.on("request", lambda request: tab.requests.append(request.url))
-        tab.goto((sweep / "pareto.html").as_uri())
+        tab.goto(path.as_uri())
         yield tab
-        # whatever was done to it: it asked for nothing but itself, and nothing went wrong
-        assert tab.requests == [(sweep / "pareto.html").as_uri()] and tab.trouble == []
+        assert tab.requests == [path.as_uri()] and tab.trouble == []
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(sweep: Path, contents: dict[str, Any]) -> Iterator[Any]:
+    with opened(sweep / "pareto.html") as tab:
+        yield tab
 
 
 def texts(page: Any, selector: str) -> list[str]:

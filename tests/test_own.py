@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import OmegaConf
 from test_bad_inputs import FOREIGN
 from torch import nn
+from torch.utils.data import DataLoader
 
-from pl_sparse.app import cli
+from pl_sparse.app import cli, evaluate
 from pl_sparse.results.direction import direction
-from pl_sparse.tasks.data import HuggingFace, Torchvision
+from pl_sparse.tasks.classifier import Classifier
+from pl_sparse.tasks.data import Digits, HuggingFace, Torchvision
 from pl_sparse.tasks.pretrained import huggingface, timm_model
 
 ROOT = Path(__file__).parent.parent
@@ -138,16 +141,65 @@ def test_a_finished_run_is_tested_and_asked(
     capsys.readouterr()
     assert called(monkeypatch, "test", "run") == 0
     assert f"{metrics['test/acc']:.4f}" in capsys.readouterr().out
-    assert called(monkeypatch, "predict", "run", "--to", "all.npy") == 0
+    sizes: list[int] = []
+    tests = Classifier.test_step
+    monkeypatch.setattr(
+        Classifier, "test_step", lambda self, batch, index: [sizes.append(len(batch[0])), tests(self, batch, index)][1]
+    )
+    assert called(monkeypatch, "test", "run", "--batch-size", "100") == 0
+    assert sizes == [100, 100, 100, 60] and f"{metrics['test/acc']:.4f}" in capsys.readouterr().out
+    assert called(monkeypatch, "predict", "run", "--to", "all.npy", "--batch-size", "100") == 0
     assert np.load("all.npy").shape == (360, 10)
-    from pl_sparse.tasks.data import Digits
-
     x = Digits().test_dataloader().x
     np.save("some.npy", x[:7].flatten(1).numpy())
     assert called(monkeypatch, "predict", "run", "--data", "some.npy") == 0
     rows = (folder / "run" / "predictions.csv").read_text().splitlines()
     assert len(rows) == 8 and rows[0].startswith("sample,class,output_0")
     assert [int(row.split(",")[1]) for row in rows[1:]] == np.load("all.npy")[:7].argmax(1).tolist()
+
+
+class Saved(LightningDataModule):
+    def __init__(self, batch_size: int = 4) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def test_dataloader(self) -> Any:
+        return DataLoader(torch.ones(8), self.hparams["batch_size"])
+
+
+class Kept(LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_size, self.loader = 4, DataLoader(torch.ones(8), 4)
+
+    def test_dataloader(self) -> Any:
+        return self.loader
+
+
+class Fixed(LightningDataModule):
+    def test_dataloader(self) -> Any:
+        return DataLoader(torch.ones(8), 4)
+
+
+class Seen(LightningModule):
+    def test_step(self, batch: Any, index: int) -> None:
+        self.log("test/size", float(len(batch)))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_size_of_batches_acts_or_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds: list[type[LightningDataModule]] = [Saved, Kept, Fixed]
+    told = []
+    for kind in kinds:
+        monkeypatch.setattr(evaluate, "load_run", lambda run, trust, kind=kind: (Seen(), kind(), None))
+        code = called(monkeypatch, "test", "run", "--batch-size", "2")
+        printed = capsys.readouterr()
+        told.append((code, printed.err or printed.out))
+    assert told[0][0] == 0 and "2.0000" in told[0][1]
+    assert told[1] == (2, "error: --batch-size: the test data of run keep to their batches of 4\n")
+    assert told[2] == (2, "error: --batch-size: Fixed of run has no batch_size that could be set\n")
 
 
 def test_a_project_of_one_s_own(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Sparsity
 from pl_sparse.callbacks import History, RandomState
+from pl_sparse.callbacks.mac_count import MacCount
 from pl_sparse.schedule import Cubic, Cyclic, Linear, OneShot
 from pl_sparse.structure import NM
 
@@ -113,6 +114,22 @@ def test_it_trains_somebody_elses_module(capsys: pytest.CaptureFixture[str]) -> 
     assert callback.summary is not None and callback.summary.macs_dense == 640 and callback.summary.macs_sparse == 64
     with pytest.raises(ValueError, match="has no Sparsity callback"):
         Sparsity.of(trainer_of())
+
+
+def test_a_count_of_macs_that_was_restored_is_not_made_again_by_a_test() -> None:
+    """Attention takes another path while it is counted, and a resumed run tests to the same bit."""
+    module, callback = Foreign(), Sparsity(sparsity=0.9)
+    trainer = fit(module, callback)
+    again = Sparsity(sparsity=0.9)
+    for restored in (False, True):
+        again._macs = MacCount()
+        if restored:
+            again.load_state_dict(callback.state_dict())
+        again.pruner.attach(module)
+        again.on_test_batch_start(trainer, module, None, 0)
+        assert torch.backends.mha.get_fastpath_enabled() is restored
+        again._macs.release()
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_arguments_may_be_strings_or_objects() -> None:

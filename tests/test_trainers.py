@@ -400,18 +400,48 @@ class Lit(pl.LightningModule):
 # Metrics by any name
 
 
+@pytest.mark.parametrize("sanity_steps", [2, 0])
 @pytest.mark.parametrize("judge", [ModelCheckpoint, EarlyStopping])
-def test_a_metric_that_is_not_logged_is_named_at_the_first_validation(tmp_path: Path, judge: Any) -> None:
+def test_a_metric_that_is_not_logged_is_named_as_soon_as_it_is_known(
+    tmp_path: Path, judge: Any, sanity_steps: int
+) -> None:
     late = sparse(schedule=OneShot(final=0.75, begin=0.9))
-    judging = judge(monitor="val/acc", mode="max")
-    trainer = make_trainer(tmp_path, late, judging, epochs=4, enable_checkpointing=judge is ModelCheckpoint)
+    options: dict[str, Any] = {"epochs": 4, "enable_checkpointing": judge is ModelCheckpoint}
+    options["num_sanity_val_steps"] = sanity_steps
+    trainer = make_trainer(tmp_path, late, judge(monitor="val/acc", mode="max"), **options)
     with pytest.raises(MissingMetricError, match=r"did you mean 'val_acc'\? There are"):
         trainer.fit(make_net())
-    assert trainer.current_epoch == 0
-    right = judge(monitor="val_acc", mode="max")
-    trainer = make_trainer(tmp_path, late, right, epochs=4, enable_checkpointing=judge is ModelCheckpoint)
+    assert trainer.global_step == (0 if sanity_steps else 6)
+    trainer = make_trainer(tmp_path, late, judge(monitor="val_acc", mode="max"), **options)
     trainer.fit(make_net())
     assert trainer.current_epoch == 4
+
+
+class Guarded(Net):
+    """Logs one of its metrics in training alone, and one not in the sanity check."""
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        super().validation_step(batch, index)
+        if not self.trainer.sanity_checking:
+            self.log("val/later", 1.0)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train/seen", 1.0)
+
+
+class Neighbours(Net):
+    """Logs a metric that is called one of validation when an epoch of training ends."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("val/knn", 1.0)
+
+
+@pytest.mark.parametrize(("kind", "metric"), [(Guarded, "val/later"), (Guarded, "train/seen"), (Neighbours, "val/knn")])
+def test_a_metric_that_the_sanity_check_cannot_know_is_waited_for(tmp_path: Path, kind: type[Net], metric: str) -> None:
+    best = ModelCheckpoint(tmp_path, monitor=metric, save_on_train_epoch_end=True)
+    trainer = make_trainer(tmp_path, sparse(), best, epochs=2, enable_checkpointing=True)
+    trainer.fit(make_net(kind))
+    assert trainer.current_epoch == 2 and best.best_model_score == 1.0
 
 
 @pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of")

@@ -19,7 +19,10 @@ def __getattr__(name: str) -> object:
 
         return load_run
     if name == "main":
-        from pl_sparse.app.command import main
+        from pl_sparse.app.cli import importing
+
+        with importing():
+            from pl_sparse.app.command import main
 
         return main
     if name == "train":

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
+from types import FrameType
+from typing import Any
 
 from pl_sparse import __version__
 from pl_sparse.core.registry import suggestion
 
-__all__ = ["COMMANDS", "main", "version"]
+__all__ = ["COMMANDS", "importing", "main", "version"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pl_sparse.app.command:main", "train one model, or several with -m: the settings are those of train.py"),
@@ -60,8 +65,34 @@ def main() -> None:
         print(f"error: {first!r} is no command. {suggestion(first, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     module, _, function = COMMANDS[first][0].partition(":")
-    command: Callable[[], object] = getattr(import_module(module), function)
-    command()
+    with importing():
+        command: Callable[[], object] = getattr(import_module(module), function)
+    try:
+        command()
+    except KeyboardInterrupt:
+        print("interrupted by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Within the block a signal ends the process with a line: libraries may swallow an exception while they load."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):
+            os.write(2, f"interrupted by {signal.Signals(number).name} before anything was done\n".encode())
+        os._exit(128 + number)
+
+    earlier: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                earlier[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def version() -> str:

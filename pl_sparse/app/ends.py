@@ -20,7 +20,7 @@ from torch import nn
 from pl_sparse.callbacks.run.divergence import DivergedError, diverged, not_finite
 from pl_sparse.core.files import is_full
 
-__all__ = ["EndedError", "Interrupted", "Reminder", "explained", "how_to_go_on", "say", "signals"]
+__all__ = ["EndedError", "Interrupted", "Reminder", "asked", "explained", "how_to_go_on", "say", "signals"]
 
 _AGAIN = 3.0  # seconds in which a repeated signal is the same one
 _asked: tuple[int, float] | None = None  # the signal that asked for an end, and when
@@ -44,9 +44,17 @@ class Interrupted(KeyboardInterrupt):
         self.folder = folder
 
 
+def asked() -> int | None:
+    """The signal that has asked this process to end, within `signals()`."""
+    return None if _asked is None else _asked[0]
+
+
 @contextmanager
 def signals() -> Iterator[None]:
-    """Within the block SIGINT, SIGTERM and SIGHUP raise `Interrupted`, unless they are ignored or handled already."""
+    """Within the block SIGINT, SIGTERM and SIGHUP raise `Interrupted`, unless they are ignored or handled already.
+
+    An error that comes after a signal is the signal's: libraries raise ones of their own where they are interrupted.
+    """
     global _asked
     _asked = None
     earlier: dict[int, Any] = {}
@@ -71,9 +79,14 @@ def signals() -> Iterator[None]:
         pass
     try:
         yield
+    except Exception as error:
+        if _asked is not None:
+            raise Interrupted(_asked[0]) from error
+        raise
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+        _asked = None
 
 
 class Reminder(Callback):
@@ -88,6 +101,8 @@ class Reminder(Callback):
 
 def _signal_of(error: BaseException) -> int | None:
     """The signal behind an exception, which Lightning turns into an exit; None where there is none."""
+    if _asked is not None:
+        return _asked[0]
     if not isinstance(error, (KeyboardInterrupt, SystemExit)):
         return None
     link: BaseException | None = error

@@ -24,6 +24,8 @@ from pl_sparse.core.optional import beginning
 
 __all__ = ["predicted", "scored"]
 
+_AT_ONCE = 256
+
 
 def scored(arguments: Sequence[str] | None = None) -> None:
     """`pl-sparse test RUN`: test the model of a finished run on its test data."""
@@ -45,13 +47,35 @@ def predicted(arguments: Sequence[str] | None = None) -> None:
 
 def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
     parser = parser_of(name, description)
-    parser.add_argument("--batch-size", type=int, default=256, help="samples at once, of inputs from a file (256)")
+    help_ = f"samples at once: of a batch of the test data (as the run had it), or of inputs from a file ({_AT_ONCE})"
+    parser.add_argument("--batch-size", type=int, metavar="N", help=help_)
     return parser
 
 
 def _refuse_empty_batches(options: argparse.Namespace) -> None:
-    if options.batch_size < 1:
+    if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size} must be 1 or more")
+
+
+def _set_batch_size(source: LightningModule | LightningDataModule, options: argparse.Namespace) -> None:
+    """Let the loaders of a run have batches of another size, where one is asked for."""
+    if options.batch_size is None:
+        return
+    found = [name for name in ("eval_batch_size", "batch_size") if hasattr(source, name)]
+    if found:
+        setattr(source, found[0], options.batch_size)
+    elif "batch_size" in source.hparams:
+        source.hparams["batch_size"] = options.batch_size
+    else:
+        raise ConfigError(f"--batch-size: {type(source).__name__} of {options.run} has no batch_size that could be set")
+
+
+def _check_batch_size(loaders: Any, options: argparse.Namespace) -> None:
+    """Check that a size of batches that was asked for is the one that the loaders had."""
+    for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
+        size = getattr(loader, "batch_size", None)
+        if None not in (options.batch_size, size) and size != options.batch_size:
+            raise ConfigError(f"--batch-size: the test data of {options.run} keep to their batches of {size}")
 
 
 def _test(options: argparse.Namespace) -> None:
@@ -59,7 +83,10 @@ def _test(options: argparse.Namespace) -> None:
     module, data, _ = load_run(options.run, trust=options.trust)
     if not implements(module, "test_step") or (data is None and not implements(module, "test_dataloader")):
         raise ConfigError(f"{options.run}: its module has no test_step, or there are no test data")
-    scores = _trainer().test(module, datamodule=data, verbose=False)[0]
+    _set_batch_size(module if data is None else data, options)
+    trainer = _trainer()
+    scores = trainer.test(module, datamodule=data, verbose=False)[0]
+    _check_batch_size(trainer.test_dataloaders, options)
     table = Table("metric", "value", title=None)
     for name, value in scores.items():
         table.add_row(name, f"{value:.4f}")
@@ -73,12 +100,13 @@ def _predict(options: argparse.Namespace) -> None:
         raise ConfigError(f"--to {target} must be a .csv, .npy or .pt file")
     module, data, _ = load_run(options.run, trust=options.trust)
     if options.data is None:
+        _set_batch_size(module if data is None else data, options)
         out = torch.cat([_outputs(value) for value in _predicted(module, data, options.run)])
     else:
         x = _inputs(options.data, getattr(data, "shape", None))
         try:
             with torch.no_grad():
-                out = torch.cat([_outputs(module(part)) for part in x.split(options.batch_size)])
+                out = torch.cat([_outputs(module(part)) for part in x.split(options.batch_size or _AT_ONCE)])
         except (RuntimeError, TypeError) as error:
             shape = tuple(x.shape)
             raise ConfigError(

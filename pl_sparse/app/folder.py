@@ -102,7 +102,8 @@ class RunFolder:
             )  # it may have been killed before it was noted
             self._before = {path: path.read_bytes() for name in _SAVED if (path := self.path / name).is_file()}
             return
-        if not (cfg.get("overwrite") is True or _is_sweep()) and any(any(self.path.glob(name)) for name in _RESULTS):
+        allowed = cfg.get("overwrite") is True or _is_sweep() or _starts_again(cfg, self.path, status)
+        if not allowed and any(any(self.path.glob(name)) for name in _RESULTS):
             raise FolderError(_refusal(self.path, status, bool(cfg.get("resume"))))
         if status is not None:
             self.ledger.move(self._aside, self._known())
@@ -286,6 +287,14 @@ def _goes_on(cfg: DictConfig, path: Path, status: dict[str, Any] | None) -> bool
     if cfg.get("ckpt_path") is not None:
         return path.resolve() in Path(str(cfg.ckpt_path)).resolve().parents
     return bool(cfg.get("resume")) and status.get("config") == run_fingerprint(cfg, path)
+
+
+def _starts_again(cfg: DictConfig, path: Path, status: dict[str, Any] | None) -> bool:
+    """Whether the run in a folder is the one that is asked for, and was ended before its first epoch was."""
+    if status is None or (cfg.get("callbacks") or {}).get("last") is None:
+        return False
+    begun = any((path / name).exists() for name in ("metrics.json", "checkpoints/last.ckpt"))
+    return not begun and status.get("config") == run_fingerprint(cfg, path)
 
 
 def _refusal(path: Path, status: dict[str, Any] | None, resume: bool) -> str:

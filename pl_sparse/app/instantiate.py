@@ -203,8 +203,9 @@ def _built_with(cfg: DictConfig, key: str, facts: dict[str, Any]) -> Any:
             node[name] = list(value) if isinstance(value, tuple) else value
     lacking = [name for name in ("shape", "classes") if name in parameters and name not in node]
     if lacking and parameters[lacking[0]].default is Parameter.empty:
+        way = "data.size=..." if lacking == ["shape"] and "size" in (cfg.get("data") or {}) else "data=..."
         raise ConfigError(
-            f"{key}={node._target_} takes {' and '.join(lacking)} of the data, which has none: give data=..."
+            f"{key}={node._target_} takes {' and '.join(lacking)} of the data, which has none: give {way}"
         )
     return built(OmegaConf.create({key: node}), key)
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pl_sparse.callbacks.clock import Timetable
-from pl_sparse.callbacks.monitored import require
+from pl_sparse.callbacks.monitored import require, require_of_sanity_check
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.callbacks.strategies import refuse_parts
 from pl_sparse.core.upstream import validation_has_run
@@ -151,6 +151,10 @@ class AccuracyBudget(Callback):
         assert self.metric is not None
         return self.metric
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.metric is not None:
+            require_of_sanity_check(self.metric, trainer, type(self).__name__)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._judged(trainer)  # said at the first validation
@@ -204,10 +208,12 @@ class AccuracyBudget(Callback):
             optimizer.load_state_dict(copy.deepcopy(state))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate  # time goes on
-        pruner = Sparsity.of(trainer).pruner
+        sparsity = Sparsity.of(trainer)
+        pruner = sparsity.pruner
         now = pruner.state_dict()
         clock = {"step": now["step"], "updated": now["updated"], "num_updates": now["num_updates"] + 1}
         pruner.load_state_dict({**copy.deepcopy(self._held["pruner"]), **clock})
+        sparsity.look(trainer)
         self._level = self._held["pruner"]["level"]
 
     # State

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from pl_sparse.callbacks.monitored import require
+from pl_sparse.callbacks.monitored import require, require_of_sanity_check
 from pl_sparse.core.upstream import last_checkpoint_is_due, of_kind, saving_best, skipping_checks, validation_has_run
 
 __all__ = ["BestAtTarget"]
@@ -16,7 +16,8 @@ __all__ = ["BestAtTarget"]
 class BestAtTarget:
     """Holds `EarlyStopping` and the monitoring `ModelCheckpoint`s of a trainer back while `ready()` is False.
 
-    What they monitor has to be logged: that is checked at the first time that they look, ready or not.
+    What they monitor has to be logged: that is checked after the sanity check, and at the first time that they look,
+    ready or not.
 
     A ModelCheckpoint goes on saving its last checkpoint, and all checkpoints with `save_top_k=-1`, but remembers none
     of them as its best.
@@ -29,16 +30,32 @@ class BestAtTarget:
     def __init__(self, trainer: Trainer, ready: Callable[[], bool]) -> None:
         self.ready = ready
         self._undo: list[Callable[[], None]] = []
+        self._required: list[tuple[str, str]] = []  # a metric, and the class of what monitors it
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if of_kind(callback, EarlyStopping):
                 self._undo.append(skipping_checks(callback, self._skipping(callback, trainer)))
+                required = callback.strict
             elif of_kind(callback, ModelCheckpoint) and callback.monitor is not None:
                 self._undo.append(saving_best(callback, self._saving(callback)))
+                required = callback.save_top_k != 0
+            else:
+                continue
+            if required:
+                self._required.append((callback.monitor, type(callback).__name__))
 
     @property
     def judges(self) -> bool:
         """Whether anything judges."""
         return bool(self._undo)
+
+    def after_sanity_check(self, trainer: Trainer) -> None:
+        """Check that what is monitored is logged, as far as the sanity check knows.
+
+        Raises:
+            MissingMetricError: it is not.
+        """
+        for metric, who in self._required:
+            require_of_sanity_check(metric, trainer, who)
 
     def release(self) -> None:
         """Leave the callbacks as they were."""

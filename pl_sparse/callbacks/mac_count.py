@@ -32,6 +32,11 @@ class MacCount:
         self._other = 0.0
         self._restored: tuple[dict[str, float], float] = {}, 0.0
 
+    @property
+    def known(self) -> bool:
+        """Whether there is a count, of this process or of an earlier one."""
+        return bool(self._positions or self._restored[0])
+
     def start(self, module: nn.Module) -> None:
         """Before a batch: watch the module's layers, if nothing has been counted yet."""
         if self._over or self._counter is not None:

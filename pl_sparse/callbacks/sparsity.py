@@ -214,7 +214,7 @@ class Sparsity(Callback):
         with agreeing(trainer.world_size > 1):
             pruner.prepare(*estimates(trainer, pruner.schedule), probe)
         self._seen = -1
-        self._look(trainer)
+        self.look(trainer)
         if pruner.structure.fixed is not None and pruner.schedule.final not in (0.0, pruner.structure.fixed):
             rank_zero_info(
                 f"structure={pruner.structure.label} prescribes a sparsity of {pruner.structure.fixed:g}; "
@@ -223,6 +223,10 @@ class Sparsity(Callback):
         for name, reason in pruner.misfits.items():
             rank_zero_info(f"{name} stays dense: {reason}")
         report_coverage(pruner)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._judging is not None:
+            self._judging.after_sanity_check(trainer)
 
     # Steps
 
@@ -244,7 +248,7 @@ class Sparsity(Callback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self.pruner.attached:
+        if self.pruner.attached and not self._macs.known:  # attention computes otherwise while it is counted
             self._macs.start(pl_module)
 
     def on_test_batch_end(
@@ -276,7 +280,7 @@ class Sparsity(Callback):
         if skipped:
             self.pruner.after_step(optimizer)  # the scaler leaves the step out, and its hook with it
         if self.pruner.num_updates != self._seen:
-            self._look(trainer)
+            self.look(trainer)
 
     def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         self.pruner.after_step(optimizer)
@@ -293,7 +297,7 @@ class Sparsity(Callback):
         self._find_again(trainer, pl_module)
         self._keep_time(trainer)
         if self.pruner.num_updates != self._seen:
-            self._look(trainer)
+            self.look(trainer)
         judge(self.pruner, trainer, pl_module, batch)
         self._macs.finish(batch, trainer.train_dataloader, batch_idx)
 
@@ -329,7 +333,7 @@ class Sparsity(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._keep_time(trainer, ended=True)  # an epoch may be left before its last batch
         if self.pruner.num_updates != self._seen:
-            self._look(trainer)
+            self.look(trainer)
         judge_at_end(self.pruner, trainer, pl_module)
         self._check(trainer)
         pl_module.log(self._log_name, self.sparsity, sync_dist=True)
@@ -387,7 +391,7 @@ class Sparsity(Callback):
         """
         return summarize(self.pruner, model, self._macs.macs(model, self.pruner), prefix)
 
-    def _look(self, trainer: Trainer) -> None:
+    def look(self, trainer: Trainer) -> None:
         """After masks changed: log the sparsity, mask averaged weights."""
         self._seen = self.pruner.num_updates
         refuse_difference(self.pruner, trainer)

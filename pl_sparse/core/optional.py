@@ -1,14 +1,17 @@
-"""Work that is only nice to have: where it fails, a warning of one line takes its place."""
+"""What may be missing: work that is only nice to have, whose failure is a warning of one line, and extras."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 from pl_sparse.core.files import is_full
 
-__all__ = ["beginning", "first_line", "nice_to_have"]
+__all__ = ["beginning", "first_line", "library", "nice_to_have"]
 
 
 def beginning(error: BaseException) -> str:
@@ -24,6 +27,29 @@ def first_line(error: BaseException, length: int = 160) -> str:
     """The kind of an error, and how its message begins."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:length]}".rstrip(": ")
+
+
+def library(name: str, who: str, extra: str) -> Any:
+    """A module of a library that an extra brings.
+
+    Args:
+        name: of the module.
+        who: needs it.
+        extra: its name.
+
+    Raises:
+        ImportError: it is not installed, or made for another version of what it stands on.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{who} needs the library {extra}: pip install 'pl_sparse[{extra}]'") from error
+    except Exception as error:  # compiled for another torch: a RuntimeError or an OSError
+        torch = getattr(sys.modules.get("torch"), "__version__", "none")
+        raise ImportError(
+            f"{who} needs the library {extra}, which cannot be imported: {beginning(error)}\n"
+            f"  install the versions that belong together; torch here is {torch}"
+        ) from error
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.core.optional import beginning
+from pl_sparse.core.optional import beginning, library
 from pl_sparse.core.registry import near_misses, suggestion
 from pl_sparse.tasks.hugging_face import pretrained_from, transformers_library
 from pl_sparse.tasks.text import freeze_embeddings_of, sentences
@@ -34,7 +34,12 @@ class Preprocessing:
 
 
 def timm_model(
-    *, name: str, classes: int, shape: Sequence[int] | None = None, pretrained: bool | str = False, **options: Any
+    *,
+    name: str,
+    classes: int,
+    shape: Sequence[int] | None = None,
+    pretrained: bool | str = False,
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A classifier of timm. Its `preprocessing` goes to data that can be adapted to it.
 
@@ -43,37 +48,35 @@ def timm_model(
         classes: outputs.
         shape: (channels, height, width) of an input; None for the model's own.
         pretrained: False for new weights, True for those of the hub or of its cache, or a file of weights.
-        options: what timm.create_model takes besides.
+        options: what timm.create_model takes besides, by name: `{"drop_rate": 0.1}`.
 
     Raises:
         ImportError: the extra `timm` is missing.
         FileNotFoundError: the weights are missing.
-        ValueError: there is no such model.
+        ValueError: there is no such model, or it does not take the options.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError("model=timm needs the library of that name: pip install 'pl_sparse[timm]'") from error
-    library: Any = timm
-    known = library.list_models()
+    timm = library("timm", "model=timm", "timm")
+    known = timm.list_models()
     if not name.startswith("hf-hub:") and name.partition(".")[0] not in known:
         close = near_misses(name, known)
         raise ValueError(f"name={name} is no model of timm. {suggestion(name, close) if close else ''}".strip())
+    settings = {**(options or {}), "pretrained": bool(pretrained), "num_classes": classes}
     if isinstance(pretrained, str):
         path = Path(pretrained).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"pretrained={pretrained} is no file of weights")
-        options["pretrained_cfg_overlay"] = {"file": str(path)}
-    options |= {"pretrained": bool(pretrained), "num_classes": classes}
-    own = library.get_pretrained_cfg(name.removeprefix("hf-hub:"), allow_unregistered=True)
+        settings["pretrained_cfg_overlay"] = {"file": str(path)}
+    own = timm.get_pretrained_cfg(name.removeprefix("hf-hub:"), allow_unregistered=True)
     size = tuple(getattr(own, "input_size", None) or (3, 224, 224))
     if shape is not None:
-        options["in_chans"] = shape[0]
+        settings["in_chans"] = shape[0]
     try:
         if shape is not None and tuple(shape[1:]) != size[1:]:
-            model = _of_size(library, name, tuple(shape[1:]), options)
+            model = _of_size(timm, name, tuple(shape[1:]), settings)
         else:
-            model = library.create_model(name, **options)
+            model = timm.create_model(name, **settings)
+    except TypeError as error:
+        raise ValueError(f"name={name} does not take options={dict(options or {})}: {beginning(error)}") from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise ValueError(f"name={name}: {beginning(error)}") from error
@@ -81,20 +84,20 @@ def timm_model(
             f"name={name}: its pretrained weights are neither in the cache nor can they be loaded "
             f"({beginning(error)}): give pretrained=FILE, or pretrained=false for new ones"
         ) from error
-    facts = library.data.resolve_model_data_config(model)
+    facts = timm.data.resolve_model_data_config(model)
     model.preprocessing = Preprocessing(tuple(shape or facts["input_size"]), tuple(facts["mean"]), tuple(facts["std"]))
     made: nn.Module = model
     return made
 
 
-def _of_size(library: Any, name: str, size: tuple[int, ...], options: dict[str, Any]) -> Any:
+def _of_size(timm: Any, name: str, size: tuple[int, ...], options: dict[str, Any]) -> Any:
     """A model for images of another size; those that do not ask for it take any."""
     try:
-        return library.create_model(name, img_size=size, **options)
+        return timm.create_model(name, img_size=size, **options)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        return library.create_model(name, **options)
+        return timm.create_model(name, **options)
 
 
 class _Images(nn.Module):

@@ -19,7 +19,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pl_sparse.app.aliases import current_options
-from pl_sparse.app.ends import EndedError
+from pl_sparse.app.ends import EndedError, Interrupted, asked
 from pl_sparse.app.folder import FolderError, take
 from pl_sparse.app.hydra_api import as_typed, given, quoted, register_resolver
 from pl_sparse.app.settings import ConfigError
@@ -96,6 +96,8 @@ def run(cfg: DictConfig, train: Train) -> float | tuple[float, ...] | None:
         with _printing_to(folder / "run.log"):
             return objective(cfg, _train_apart(cfg) if apart else train(cfg))
     except Exception as error:
+        if (number := asked()) is not None:
+            raise Interrupted(number, folder) from error
         explained = isinstance(error, (ConfigError, EndedError, ImportError, FileNotFoundError))
         with open(folder / "run.log", "a", encoding="utf-8") as file:
             file.write(f"error: {error}\n" if explained else traceback.format_exc())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from importlib import import_module
+from collections.abc import Iterable, Iterator
+from inspect import signature
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pl_sparse.core.optional import beginning
+from pl_sparse.core.optional import beginning, library
 from pl_sparse.core.registry import near_misses, suggestion
 from pl_sparse.tasks.data.batches import InMemory, Split, hold_out, standardized
 from pl_sparse.tasks.hugging_face import pretrained_from, transformers_library
@@ -62,7 +62,7 @@ class Torchvision(_Images):
     """A data set of images of torchvision: its training part, of which some is held out, and its test part.
 
     Args:
-        name: a class of torchvision.datasets that takes `train`, such as "CIFAR10".
+        name: a class of torchvision.datasets that takes `train` or `split`, such as "CIFAR10" and "SVHN".
         root: the folder where it is.
         download: whether it may be downloaded into `root`.
         size: height and width in pixels; None for those of the model.
@@ -72,7 +72,7 @@ class Torchvision(_Images):
     Raises:
         ImportError: the extra `torchvision` is missing.
         FileNotFoundError: the data are not in `root`.
-        ValueError: there is no such data set.
+        ValueError: there is no such data set, or it has no training and test part with classes.
     """
 
     def __init__(
@@ -85,23 +85,19 @@ class Torchvision(_Images):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        kinds = _library("torchvision.datasets", "data=torchvision", "torchvision")
+        kinds = library("torchvision.datasets", "data=torchvision", "torchvision")
         if not hasattr(kinds, name):
             known = [key for key in vars(kinds) if key[:1].isupper()]
             close = near_misses(name, known) or known
             raise ValueError(f"name={name} is no data set of torchvision. {suggestion(name, close)}")
-        self._parts = []
-        for train in (True, False):
-            try:
-                self._parts.append(getattr(kinds, name)(str(Path(root).expanduser()), train=train, download=download))
-            except TypeError as error:
-                raise ValueError(f"name={name} has no `train`, so that its parts are not known: {error}") from error
-            except RuntimeError as error:
-                raise FileNotFoundError(
-                    f"root={root} does not hold {name} ({beginning(error)}): download=true fetches it"
-                ) from error
+        self._parts = [_part(getattr(kinds, name), name, root, train, download) for train in (True, False)]
         self.validation = validation
-        self.classes = len(self._parts[0].classes)
+        first = self._parts[0]
+        names = getattr(first, "classes", None)
+        if names is None:
+            self.classes = max(_integers([first[index][1] for index in range(len(first))], first)) + 1
+        else:
+            self.classes = len(names)
 
     def load(self) -> tuple[Split, Split, Split]:
         (train_x, train_y), test = (self._read(part) for part in self._parts)
@@ -109,8 +105,43 @@ class Torchvision(_Images):
         return standardized((train, val, test), self._scale)
 
     def _read(self, part: Any) -> Split:
-        images, labels = zip(*(part[index] for index in range(len(part))), strict=True)
-        return self._tensor(images), torch.tensor(labels)
+        labels: list[Any] = []
+
+        def images() -> Iterator[Any]:
+            for index in range(len(part)):
+                image, label = part[index]
+                labels.append(label)
+                yield image
+
+        x = self._tensor(images())
+        return x, torch.tensor(_integers(labels, part))
+
+
+def _integers(labels: list[Any], part: Any) -> list[int]:
+    """The labels of a data set, which have to be classes."""
+    if not all(isinstance(label, (int, np.integer)) for label in labels):
+        raise ValueError(f"name={type(part).__name__} has targets that are no classes, such as {labels[0]!r:.60}")
+    return [int(label) for label in labels]
+
+
+def _part(kind: Any, name: str, root: str | os.PathLike[str], train: bool, download: bool) -> Any:
+    """The training or test part of a data set of torchvision."""
+    taken = signature(kind).parameters
+    options: dict[str, Any] = {"download": download} if "download" in taken else {}
+    if "train" in taken:
+        options["train"] = train
+    elif "split" in taken:
+        options["split"] = "train" if train else "test"
+    else:
+        raise ValueError(f"name={name} takes neither `train` nor `split`, so that its parts are not known")
+    try:
+        return kind(str(Path(root).expanduser()), **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"name={name} has no training and test part: {beginning(error)}") from error
+    except (RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f"root={root} does not hold {name} ({beginning(error)}): download=true fetches it"
+        ) from error
 
 
 class HuggingFace(_Images):
@@ -149,7 +180,7 @@ class HuggingFace(_Images):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        parts = _read_parts(_library("datasets", "data=huggingface", "datasets"), name, subset)
+        parts = _read_parts(library("datasets", "data=huggingface", "datasets"), name, subset)
         names = {part.partition("[")[0]: part for part in parts}
         self._parts = {
             part: parts[names[key]] for part, keys in _PARTS.items() for key in reversed(keys) if key in names
@@ -232,10 +263,3 @@ def _image(value: Any) -> Any:
     from PIL import Image
 
     return Image.open(BytesIO(value["bytes"])) if isinstance(value, dict) else value
-
-
-def _library(name: str, who: str, extra: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(f"{who} needs the library {extra}: pip install 'pl_sparse[{extra}]'") from error
