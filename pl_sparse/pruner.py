@@ -516,6 +516,8 @@ class Pruner(MaskedModel):
                 self.updater.observe(param)
             learning = [g for g in self.groups if g.gate is not None and any(p is g.members[-1][0] for p in live)]
             pace([group.gate for group in learning if group.gate is not None], live, optimizer)
+            if step is not None:
+                self.updater.guide(self.groups, self.scorer)
             for group in learning:
                 self.scorer.learn(group)
         if step is not None:

@@ -120,6 +120,10 @@ class Updater(Axis, ABC):
         """Look at one weight before an optimizer step, as `Scorer.observe` does; by default nothing is done."""
         return
 
+    def guide(self, groups: Sequence[Group], scorer: Scorer) -> None:
+        """Once an optimizer step, before the scorer learns: set the price of its gates; by default nothing is done."""
+        return
+
     @abstractmethod
     def update(
         self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update
