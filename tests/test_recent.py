@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from references import lagrangian
+from references import dropgrow, lagrangian
 from torch import Tensor, nn
 
 from pl_sparse import Pruner
 from pl_sparse.allocation import kept
-from pl_sparse.schedule import Cubic
+from pl_sparse.schedule import Constant, Cubic
 from pl_sparse.scorer import HardConcrete, SoftMovement
-from pl_sparse.structure import Channel, Structure, Unstructured
-from pl_sparse.updater import Lagrangian
+from pl_sparse.structure import Channel, Row, Structure, Unstructured
+from pl_sparse.updater import ITOP, Lagrangian, SRigL
 
 STEPS = 24
 
@@ -102,3 +102,53 @@ def test_a_threshold_at_a_sparsity_is_refused() -> None:
         Pruner("hardconcrete", updater="threshold", sparsity=0.8)
     with pytest.raises(ValueError, match="scorer=magnitude does not learn: use scorer=hardconcrete"):
         Pruner("magnitude", updater="lagrangian", sparsity=0.8)
+
+
+# Dropping and growing
+
+
+@pytest.mark.parametrize("salient", [0.0, 0.3, 0.7])
+def test_srigl_is_the_papers(salient: float) -> None:
+    """One update of three tensors whose weights are made so that outputs of the first have none that matter."""
+    model = net(12)
+    updater = SRigL(fraction=0.4, decay="constant", salient=salient, skip_step=False)
+    pruner = Pruner("magnitude", Constant(final=0.5, every=2, end=1.0), "row", "uniform", updater)
+    pruner.attach(model)
+    pruner.prepare(4)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    lost = 0
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        masks = [param.mask.clone() for param in pruner.params]
+        gradients = []
+        for param in pruner.params:
+            faint = torch.ones(len(param.weight), 1)
+            faint[: len(faint) // 2] = 1e-3  # half of the outputs matter little: n weights are 2 n per other output
+            param.weight.data = torch.randn(param.shape, generator=generator) * faint * param.mask
+            param.weight.grad = torch.randn(param.shape, generator=generator) * faint
+            gradients.append(param.weight.grad.clone())
+        values = [param.weight.detach().clone() for param in pruner.params]
+        pruner.before_step(step, 4, optimizer)
+        if step == 2:
+            for i, param in enumerate(pruner.params):
+                drop = int(0.4 * int(masks[i].sum()))
+                expected = dropgrow.srigl(values[i], gradients[i], masks[i], drop, salient, i == 2)
+                assert torch.equal(param.mask, expected)
+                lost += int((~param.mask.any(1)).sum())
+            assert pruner.sparsity == 0.5
+        optimizer.step()
+        pruner.after_step()
+    assert (lost > 0) is (salient > 0)
+
+
+def test_itop_counts_what_was_ever_kept() -> None:
+    model = net(12)
+    pruner = Pruner("magnitude", Constant(final=0.8, every=2, end=1.0), updater=ITOP())
+    pruner.attach(model)
+    pruner.prepare(STEPS)
+    ever = [param.mask.clone() for param in pruner.params]
+    for _ in steps(model, pruner, torch.optim.SGD(model.parameters(), 0.1)):
+        ever = [seen | param.mask for seen, param in zip(ever, pruner.params, strict=True)]
+    ever = [seen | param.mask for seen, param in zip(ever, pruner.params, strict=True)]
+    assert pruner.facts["explored"] == sum(int(seen.sum()) for seen in ever) / pruner.numel
+    assert pruner.facts["explored"] > 0.25

@@ -120,6 +120,10 @@ class Updater(Axis, ABC):
         """Look at one weight before an optimizer step, as `Scorer.observe` does; by default nothing is done."""
         return
 
+    def facts(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Figures of what it did, by name, for logs and metrics; by default none."""
+        return {}
+
     def guide(self, groups: Sequence[Group], scorer: Scorer) -> None:
         """Once an optimizer step, before the scorer learns: set the price of its gates; by default nothing is done."""
         return
