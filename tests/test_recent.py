@@ -5,15 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from references import dropgrow, lagrangian
+from references import admm, dropgrow, lagrangian, reparameterized, surgeon
 from torch import Tensor, nn
 
 from pl_sparse import Pruner
 from pl_sparse.allocation import kept
-from pl_sparse.schedule import Constant, Cubic
-from pl_sparse.scorer import HardConcrete, SoftMovement
-from pl_sparse.structure import Channel, Row, Structure, Unstructured
-from pl_sparse.updater import ITOP, Lagrangian, SRigL
+from pl_sparse.core.targets import find
+from pl_sparse.masking import SRSTE, SSTE, Powerprop
+from pl_sparse.network.probe import Probe
+from pl_sparse.regularizer import ADMM
+from pl_sparse.schedule import Constant, Cubic, OneShot
+from pl_sparse.scorer import Fisher, HardConcrete, SoftMovement
+from pl_sparse.structure import NM, Channel, Row, Structure, Unstructured
+from pl_sparse.updater import ITOP, Lagrangian, SRigL, Surgeon
 
 STEPS = 24
 
@@ -152,3 +156,180 @@ def test_itop_counts_what_was_ever_kept() -> None:
     ever = [seen | param.mask for seen, param in zip(ever, pruner.params, strict=True)]
     assert pruner.facts["explored"] == sum(int(seen.sum()) for seen in ever) / pruner.numel
     assert pruner.facts["explored"] > 0.25
+
+
+# Reparameterized weights
+
+
+def test_powerprop_is_autograds() -> None:
+    model, reference = net().double(), net().double()
+    pruner = Pruner("magnitude", OneShot(final=0.5, begin=0.5), allocation="global", masking=Powerprop(alpha=3.0))
+    pruner.attach(model)
+    pruner.prepare(STEPS)
+    layers = [layer for layer in reference if isinstance(layer, nn.Linear)]
+    values = [nn.Parameter(layer.weight.detach().sign() * layer.weight.detach().abs() ** (1 / 3)) for layer in layers]
+    masks = [torch.ones_like(value) for value in values]
+    biases = [layer.bias for layer in layers]
+    inner = torch.optim.SGD([*values, *biases], 0.05, momentum=0.9, weight_decay=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
+    for step, x in steps(model, pruner, optimizer):
+        weights = {
+            f"{2 * i}.weight": reparameterized.power(value, 3.0) * mask
+            for i, (value, mask) in enumerate(zip(values, masks, strict=True))
+        }
+        for param, weight in zip(pruner.params, weights.values(), strict=True):
+            assert torch.allclose(param.weight, weight, atol=1e-12)
+        inner.zero_grad()
+        loss(torch.func.functional_call(reference, weights, x)).backward()
+        if step == STEPS // 2:  # masks are set before the step that they are due at
+            bound = torch.cat([value.abs().flatten() for value in values]).quantile(0.5)
+            masks = [(value.abs() > bound).double() for value in values]
+            for value, mask in zip(values, masks, strict=True):
+                assert value.grad is not None
+                value.grad *= mask
+        inner.step()
+    assert pruner.sparsity == 0.5
+
+
+def test_sste_is_the_papers() -> None:
+    model = net().double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    pruner = Pruner("magnitude", Constant(final=0.5, every=1, end=1.0), "nm24", "uniform", masking=SSTE())
+    pruner.attach(model)
+    latent = [param.weight.detach().clone() for param in pruner.params]
+    betas = [reparameterized.scale(v, reparameterized.soft(v, 2, 4)) for v in latent]
+    velocities = [torch.zeros_like(v) for v in latent]
+    pruner.prepare(STEPS)
+    for _, x in steps(model, pruner, optimizer):
+        for param, v, beta in zip(pruner.params, latent, betas, strict=True):
+            assert torch.allclose(param.weight, beta * reparameterized.soft(v, 2, 4), atol=1e-2 * float(v.abs().max()))
+            assert torch.allclose(param.weight, param.state["beta"] * reparameterized.soft(v, 2, 4), atol=1e-12)
+        gradients = torch.autograd.grad(loss(model(x)), [param.weight for param in pruner.params])
+        for v, velocity, gradient in zip(latent, velocities, gradients, strict=True):
+            velocity.mul_(0.9).add_(gradient)
+            v.sub_(velocity, alpha=0.1)
+    with pytest.raises(ValueError, match="masking=sste has groups of m=4"):
+        Pruner(structure="nm14", masking=SSTE(m=8))
+
+
+# The alternating direction method of multipliers
+
+
+def test_admm_is_the_papers() -> None:
+    model = net().double()
+    penalty = ADMM(strength=0.3, sparsity=0.7, every=4)
+    params = find(model)
+    groups = penalty.groups(params, model)
+    penalty.start(groups)
+    weights = [param.weight for param in params]
+    numel = sum(weight.numel() for weight in weights)
+    naive = admm.Naive([w.detach() for w in weights], kept(0.7, numel))
+    optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.5)
+    off = []
+    for step, x in enumerate(batches(40)):
+        optimizer.zero_grad()
+        loss(model(x.double())).backward()
+        before = [w.grad.clone() for w in weights if w.grad is not None]
+        with torch.no_grad():
+            penalty.add_gradient(groups, step)
+        if step and step % 4 == 0:
+            naive.update([w.detach() for w in weights])
+        for weight, own, expected in zip(weights, before, naive.gradients(weights, 0.3), strict=True):
+            assert weight.grad is not None and torch.allclose(weight.grad, own + expected, atol=1e-12)
+        if step == 20:  # a training that goes on
+            again = ADMM(strength=0.3, sparsity=0.7, every=4)
+            again.load_state_dict(penalty.state_dict())
+            penalty = again
+        off.append(sum(float((w.detach() - z).square().sum()) for w, z in zip(weights, naive.z, strict=True)))
+        optimizer.step()
+    assert off[-1] < off[0] / 20  # the weights have come to the sparse set
+
+
+def test_admm_draws_to_any_structure() -> None:
+    model = net(8)
+    penalty = ADMM(strength=1.0, sparsity=0.5, structure=NM(2, 4), every=2)
+    groups = penalty.groups(find(model), model)
+    penalty.start(groups)
+    optimizer = torch.optim.SGD(model.parameters(), 0.2)
+    for step, x in enumerate(batches(60)):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        with torch.no_grad():
+            penalty.add_gradient(groups, step)
+        optimizer.step()
+    for group in groups:
+        for param, _ in group.members:
+            fours = param.weight.detach().abs().unflatten(1, (-1, 4)).sort(-1).values
+            assert float(fours[..., :2].max()) < 0.03 < float(fours[..., 3].mean())
+
+
+# The optimal BERT surgeon
+
+
+def test_the_surgeon_is_the_papers() -> None:
+    model = net(9).double()
+    data = [x.double() for x in batches(6)]
+    updater, scorer = Surgeon(block=16, damping=1e-3), Fisher(block=16, damping=1e-3)
+    pruner = Pruner(scorer, OneShot(final=0.6, begin=0.0), allocation="global", updater=updater)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.dim() > 1}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in before}
+    for x in data:
+        for name, g in zip(
+            before, torch.autograd.grad(loss(model(x)), [model.get_parameter(n) for n in before]), strict=True
+        ):
+            gradients[name].append(g.flatten())
+    places, scores, inverses = [], [], {}
+    for name, weight in before.items():
+        flat = weight.flatten()
+        for start in range(0, len(flat), 16):
+            block = slice(start, start + 16)
+            inverses[name, start] = surgeon.inverse(torch.stack([g[block] for g in gradients[name]]), 1e-3)
+            for q, w in enumerate(flat[block].tolist()):
+                places.append((name, start, q))
+                scores.append(w**2 / (2 * float(inverses[name, start][q, q])))
+    order = sorted(range(len(places)), key=lambda i: -scores[i])
+    gone = {places[i] for i in order[kept(0.6, len(places)) :]}
+
+    pruner.attach(model)
+    pruner.prepare(4, probe=Probe(model, data, lambda x: loss(model(x))))
+    for param in pruner.params:
+        for start in range(0, param.numel, 16):
+            block = slice(start, start + 16)
+            out = [q for q in range(16) if (param.name, start, q) in gone]
+            new = surgeon.removed(before[param.name].flatten()[block], inverses[param.name, start], out)
+            assert torch.allclose(param.weight.detach().flatten()[block], new, rtol=1e-6, atol=1e-9)
+    assert any(not torch.equal(p.weight, before[p.name] * p.mask) for p in pruner.params)
+
+
+# The decay of SR-STE
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_what_stays_masked_falls_by_the_efolds_that_are_asked_for(momentum: float) -> None:
+    layer = nn.Linear(8, 4, bias=False).double()
+    pruner = Pruner("magnitude", OneShot(final=0.5), "nm24", masking=SRSTE("3 efolds"))
+    behind = layer.weight.detach().clone()
+    pruner.attach(layer)
+    pruner.prepare(1000)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.2, momentum=momentum)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000, eta_min=0.02)
+    mask = pruner.params[0].mask.clone()
+    for step in range(1000):
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        pruner.before_step(step, 1000, optimizer)
+        optimizer.step()
+        pruner.after_step()
+        scheduler.step()
+    left = (pruner.params[0].values / behind)[~mask]
+    assert torch.allclose(left.log(), torch.full_like(left, -3.0), atol=0.06)
+
+
+def test_efolds_are_of_sgd() -> None:
+    layer = nn.Linear(8, 4, bias=False)
+    pruner = Pruner("magnitude", OneShot(final=0.5), "nm24", masking=SRSTE("3 efolds"))
+    pruner.attach(layer)
+    layer(torch.ones(1, 8)).sum().backward()
+    with pytest.raises(ValueError, match="counts e-folds of SGD, and Adam divides"):
+        pruner.before_step(0, 10, torch.optim.Adam(layer.parameters()))
+    with pytest.raises(ValueError, match="decay='fast' is no decay"):
+        SRSTE("fast")
