@@ -451,7 +451,8 @@ class Pruner(MaskedModel):
     @torch.no_grad()
     def before_forward(self) -> None:
         """Call before each forward pass of training if masks or gates are learned or follow the values
-        (`updater=threshold`, `masking=gated`, `sste`): sets the masks that are due, and draws the sample that the model computes with.
+        (`updater=threshold`, `masking=gated`, `sste`): sets the masks that are due, and draws the sample that the model
+        computes with.
 
         `after_step()` turns the parameters into the sparse weights again. With other methods it does nothing.
 

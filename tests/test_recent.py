@@ -16,7 +16,7 @@ from pl_sparse.network.probe import Probe
 from pl_sparse.regularizer import ADMM
 from pl_sparse.schedule import Constant, Cubic, OneShot
 from pl_sparse.scorer import Fisher, HardConcrete, SoftMovement
-from pl_sparse.structure import NM, Channel, Row, Structure, Unstructured
+from pl_sparse.structure import NM, Channel, Structure, Unstructured
 from pl_sparse.updater import ITOP, Lagrangian, SRigL, Surgeon
 
 STEPS = 24
@@ -70,7 +70,7 @@ def test_gates_descend_and_multipliers_ascend(structure: Structure) -> None:
         descend(gate)
     lambdas = torch.zeros(2, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    expected: list[Tensor] = []
+    gap, expected = 0.0, list[Tensor]()
     for _ in steps(model, pruner, optimizer):
         assert len(seen) in (0, len(expected)) and all(map(torch.allclose, seen, expected))
         lambdas += 3.0 * torch.tensor([gap, gap**2], dtype=torch.float64) if seen else 0.0

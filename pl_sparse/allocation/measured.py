@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def _density(curve: Curve, drop: float) -> float:
     if drop >= largest:
         return (1 - last) * largest / drop
     sparsity = 0.0
-    for (s, d), (t, e) in zip(curve, curve[1:], strict=False):
+    for (s, d), (t, e) in pairwise(curve):
         if e <= drop:
             sparsity = t
         else:

@@ -16,13 +16,12 @@ from rich.table import Table
 
 from pl_sparse.allocation import Uniform, Units, choose
 from pl_sparse.app.finished import load_run
-from pl_sparse.app.instantiate import built, network
+from pl_sparse.app.instantiate import built, implements, network
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.subcommand import guarded, parser_of
 from pl_sparse.core.files import write_csv
 from pl_sparse.core.group import Group
 from pl_sparse.core.targets import find
-from pl_sparse.app.instantiate import implements
 from pl_sparse.results.direction import direction
 from pl_sparse.results.judged import judged
 from pl_sparse.results.style import PALETTE, remove_frame, save
@@ -128,7 +127,10 @@ def _plot(rows: Sequence[dict[str, Any]], path: Path, key: str) -> None:
     axis = figure.subplots()
     for i, name in enumerate(dict.fromkeys(row["layer"] for row in rows)):
         of_layer = [row for row in rows if row["layer"] == name]
-        style = {"color": PALETTE[i % len(PALETTE)], "linestyle": ("-", "--", ":")[i // len(PALETTE) % 3]}
+        style: dict[str, Any] = {
+            "color": PALETTE[i % len(PALETTE)],
+            "linestyle": ("-", "--", ":")[i // len(PALETTE) % 3],
+        }
         axis.plot([row["sparsity"] for row in of_layer], [row[key] for row in of_layer], label=str(name), **style)
     axis.set(xlabel="sparsity of one layer alone", ylabel=key)
     remove_frame(axis)

@@ -20,8 +20,8 @@ from pl_sparse.results.study import report
 __all__ = ["main"]
 
 _LISTS = {"methods": "method", "seeds": "seed", "levels": "sparsity"}
-_DESCRIPTION = """Train methods with several seeds at several sparsities, all with the same settings, and say which differences
-are noise: pl-sparse study methods=gmp,rigl,dense seeds=0,1,2 levels=0.8,0.9 [trainer.max_epochs=30 ...].
+_DESCRIPTION = """Train methods with several seeds at several sparsities, all with the same settings, and say which
+differences are noise: pl-sparse study methods=gmp,rigl,dense seeds=0,1,2 levels=0.8,0.9 [trainer.max_epochs=30 ...].
 With a folder instead of settings, the runs that are there are compared."""
 
 

@@ -64,7 +64,7 @@ class SSTE(Masking):
     """Continuous N:M: weights are mask * beta sign(v) relu(|v| - t), t the largest |v| of their group that is pruned.
 
     So the weights of 2:4 are a continuous function of v, where those of a mask jump. beta = <v, S> / <S, S>, S the
-    thresholded v, makes |v - beta S|^2 of a tensor least when it is first pruned, and stays. The gradient at the weights
+    thresholded v, makes |v - beta S|^2 of a tensor least when it is first pruned, and stays. The gradient at weights
     trains all of v, straight through. Masks must follow v at each step (`schedule.every=1`). Weights whose inputs are
     not divisible by m have one threshold each tensor.
 
@@ -87,7 +87,9 @@ class SSTE(Masking):
 
     def refusal(self, axes: Axes) -> str | None:
         if isinstance(axes.structure, NM) and axes.structure.m != self.m:
-            return f"masking=sste has groups of m={self.m}, but structure={axes.structure.label} has others: make m the same"
+            return (
+                f"masking=sste has groups of m={self.m}, structure={axes.structure.label} others: give both the same m"
+            )
         return super().refusal(axes)
 
     def shape_gradients(self, params: Params, groups: Groups) -> None:

@@ -28,8 +28,8 @@ class ADMM(Regularizer):
 
         Z <- projection of W + U,    U <- U + W - Z
 
-    The projection keeps the units of largest mean square, as many as structure and allocation say. So W is trained dense
-    and drawn to a sparse set, whatever its structure; a schedule then prunes what little is off it. Z and U are one
+    The projection keeps the units of largest mean square, as many as structure and allocation say. So W trains dense
+    and is drawn to a sparse set, whatever its structure; a schedule then prunes what little is off it. Z and U are one
     tensor: of S = W + U, Z is what is kept and U the rest.
 
     Source: Zhang et al., A systematic DNN weight pruning framework using alternating direction method of multipliers,

@@ -172,7 +172,7 @@ def report(folder: Path, console: Console, key: str | None = None) -> None:
         p = "" if math.isnan(d.p) else f"{d.p:.3f}"
         pairs.add_row(_level(d.level), names, f"{d.mean:+.4f}", _half(d.interval), p, shown(d.verdict))
     console.print(table, "", pairs)
-    budgets = {row["steps"] for row in rows}
+    budgets = {str(row["steps"]) for row in rows}
     if len(budgets) > 1:
         console.print(
             f"\nthe budgets differ: {', '.join(sorted(budgets))} optimizer steps. A method that trains longer has an "

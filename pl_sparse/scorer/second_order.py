@@ -50,9 +50,7 @@ class Fisher(Scorer):
 
     def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
         for param, gradients in zip(params, single_gradients(params, probe), strict=True):
-            parts = [
-                fisher_inverse(g, self.damping, diagonal=True) for g in blocks(gradients, self.block, self.block)
-            ]
+            parts = [fisher_inverse(g, self.damping, diagonal=True) for g in blocks(gradients, self.block, self.block)]
             diagonal = torch.cat(parts).flatten()[: param.weight.numel()].reshape(param.shape)
             param.state["calibrated"] = (param.values.double().square() / (2 * diagonal)).float()
 

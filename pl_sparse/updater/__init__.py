@@ -6,4 +6,17 @@ from pl_sparse.updater.prune import Lagrangian, Prune, Splice, Threshold
 from pl_sparse.updater.reconstruct import Reconstruct
 from pl_sparse.updater.surgeon import Surgeon
 
-__all__ = ["ITOP", "DropGrow", "GraNet", "Lagrangian", "Prune", "Reconstruct", "SRigL", "Splice", "Surgeon", "Threshold", "Update", "Updater"]
+__all__ = [
+    "ITOP",
+    "DropGrow",
+    "GraNet",
+    "Lagrangian",
+    "Prune",
+    "Reconstruct",
+    "SRigL",
+    "Splice",
+    "Surgeon",
+    "Threshold",
+    "Update",
+    "Updater",
+]

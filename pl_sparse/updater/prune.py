@@ -43,7 +43,7 @@ class Lagrangian(Prune):
         lambda1 (s - t) + lambda2 (s - t)^2
 
     added, on which gates descend and lambda1 and lambda2 ascend, from 0, by `rate` (s - t) and `rate` (s - t)^2 once an
-    optimizer step. s is 1 - sum of |unit| P(z > 0) / sum of |unit| for `scorer=hardconcrete`, sigmoid(S) in the place of
+    optimizer step. s is 1 - sum of |unit| P(z > 0) / sum of |unit| for `scorer=hardconcrete`, sigmoid(S) in place of
     P for `softmovement`. Masks keep the best scores, as many as the schedule has: the sparsity is met to the unit at
     each update, and what is kept is open. The schedule is the warm-up of t.
 
@@ -132,8 +132,8 @@ class Threshold(Updater):
         if self.at_least is None and 0 < axes.schedule.final < 1:
             meets = "updater=lagrangian meets it, " if axes.scorer.priced else ""
             return (
-                f"updater=threshold takes the sparsity that comes out of training, and {axes.schedule.final:g} would be "
-                f"but the part of its threshold in force: {meets}updater=prune keeps as many of the best scores, and "
+                f"updater=threshold takes the sparsity that comes out of training, and {axes.schedule.final:g} would be but "
+                f"the part of its threshold in force: {meets}updater=prune keeps as many of the best scores, and "
                 "sparsity=1 has all of the threshold"
             )
         return super().refusal(axes)

@@ -65,9 +65,7 @@ class Surgeon(Prune):
             if not bool(gone.any()):
                 continue
             values = torch.stack([param.weight.detach().flatten().double(), gone.double()])
-            pieces = zip(
-                blocks(of_param, self.block, self.block), blocks(values, self.block, self.block), strict=True
-            )
+            pieces = zip(blocks(of_param, self.block, self.block), blocks(values, self.block, self.block), strict=True)
             moved = torch.cat([self._moved(g, value[:, 0], value[:, 1]) for g, value in pieces])
             param.weight.copy_(moved.flatten()[: gone.numel()].reshape(param.shape) * param.mask)
 
