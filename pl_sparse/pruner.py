@@ -357,6 +357,11 @@ class Pruner(MaskedModel):
         estimates, self._estimates = self._estimates, None
         if estimates is not None and self.step > 0 and self._clock.restore(estimates):
             self._overdue = self._clock.missed(self._updated, self.step, self.level)
+        if self.attached and self.step == 0 and self.masking.from_start:
+            with torch.no_grad():
+                for param in self.params:
+                    param.set_mask(param.mask)
+                self.masking.changed(self.params, self.groups)
         if self.attached and self.step == 0 and not self.scorer.observes:
             with torch.no_grad():
                 self._update(0)
@@ -462,20 +467,22 @@ class Pruner(MaskedModel):
 
     @torch.no_grad()
     def before_forward(self) -> None:
-        """Call before each forward pass of training if masks or gates are learned (`updater=threshold`,
-        `masking=gated`): sets the masks that are due, and draws the sample that the model computes with.
+        """Call before each forward pass of training if masks or gates are learned or follow the values
+        (`updater=threshold`, `masking=gated`, `sste`): sets the masks that are due, and draws the sample that the model
+        computes with.
 
         `after_step()` turns the parameters into the sparse weights again. With other methods it does nothing.
 
         Raises:
             ValueError: the length of training is not known.
         """
-        if self.updater.targets_sparsity and not self.masking.samples:
+        leads = self.masking.leads or not self.updater.targets_sparsity
+        if not leads and not self.masking.samples:
             return
         self._require_attached()
         if self._clock.total is None:
             raise ValueError("the length of training is not known: call prepare(total) first")
-        if not self.updater.targets_sparsity:
+        if leads:
             self.advance()
         if self.masking.samples and self.step <= self._clock.span[1]:
             self._sampled = True
@@ -534,6 +541,8 @@ class Pruner(MaskedModel):
             learning = [g for g in self.groups if g.gate is not None and any(p is g.members[-1][0] for p in live)]
             with whole(live):
                 pace([group.gate for group in learning if group.gate is not None], live, optimizer)
+                if step is not None:
+                    self.updater.guide(self.groups, self.scorer)
                 for group in learning:
                     self.scorer.learn(group)
         if step is not None:
@@ -556,6 +565,7 @@ class Pruner(MaskedModel):
                     self._stale.discard(param.name)
                     if not self.masking.remembers:
                         clear_state(optimizer, param, scales=self.updater.grows)
+        self.masking.pace(pruned, optimizer, self._clock.total)
         self.masking.shape_gradients(pruned, self.groups)
         self.masking.before_step(pruned)
 
@@ -692,7 +702,7 @@ class Pruner(MaskedModel):
         """After all weights were written from outside: they are the latent values too, and the masks hold."""
         for param in self.masked:
             if param.latent is not None:
-                param.latent.copy_(param.data)
+                param.latent.copy_(self.masking.behind(param.data))
         self.masking.changed([param for param in self.masked if param.pruned], self.groups)
 
     @torch.no_grad()
@@ -743,13 +753,18 @@ class Pruner(MaskedModel):
             param.to_weight()
             if param.pruned:
                 if param.latent is not None and (written or not self.masking.transforms):
-                    param.latent.copy_(torch.where(param.mask, param.data, param.latent))
+                    param.latent.copy_(torch.where(param.mask, self.masking.behind(param.data), param.latent))
                 zero_pruned([param.data], [param])
 
     @property
     def group_overrides(self) -> list[tuple[Group, float | None]]:
         """Each group and its own final sparsity, None where it shares the common one."""
         return list(zip(self.groups, self._overrides, strict=True))
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """Figures of what scorer and updater learned or did, by name."""
+        return {**self.scorer.facts(self.groups), **self.updater.facts(self.groups)}
 
     @property
     def target(self) -> float | None:

@@ -72,7 +72,7 @@ def test_every_option_of_the_command_line_is_a_name_in_python(axis: str, stem: s
     arguments: dict[str, Any] = dict(needed)
     if axis == "schedule" or stem == "budget":
         arguments["final"] = 0.7
-    if stem == "growing_l2":
+    if stem in ("admm", "growing_l2"):
         arguments |= {"sparsity": 0.7, "allocation": instantiate(cfg.allocation)}
     named = structure(stem) if axis == "structure" else build(AXES[axis], stem, **arguments)
     assert named == composed

@@ -10,6 +10,7 @@ from pl_sparse.allocation.budget import Budget
 from pl_sparse.allocation.choose import choose, refuse_unreachable
 from pl_sparse.allocation.count import apportion, kept
 from pl_sparse.allocation.layerwise import ERK, OWL, Uniform
+from pl_sparse.allocation.measured import Sensitivity
 from pl_sparse.allocation.ranked import LAMP, Global, lamp
 from pl_sparse.allocation.units import Units
 
@@ -20,6 +21,7 @@ __all__ = [
     "Allocation",
     "Budget",
     "Global",
+    "Sensitivity",
     "Uniform",
     "Units",
     "apportion",

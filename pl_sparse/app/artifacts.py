@@ -122,7 +122,7 @@ def figures(
         "sparsity_model": summary.sparsity_model,
         "coverage": summary.coverage,
         "at_target": pruner.at_target,
-        **pruner.scorer.facts(pruner.groups),
+        **pruner.facts,
         "params_total": summary.params_total,
         "params_left": summary.params_left,
         "params_prunable": count,

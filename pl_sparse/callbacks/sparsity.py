@@ -337,7 +337,7 @@ class Sparsity(Callback):
         judge_at_end(self.pruner, trainer, pl_module)
         self._check(trainer)
         pl_module.log(self._log_name, self.sparsity, sync_dist=True)
-        for name, value in self.pruner.scorer.facts(self.pruner.groups).items():
+        for name, value in self.pruner.facts.items():
             pl_module.log(name, value, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

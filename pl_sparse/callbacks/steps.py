@@ -105,6 +105,8 @@ def refuse_optimizers(trainer: Trainer, masking: Masking) -> None:
                 f"{name} evaluates the loss again within its step, where masking={name_of(masking)} has the values "
                 "behind the masks in the weights: use masking=hard or frozen, or another optimizer"
             )
+        if (reason := masking.optimizer_refusal(optimizer)) is not None:
+            raise ValueError(reason)
         if callable(getattr(optimizer, "eval", None)) and masking.transforms:
             raise ValueError(
                 f"{name} averages the values behind the masks, of which masking={name_of(masking)} makes other "

@@ -40,7 +40,9 @@ class Gate:
     Attributes:
         value: of the units' shape, float32 or wider; zeros at first.
         level: how much of its penalty is on, in [0, 1]: none, but for an updater with a threshold, which lets the
-            penalty ramp up with that.
+            penalty ramp up with that. Under a Lagrangian the sparsity that is asked for.
+        price: of one of its weights, where a Lagrangian sets it, a scalar; None: the scorer has a penalty of its own.
+        multipliers: lambda1 and lambda2 of the Lagrangian, the same for all gates, else None.
         rate: the part of `lr` that is in force, as the learning-rate schedule of the weights has it.
         shrink: what clipping multiplies gradients with.
         share: the part of a mean over all gates that falls to it.
@@ -71,6 +73,8 @@ class Gate:
         self.rate = 1.0
         self.shrink: Tensor | float = 1.0
         self.level = 0.0
+        self.price: Tensor | None = None
+        self.multipliers: Tensor | None = None
         self.share = 1.0
         self.noise: Tensor | None = None
         self.sample: Tensor | None = None
@@ -123,6 +127,8 @@ class Gate:
     def tensors(self) -> dict[str, Tensor]:
         """All that must survive a checkpoint, by name."""
         memory = {f"optimizer.{key}": value for key, value in self.optimizer.state[self.value].items()}
+        if self.multipliers is not None:
+            memory["multipliers"] = self.multipliers
         return {"value": self.value.detach(), "level": torch.tensor(self.level, dtype=torch.float64), **memory}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -139,6 +145,8 @@ class Gate:
             )
         self.value.data.copy_(value)
         self.level = float(tensors["level"])
+        multipliers = tensors.get("multipliers")
+        self.multipliers = None if multipliers is None else multipliers.to(value.device, copy=True)
         self._remember({key.removeprefix("optimizer."): t for key, t in tensors.items() if "optimizer." in key})
 
 

@@ -11,10 +11,12 @@ from pl_sparse.masking.base import Groups, Masking, Params
 from pl_sparse.masking.choice import auto
 from pl_sparse.masking.hard import Frozen, Hard
 from pl_sparse.masking.learned import Gated, SoftThresholded
+from pl_sparse.masking.reparameterized import SSTE, Powerprop
 from pl_sparse.masking.straight_through import SRSTE, STE, TopKAST
 
 __all__ = [
     "SRSTE",
+    "SSTE",
     "STE",
     "Frozen",
     "Gated",
@@ -22,6 +24,7 @@ __all__ = [
     "Hard",
     "Masking",
     "Params",
+    "Powerprop",
     "SoftThresholded",
     "TopKAST",
     "auto",

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter, zero_pruned
@@ -41,6 +42,8 @@ class Masking(Axis, ABC):
             what the optimizer remembers of them stays then, too.
         trains_pruned: whether the values behind the mask are trained.
         transforms: whether kept weights too differ from the values behind them.
+        from_start: whether it acts from the first step on, before anything is pruned.
+        leads: whether masks that are due are set before the forward pass, so that they are those of the values there.
         samples: whether the model computes with a sample in training, drawn by `before_forward`.
         rests_on: the scorer it needs, if it needs one.
     """
@@ -49,6 +52,8 @@ class Masking(Axis, ABC):
     remembers: ClassVar[bool] = False
     trains_pruned: ClassVar[bool] = False
     transforms: ClassVar[bool] = False
+    from_start: ClassVar[bool] = False
+    leads: ClassVar[bool] = False
     samples: ClassVar[bool] = False
     rests_on: ClassVar[type[Scorer] | None] = None
 
@@ -59,11 +64,15 @@ class Masking(Axis, ABC):
         if self.remembers:
             for param in params:
                 if param.latent is None:
-                    param.latent = param.data.detach().clone()
+                    param.latent = self.behind(param.data.detach()).clone()
             torch._foreach_copy_(weights(params), latent(params))
         self.write(params, groups)
         with whole(params):
             self.on_change(params)
+
+    def behind(self, weight: Tensor) -> Tensor:
+        """The latent values of weights that are not masked; by default they themselves."""
+        return weight
 
     def on_change(self, params: Params) -> None:
         """After the masks changed and the sparse weights are written; by default nothing is done."""
@@ -78,6 +87,14 @@ class Masking(Axis, ABC):
 
     def after_forward(self, params: Params, groups: Groups) -> None:
         """Where it `samples`: write the sparse weights into the parameters again."""
+        return
+
+    def optimizer_refusal(self, optimizer: Optimizer) -> str | None:
+        """Why it cannot act on weights that an optimizer trains, or None."""
+        return None
+
+    def pace(self, params: Params, optimizer: Optimizer | None, total: int) -> None:
+        """Before `shape_gradients`: look at the rates of a training of `total` steps; by default nothing is done."""
         return
 
     @abstractmethod

@@ -20,6 +20,10 @@ from pl_sparse.scorer import HardConcrete, Scorer, SoftThreshold
 __all__ = ["Gated", "SoftThresholded"]
 
 
+_AJAR = 1e-2
+"""The least gate in evaluation of a unit that is kept under a Lagrangian, so that as many are open as are kept."""
+
+
 @register
 @dataclass(frozen=True)
 class Gated(Masking):
@@ -84,7 +88,7 @@ class Gated(Masking):
         gates = {}
         for param, gate, layout in _gated(params, groups):
             if gate.sample is None:
-                z = stretched(gate.value.detach()).clamp_(0, 1)
+                z = stretched(gate.value.detach()).clamp_(0.0 if gate.multipliers is None else _AJAR, 1)
                 gates[id(param)] = param.part(gate.spread(z, param, layout)) * param.factor
             else:
                 gates[id(param)] = param.part(gate.spread(gate.sample, param, layout))

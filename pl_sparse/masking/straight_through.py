@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch.optim import SGD, Optimizer
 
 from pl_sparse.core.registry import register
 from pl_sparse.core.topk import top_k
 from pl_sparse.masking.base import Groups, Masking, Params, latent, weights, with_gradients
 
 __all__ = ["SRSTE", "STE", "TopKAST"]
+
+_EFOLDS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*efolds?\s*")
 
 
 @register
@@ -44,28 +48,55 @@ class SRSTE(Masking):
 
     Under SGD a value that stays masked falls by exp(-n) with n = decay * sum of rates / (1 - momentum): n is 60 for the
     paper's 120 epochs of ImageNet, and 0.1 to 0.2 in a training of a few thousand steps at 2e-4, where the term does
-    next to nothing. A short training needs a decay that gives n = 5 to 60. Under Adam the term is divided by the root
-    of the second moment as the gradient is: it is another one, and n says nothing of it.
+    next to nothing. A short training needs a decay that gives n = 5 to 60: decay="8 efolds" has n = 8 over the whole
+    training, evenly, by decay = n (1 - momentum) / (rate steps) with the rate of each step. Under Adam the term is
+    divided by the root of the second moment as the gradient is: it is another one, and n says nothing of it.
 
     Source: Zhou et al., Learning N:M fine-grained structured sparse neural networks from scratch, 2021,
     arXiv:2102.04010, equation 7.
 
     Args:
-        decay: lambda, of masked weights.
+        decay: lambda, of masked weights; or "8 efolds" for SGD.
     """
 
-    decay: float = 2e-4
+    decay: float | str = 2e-4
     remembers: ClassVar[bool] = True
     trains_pruned: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.decay < 0:
+        if isinstance(self.decay, str) and not _EFOLDS.fullmatch(self.decay):
+            raise ValueError(f"decay={self.decay!r} is no decay: write a number such as 2e-4, or '8 efolds'")
+        if not isinstance(self.decay, str) and self.decay < 0:
             raise ValueError(f"decay={self.decay!r} must not be negative")
+
+    def optimizer_refusal(self, optimizer: Optimizer) -> str | None:
+        if isinstance(self.decay, str) and not isinstance(optimizer, SGD):
+            return (
+                f"decay={self.decay!r} counts e-folds of SGD, and {type(optimizer).__name__} divides the term by the "
+                "gradient's size: give a number, or use SGD"
+            )
+        return None
+
+    def pace(self, params: Params, optimizer: Optimizer | None, total: int) -> None:
+        match = _EFOLDS.fullmatch(self.decay) if isinstance(self.decay, str) else None
+        if match is None:
+            return
+        if optimizer is None or (reason := self.optimizer_refusal(optimizer)) is not None:
+            raise ValueError(reason or f"decay={self.decay!r} goes by the rate: give before_step(..., optimizer=...)")
+        groups = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
+        for param in params:
+            group = groups[id(param.weight)]
+            decay = float(match[1]) * (1 - group["momentum"]) / (max(float(group["lr"]), 1e-30) * total)
+            param.state["decay"] = torch.tensor(decay, dtype=param.weight.dtype, device=param.weight.device)
 
     def shape_gradients(self, params: Params, groups: Groups) -> None:
         ready, gradients = with_gradients(params)
-        if gradients:  # the weight is mask * v, so that v - weight is what is behind the mask
+        if gradients and isinstance(self.decay, str):
+            behind = torch._foreach_sub(latent(ready), weights(ready))
+            torch._foreach_addcmul_(gradients, behind, [param.state["decay"].expand_as(param.data) for param in ready])
+        elif gradients:  # the weight is mask * v, so that v - weight is what is behind the mask
+            assert not isinstance(self.decay, str)
             torch._foreach_add_(gradients, latent(ready), alpha=self.decay)
             torch._foreach_sub_(gradients, weights(ready), alpha=self.decay)
 

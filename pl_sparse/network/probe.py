@@ -96,6 +96,15 @@ class Probe:
         with self._calibrating(), trained(weights):
             return self.reduced(self._sum(weights, lambda batch: self.loss(batch)))
 
+    def single_gradients(self, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """dL/dw of each batch's loss, one after the other, as `gradients` has their sum."""
+        with self._calibrating(), trained(weights):
+            for batch in self.batches:
+                gradients = torch.autograd.grad(self.loss(batch), weights, allow_unused=True)
+                yield self.reduced(
+                    [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+                )
+
     def hessian_gradients(
         self, weights: Sequence[Tensor], temperature: float = 1.0, logits: str | None = None
     ) -> list[Tensor]:

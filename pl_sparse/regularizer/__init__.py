@@ -9,6 +9,7 @@ A proximal step acts on the values that the optimizer wrote: on the latent ones 
 topkast), else on the sparse weights. A gradient is added at the sparse weights, so that pruned ones get none.
 """
 
+from pl_sparse.regularizer.admm import ADMM
 from pl_sparse.regularizer.base import Regularizer, step_sizes
 from pl_sparse.regularizer.group_lasso import GroupLasso
 from pl_sparse.regularizer.growing_l2 import GrowingL2
@@ -16,4 +17,4 @@ from pl_sparse.regularizer.l1 import L1
 from pl_sparse.regularizer.latency import Latency
 from pl_sparse.regularizer.slimming import Slimming
 
-__all__ = ["L1", "GroupLasso", "GrowingL2", "Latency", "Regularizer", "Slimming", "step_sizes"]
+__all__ = ["ADMM", "L1", "GroupLasso", "GrowingL2", "Latency", "Regularizer", "Slimming", "step_sizes"]

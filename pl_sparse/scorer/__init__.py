@@ -5,12 +5,14 @@ from pl_sparse.scorer.at_init import SNIP, GraSP, SynFlow
 from pl_sparse.scorer.base import Scorer
 from pl_sparse.scorer.gradients import Gradient, Momentum, Taylor
 from pl_sparse.scorer.learned import HardConcrete, Movement, SoftMovement, SoftThreshold
+from pl_sparse.scorer.second_order import Fisher
 from pl_sparse.scorer.ticket import Ticket
 from pl_sparse.scorer.weights import Magnitude, Random, Slimming
 
 __all__ = [
     "RIA",
     "SNIP",
+    "Fisher",
     "GraSP",
     "Gradient",
     "HardConcrete",

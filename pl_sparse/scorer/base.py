@@ -31,6 +31,7 @@ class Scorer(Axis, ABC):
         observes: whether it needs gradients; without, a level due at step 0 is met before the first batch.
         signed: whether scores can be negative.
         calibrates: whether it scores by `calibrate`, before each round of pruning.
+        priced: whether the units of its gates are open with a probability, on which there is a price.
     """
 
     axis: ClassVar[str] = "scorer"
@@ -39,6 +40,11 @@ class Scorer(Axis, ABC):
     observes: ClassVar[bool] = False
     signed: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
+    priced: ClassVar[bool] = False
+
+    def expected(self, group: Group) -> Tensor:
+        """The expected number of a group's weights that are kept, a scalar, where it is `priced`."""
+        raise NotImplementedError
 
     def start(self, groups: Sequence[Group], structure: Structure) -> None:
         """Once the weights are known: make a `Gate` for each group, if it learns; by default nothing is done."""

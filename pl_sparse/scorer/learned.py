@@ -34,7 +34,8 @@ class HardConcrete(Scorer):
         dL/d(log alpha) = dz/d(log alpha) sum over the unit of g v + penalty |unit| P (1 - P),   P = P(z > 0)
 
     once an optimizer step with the gradient of the whole step, by an Adam without weight decay at a constant rate, and
-    clamped to [log 1e-2, log 1e2]. The score is the gate of evaluation before clipping,
+    clamped to [log 1e-2, log 1e2]; under `updater=lagrangian` to [log 1e-5, log 1e2], as log 1e-2 is open in 5 % of all
+    samples still. The score is the gate of evaluation before clipping,
     sigmoid(log alpha) (zeta - gamma) + gamma: a unit is off where it is 0 or less. `masking=gated` samples z in
     training. The sparsity comes out of the penalty: a gate that is shut in evaluation may still open in 31 % of all
     samples, so that the expected L0 norm is larger than the count. Weight decay on v is the optimizer's; the paper
@@ -55,6 +56,7 @@ class HardConcrete(Scorer):
     keep: float = 0.5
     seed: int = 0
     needs_latent: ClassVar[bool] = True
+    priced: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (self.penalty >= 0 and self.lr > 0):
@@ -74,9 +76,13 @@ class HardConcrete(Scorer):
         if gate is None or not group.pruned:
             return
         probability = open_probability(gate.value.detach())
-        price = self.penalty * gate.level * gate.size
+        price = (self.penalty * gate.level if gate.price is None else gate.price) * gate.size
         gate.step(gate.correlation() * slope(gate.value.detach(), gate.noise) + price * probability * (1 - probability))
-        gate.value.data.clamp_(math.log(1e-2), math.log(1e2))
+        gate.value.data.clamp_(math.log(1e-2 if gate.price is None else 1e-5), math.log(1e2))
+
+    def expected(self, group: Group) -> Tensor:
+        assert group.gate is not None
+        return open_probability(group.gate.value.detach()).sum() * group.gate.size
 
     def score(self, param: MaskedParameter) -> Tensor:
         """That of a gate that has learned nothing yet."""
@@ -87,8 +93,7 @@ class HardConcrete(Scorer):
 
     def facts(self, groups: Sequence[Group]) -> dict[str, float]:
         """The expected share of weights that are zero in training."""
-        gates = [group.gate for group in groups if group.gate is not None]
-        on = sum(float(open_probability(gate.value.detach()).sum()) * gate.size for gate in gates)
+        on = sum(float(self.expected(group)) for group in groups if group.gate is not None)
         return {"expected_sparsity": 1 - on / max(sum(group.numel for group in groups), 1)}
 
 
@@ -179,6 +184,7 @@ class SoftMovement(Scorer):
     lr: float = 1e-2
     needs_latent: ClassVar[bool] = True
     observes: ClassVar[bool] = True
+    priced: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (self.penalty >= 0 and self.lr > 0):
@@ -194,8 +200,13 @@ class SoftMovement(Scorer):
         if gate is None:
             return
         p = gate.value.detach().sigmoid()
-        price = self.penalty * gate.level * gate.share / gate.value.numel() if group.pruned else 0.0
-        gate.step(gate.correlation() + price * p * (1 - p))
+        own = self.penalty * gate.level * gate.share / gate.value.numel()
+        price = own if gate.price is None else gate.price * gate.size
+        gate.step(gate.correlation() + (price if group.pruned else 0.0) * p * (1 - p))
+
+    def expected(self, group: Group) -> Tensor:
+        assert group.gate is not None
+        return group.gate.value.detach().sigmoid().sum() * group.gate.size
 
     def score(self, param: MaskedParameter) -> Tensor:
         """That of a gate that has learned nothing yet."""

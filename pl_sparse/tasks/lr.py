@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ConstantLR", "CosineLR", "LRSchedule", "LinearLR", "StepLR"]
+__all__ = ["ConstantLR", "CosineLR", "LRSchedule", "LinearLR", "RewindingLR", "StepLR"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,32 @@ class LinearLR(LRSchedule):
 
     def curve(self, x: float) -> float:
         return 1 + (self.final - 1) * x
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewindingLR(LRSchedule):
+    """A line from 1 to `final`, again and again.
+
+    Source: Kurtic, Alistarh, GMP*: well-tuned gradual magnitude pruning can outperform most BERT-pruning methods, 2022,
+    arXiv:2210.06384.
+
+    Args:
+        cycles: how often.
+
+    >>> [round(RewindingLR(cycles=2, final=0.0).curve(x), 3) for x in (0, 0.25, 0.5, 0.75, 1)]
+    [1.0, 0.5, 1.0, 0.5, 0.0]
+    """
+
+    cycles: int = 10
+    final: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cycles < 1:
+            raise ValueError(f"cycles={self.cycles!r} must be 1 or more")
+
+    def curve(self, x: float) -> float:
+        return 1 + (self.final - 1) * (x * self.cycles % 1 if x < 1 else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,22 @@
 """The new masks from the old ones."""
 
 from pl_sparse.updater.base import Update, Updater
-from pl_sparse.updater.dropgrow import DropGrow, GraNet
-from pl_sparse.updater.prune import Prune, Splice, Threshold
+from pl_sparse.updater.dropgrow import ITOP, DropGrow, GraNet, SRigL
+from pl_sparse.updater.prune import Lagrangian, Prune, Splice, Threshold
 from pl_sparse.updater.reconstruct import Reconstruct
+from pl_sparse.updater.surgeon import Surgeon
 
-__all__ = ["DropGrow", "GraNet", "Prune", "Reconstruct", "Splice", "Threshold", "Update", "Updater"]
+__all__ = [
+    "ITOP",
+    "DropGrow",
+    "GraNet",
+    "Lagrangian",
+    "Prune",
+    "Reconstruct",
+    "SRigL",
+    "Splice",
+    "Surgeon",
+    "Threshold",
+    "Update",
+    "Updater",
+]

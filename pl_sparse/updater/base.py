@@ -126,6 +126,14 @@ class Updater(Axis, ABC):
             return "looks at the whole model at once"
         return None if type(self).observe is Updater.observe else super().needs_whole
 
+    def facts(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Figures of what it did, by name, for logs and metrics; by default none."""
+        return {}
+
+    def guide(self, groups: Sequence[Group], scorer: Scorer) -> None:
+        """Once an optimizer step, before the scorer learns: set the price of its gates; by default nothing is done."""
+        return
+
     @abstractmethod
     def update(
         self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update

@@ -15,11 +15,12 @@ from pl_sparse.allocation import Allocation, Units, choose
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter, where_kept
 from pl_sparse.core.registry import register
+from pl_sparse.core.topk import top_k
 from pl_sparse.scorer import Momentum, Random, Scorer
-from pl_sparse.structure import Structure
+from pl_sparse.structure import Row, Structure
 from pl_sparse.updater.base import Update, Updater
 
-__all__ = ["DropGrow", "GraNet"]
+__all__ = ["ITOP", "DropGrow", "GraNet", "SRigL"]
 
 
 @register
@@ -31,7 +32,7 @@ class DropGrow(Updater):
     of a tensor and grows as many of those not kept, the ones just dropped among them. Grown weights start at zero,
     with the optimizer's memory of them at zero; what is dropped and grown at once keeps both. f decays from `fraction`
     over the schedule. With `structure=row` both go by rows, so that each output keeps as many inputs as before: the
-    constant fan-in of SRigL, whose removal of whole neurons is not here. f over the schedule:
+    constant fan-in of SRigL; `updater=srigl` removes whole neurons too. f over the schedule:
 
         cosine: f = fraction / 2 (1 + cos(pi x)),   linear: f = fraction (1 - x),   constant: f = fraction
 
@@ -124,9 +125,21 @@ class DropGrow(Updater):
         growth = Units(groups, structure, lambda param: self._growth(param, due))
         for index in range(len(units)):
             left = counts[index] - dropped[index]
-            stay = structure.select(where_kept(units[index].float(), alive[index]), left) & alive[index]
-            wanted = growth[index].float().masked_fill(stay, torch.finfo(torch.float32).max)
-            units.assign(index, structure.select(wanted, left + grown[index]))
+            last = index == len(units) - 1
+            scores, wanted = units[index].float(), growth[index].float()
+            units.assign(index, self._moved(scores, wanted, alive[index], left, grown[index], structure, last))
+
+    def _moved(
+        self, scores: Tensor, wanted: Tensor, alive: Tensor, left: int, grown: int, structure: Structure, last: bool
+    ) -> Tensor:
+        """The units of a tensor that are kept: `left` of the living by their scores, `grown` of the others.
+
+        Args:
+            wanted: how much each unit wants to grow.
+            last: whether it is the last tensor.
+        """
+        stay = structure.select(where_kept(scores, alive), left) & alive
+        return structure.select(wanted.masked_fill(stay, torch.finfo(torch.float32).max), left + grown)
 
     def _growth(self, param: MaskedParameter, due: Update) -> Tensor:
         """How much each weight wants to grow; indifferent where nothing is known."""
@@ -185,3 +198,85 @@ class GraNet(DropGrow):
     ) -> None:
         choose(due.units(groups, scorer, structure), allocation, due.level, due.overrides)
         super().update(groups, scorer, structure, allocation, due)
+
+
+@register
+@dataclass(frozen=True)
+class SRigL(DropGrow):
+    """RigL with a constant fan-in, that removes neurons: outputs few of whose weights matter keep none.
+
+    Of a tensor with n kept weights and d to drop, the n - d largest weights and the d largest gradients are salient. An
+    output with fewer than max(1, floor(`salient` k)) salient weights is removed, k the weights of each output there is,
+    and the others share all n: each keeps those of its weights that are among the n - d largest, and grows by the
+    gradient up to its share. An output comes back once enough of its weights are salient. The last tensor loses none,
+    and each keeps as many outputs as its weights need. Biases of removed outputs stay.
+
+    Source: Lasby et al., Dynamic sparse training with structured sparsity, 2023, arXiv:2305.02299, section 3.2, and the
+    authors' code.
+
+    Args:
+        salient: the part of its weights that must be salient for an output to stay; 0: all stay.
+    """
+
+    salient: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.salient <= 1:
+            raise ValueError(f"salient={self.salient!r} must be in [0, 1]")
+
+    def structure_refusal(self, structure: Structure) -> str | None:
+        if not isinstance(structure, Row):
+            return (
+                f"updater=srigl keeps as many weights in each output, which structure={structure.label} does not: use "
+                "structure=row, or updater=dropgrow"
+            )
+        return None
+
+    def _moved(
+        self, scores: Tensor, wanted: Tensor, alive: Tensor, left: int, grown: int, structure: Structure, last: bool
+    ) -> Tensor:
+        stay = top_k(where_kept(scores, alive), left) & alive
+        rows = alive.flatten(1)  # (out, weights of an output)
+        fan_in = (left + grown) / rows.any(1).sum().clamp_min(1)
+        counts = (stay | top_k(wanted, grown)).flatten(1).sum(1)
+        open_ = top_k(counts.float(), -(-(left + grown) // rows.shape[1]))
+        open_ |= counts >= (self.salient * fan_in).floor().clamp_min(1)
+        if last or not self.salient:
+            open_ = torch.ones_like(open_)
+        lifted = 2 + scores / scores.max().clamp_min(torch.finfo(torch.float32).tiny)
+        ranks = torch.where(stay, lifted, wanted / wanted.max().clamp_min(torch.finfo(torch.float32).tiny))
+        chosen = torch.zeros_like(alive)
+        chosen[open_] = structure.select(ranks[open_], left + grown)
+        return chosen
+
+
+@register
+@dataclass(frozen=True)
+class ITOP(DropGrow):
+    """In-time over-parameterization: dropping and growing that tries as many weights as it can, and counts them.
+
+    What makes it work is enough time between updates for new weights to grow before they are judged, and a large
+    fraction of them: R, the share of all weights that were kept at any time, is logged as "explored".
+
+    Source: Liu et al., Do we actually need dense over-parameterization? In-time over-parameterization in sparse
+    training, 2021, arXiv:2102.02887, section 3.
+    """
+
+    fraction: float = 0.5
+    skip_step: bool = False
+
+    def update(
+        self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update
+    ) -> None:
+        super().update(groups, scorer, structure, allocation, due)
+        for group in groups:
+            for param, _ in group.members:
+                explored = param.state.get("explored")
+                param.state["explored"] = param.mask.clone() if explored is None else explored | param.mask
+
+    def facts(self, groups: Sequence[Group]) -> dict[str, float]:
+        """The share of weights that were ever kept."""
+        params = [param for group in groups for param, _ in group.members if "explored" in param.state]
+        explored = sum(int(torch.count_nonzero(param.state["explored"])) for param in params)
+        return {"explored": explored / sum(param.numel for param in params)} if params else {}

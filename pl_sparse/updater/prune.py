@@ -13,13 +13,13 @@ from torch import Tensor
 from pl_sparse.allocation import Allocation, Global, Units, choose, kept
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
-from pl_sparse.core.registry import register
+from pl_sparse.core.registry import Axes, name_of, register
 from pl_sparse.core.topk import top_k
 from pl_sparse.scorer import Scorer
 from pl_sparse.structure import Row, Structure
 from pl_sparse.updater.base import Update, Updater
 
-__all__ = ["Prune", "Splice", "Threshold"]
+__all__ = ["Lagrangian", "Prune", "Splice", "Threshold"]
 
 
 @register
@@ -31,6 +31,68 @@ class Prune(Updater):
         self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update
     ) -> None:
         choose(due.units(groups, scorer, structure), allocation, due.level, due.overrides)
+
+
+@register
+@dataclass(frozen=True)
+class Lagrangian(Prune):
+    """Learned masks at a sparsity that is asked for: a penalty whose factors are learned against it.
+
+    With s the expected sparsity of the gates and t that of the schedule the loss has
+
+        lambda1 (s - t) + lambda2 (s - t)^2
+
+    added, on which gates descend and lambda1 and lambda2 ascend, from 0, by `rate` (s - t) and `rate` (s - t)^2 once an
+    optimizer step. s is 1 - sum of |unit| P(z > 0) / sum of |unit| for `scorer=hardconcrete`, sigmoid(S) in place of
+    P for `softmovement`. Masks keep the best scores, as many as the schedule has: the sparsity is met to the unit at
+    each update, and what is kept is open. The schedule is the warm-up of t.
+
+    Sources: Xia, Zhong, Chen, Structured pruning learns compact and accurate models (CoFi), 2022, arXiv:2204.00408,
+    section 3.1 (there lambdas are trained by Adam). Xia et al., Sheared LLaMA, 2023, arXiv:2310.06694, section 2.1.
+    There the count in evaluation follows the expected sparsity of each layer; here it is the schedule's.
+
+    Args:
+        rate: of lambda1 and lambda2.
+    """
+
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.rate > 0:
+            raise ValueError(f"rate={self.rate!r} must be positive")
+
+    def refusal(self, axes: Axes) -> str | None:
+        if not axes.scorer.priced:
+            return (
+                f"updater=lagrangian sets the price of gates, which scorer={name_of(axes.scorer)} does not learn: use "
+                "scorer=hardconcrete or softmovement, or updater=prune"
+            )
+        return super().refusal(axes)
+
+    def update(
+        self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update
+    ) -> None:
+        for group, override in zip(groups, due.overrides, strict=True):
+            if group.gate is not None:
+                group.gate.level = due.level if override is None else override
+        super().update(groups, scorer, structure, allocation, due)
+
+    def guide(self, groups: Sequence[Group], scorer: Scorer) -> None:
+        if not any(group.pruned for group in groups):
+            return
+        gates = [group.gate for group in groups if group.gate is not None]
+        device, total = gates[0].value.device, sum(group.numel for group in groups)
+        kept = torch.stack([scorer.expected(group).to(device, torch.float64) for group in groups]).sum()
+        target = sum(gate.level * group.numel for gate, group in zip(gates, groups, strict=True)) / total
+        gap = 1 - kept / total - target
+        multipliers = gates[0].multipliers
+        if multipliers is None:
+            multipliers = torch.zeros(2, dtype=torch.float64, device=device)
+        price = -(multipliers[0] + 2 * multipliers[1] * gap) / total
+        multipliers = multipliers + self.rate * torch.stack([gap, gap.square()])
+        for gate in gates:
+            gate.multipliers = multipliers.to(gate.value.device)
+            gate.price = price.to(gate.value)
 
 
 @register
@@ -65,6 +127,16 @@ class Threshold(Updater):
 
     def target(self, scheduled: float) -> float | None:
         return self.at_least
+
+    def refusal(self, axes: Axes) -> str | None:
+        if self.at_least is None and 0 < axes.schedule.final < 1:
+            meets = "updater=lagrangian meets it, " if axes.scorer.priced else ""
+            return (
+                f"updater=threshold takes the sparsity that comes out of training, and {axes.schedule.final:g} would be "
+                f"but the part of its threshold in force: {meets}updater=prune keeps as many of the best scores, and "
+                "sparsity=1 has all of the threshold"
+            )
+        return super().refusal(axes)
 
     def structure_refusal(self, structure: Structure) -> str | None:
         if structure.fixed is not None or isinstance(structure, Row):

@@ -1,0 +1,139 @@
+"""`pl-sparse sensitivity RUN`: what each layer of a finished run loses if it is pruned alone."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from pl_sparse.allocation import Uniform, Units, choose
+from pl_sparse.app.finished import load_run
+from pl_sparse.app.instantiate import built, implements, network
+from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.subcommand import guarded, parser_of
+from pl_sparse.core.files import write_csv
+from pl_sparse.core.group import Group
+from pl_sparse.core.targets import find
+from pl_sparse.results.direction import direction
+from pl_sparse.results.judged import judged
+from pl_sparse.results.style import PALETTE, remove_frame, save
+from pl_sparse.scorer import Magnitude
+from pl_sparse.structure import Structure
+
+__all__ = ["main"]
+
+_LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`pl-sparse sensitivity RUN`: the metric of validation with each layer pruned alone, by magnitude, at several
+    levels: RUN/sensitivity.csv and sensitivity.png. `allocation=sensitivity allocation.path=...` shares weights by it.
+    """
+    parser = parser_of("sensitivity", main.__doc__)
+    parser.add_argument(
+        "--levels", nargs="+", type=float, default=list(_LEVELS), help=f"sparsities ({' '.join(map(str, _LEVELS))})"
+    )
+    parser.add_argument("--batches", type=int, help="of the validation data at each level; all if none is given")
+    guarded(_sensitivity, parser.parse_args(arguments))
+
+
+def _sensitivity(options: argparse.Namespace) -> None:
+    for level in options.levels:
+        if not 0 < level <= 1:
+            raise ConfigError(f"--levels {level:g} must be above 0, and 1 at most")
+    if options.batches is not None and options.batches < 1:
+        raise ConfigError(f"--batches {options.batches} must be 1 or more")
+    module, data, cfg = load_run(options.run, options.trust)
+    if not implements(module, "validation_step") or (data is None and not implements(module, "val_dataloader")):
+        raise ConfigError(f"{options.run}: its module has no validation_step, or there are no validation data")
+    structure: Structure = built(cfg, "structure")
+    rows, key = _measured(module, data, structure, sorted(set(options.levels)), options.batches, str(cfg.objective))
+    write_csv(options.run / "sensitivity.csv", rows)
+    _plot(rows, options.run / "sensitivity.png", key)
+    table = Table("layer", "weights", *[f"{level:g}" for level in sorted(set(options.levels))], title=f"loss of {key}")
+    for name in dict.fromkeys(row["layer"] for row in rows):
+        of_layer = [row for row in rows if row["layer"] == name and row["sparsity"] > 0]
+        table.add_row(str(name), f"{of_layer[0]['weights']:,}", *[f"{row['drop']:+.4f}" for row in of_layer])
+    Console().print(table)
+    print(f"written: {options.run / 'sensitivity.csv'}, sensitivity.png")
+
+
+@torch.no_grad()
+def _measured(
+    module: LightningModule,
+    data: LightningDataModule | None,
+    structure: Structure,
+    levels: Sequence[float],
+    batches: int | None,
+    objective: str,
+) -> tuple[list[dict[str, Any]], str]:
+    """A row for each layer and level, and the metric they have; the module is left as it was."""
+    options: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = Trainer(devices=1, limit_val_batches=1.0 if batches is None else batches, **options)
+
+    def measure() -> dict[str, float]:
+        return {str(name): float(value) for name, value in trainer.validate(module, data, verbose=False)[0].items()}
+
+    whole = measure()
+    key = objective if objective in whole else judged(whole)
+    if key is None:
+        raise ConfigError(f"validation logs {', '.join(whole) or 'nothing'}, and none of it says how good the model is")
+    sign = -1.0 if direction(key) == "min" else 1.0
+    if structure.needs_example:
+        raise ConfigError(
+            f"structure={structure.label} joins channels of several layers: layers are pruned alone here, by "
+            "structure=channel or unstructured"
+        )
+    params = find(network(module), last=not structure.removes_outputs)
+    groups, _ = structure.bind(params, network(module), misfit="dense")
+    rows = []
+    for group in groups:
+        row = {"layer": group.name, "weights": group.numel}
+        rows.append({**row, "sparsity": 0.0, key: whole[key], "drop": 0.0})
+        for level in levels if structure.fixed is None else (structure.fixed,):
+            value = _pruned(group, structure, level, measure)[key]
+            rows.append({**row, "sparsity": level, key: value, "drop": sign * (whole[key] - value)})
+    return rows, key
+
+
+def _pruned(group: Group, structure: Structure, level: float, measure: Any) -> dict[str, float]:
+    """The metrics with one group pruned."""
+    params = [param for param, _ in (*group.members, *group.companions)]
+    before = [param.weight.detach().clone() for param in params]
+    try:
+        choose(Units([group], structure, Magnitude().score), Uniform(), level)
+        for param in params:
+            param.weight.mul_(param.mask)
+        metrics: dict[str, float] = measure()
+        return metrics
+    finally:
+        for param, weight in zip(params, before, strict=True):
+            param.weight.copy_(weight)
+            param.unset_mask()
+
+
+def _plot(rows: Sequence[dict[str, Any]], path: Path, key: str) -> None:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for i, name in enumerate(dict.fromkeys(row["layer"] for row in rows)):
+        of_layer = [row for row in rows if row["layer"] == name]
+        style: dict[str, Any] = {
+            "color": PALETTE[i % len(PALETTE)],
+            "linestyle": ("-", "--", ":")[i // len(PALETTE) % 3],
+        }
+        axis.plot([row["sparsity"] for row in of_layer], [row[key] for row in of_layer], label=str(name), **style)
+    axis.set(xlabel="sparsity of one layer alone", ylabel=key)
+    remove_frame(axis)
+    columns = math.ceil(len({row["layer"] for row in rows}) / 20)
+    axis.legend(frameon=False, fontsize="small", ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, path)

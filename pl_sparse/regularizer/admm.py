@@ -1,0 +1,105 @@
+"""A quadratic penalty on the distance to the nearest sparse weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.allocation import Allocation, Global, Units, choose
+from pl_sparse.core.group import Group
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.registry import register
+from pl_sparse.regularizer.base import Regularizer, members, penalized_groups
+from pl_sparse.structure import Structure, Unstructured
+
+__all__ = ["ADMM"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class ADMM(Regularizer):
+    """rho / 2 |W - Z + U|^2, Z the nearest weights that are sparse and U the sum of what they differ by.
+
+    When it begins Z is the projection of W, and U zero. Every `every` optimizer steps
+
+        Z <- projection of W + U,    U <- U + W - Z
+
+    The projection keeps the units of largest mean square, as many as structure and allocation say. So W trains dense
+    and is drawn to a sparse set, whatever its structure; a schedule then prunes what little is off it. Z and U are one
+    tensor: of S = W + U, Z is what is kept and U the rest.
+
+    Source: Zhang et al., A systematic DNN weight pruning framework using alternating direction method of multipliers,
+    2018, arXiv:1804.03294, equations 4 to 9. There rho is the same for all layers of a model, or a few hand-set ones.
+
+    Args:
+        strength: rho.
+        sparsity: of Z.
+        structure: of Z.
+        allocation: how Z shares its weights among tensors. With several optimizers each shares among its own.
+        every: optimizer steps between two projections.
+    """
+
+    strength: float = 1e-3
+    sparsity: float
+    structure: Structure = field(default_factory=Unstructured)
+    allocation: Allocation = field(default_factory=Global)
+    every: int = 50
+    _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"sparsity={self.sparsity!r} must be in [0, 1]")
+        if self.every < 1:
+            raise ValueError(f"every={self.every!r} must be 1 or more optimizer steps")
+
+    @property
+    def removes_outputs(self) -> bool:
+        return self.structure.removes_outputs
+
+    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
+        return penalized_groups(self.structure, params, model, example)
+
+    def start(self, groups: Sequence[Group]) -> None:
+        self._sums.clear()
+        self._project(groups)
+        for param in members(groups):
+            self._sums[param.name].mul_(param.factor)  # U = 0
+
+    def _project(self, groups: Sequence[Group]) -> None:
+        """S <- W + U, and the masks of Z."""
+        for param in members(groups):
+            total = param.weight.detach().clone()
+            if param.name in self._sums:
+                total.addcmul_(self._sums[param.name], 1 - param.factor)
+            self._sums[param.name] = total
+        level = self.sparsity if self.structure.fixed is None else self.structure.fixed
+        choose(Units(groups, self.structure, lambda param: self._sums[param.name].square()), self.allocation, level)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {name: total.cpu() for name, total in self._sums.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sums.update(state["sums"])
+
+    def _distance(self, param: MaskedParameter) -> Tensor:
+        """W - Z + U."""
+        total = self._sums[param.name] = self._sums[param.name].to(param.weight)
+        return param.weight.detach() - total * (2 * param.factor - 1)
+
+    def add_gradient(self, groups: Sequence[Group], step: int) -> None:
+        if step and step % self.every == 0:
+            self._project(groups)
+        for param in members(groups):
+            if param.weight.grad is not None:
+                param.weight.grad.add_(self._distance(param), alpha=self.strength)
+
+    def penalty(self, groups: Sequence[Group], step: int) -> Tensor:
+        if not self._sums:
+            return torch.zeros(())
+        squares = [self._distance(param).square().sum() for param in members(groups)]
+        return self.strength / 2 * torch.stack(squares).sum()
