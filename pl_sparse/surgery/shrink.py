@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pl_sparse.network.attention import Unknown, attentions, keeps_inputs_first
-from pl_sparse.network.units import TRANSPOSED, Coupling
+from pl_sparse.network.layers import held
+from pl_sparse.network.units import Coupling, Port
 from pl_sparse.surgery.constants import Fold, folds_of, is_silent, read_inputs
 from pl_sparse.surgery.optimizers import shrink_optimizers
 from pl_sparse.surgery.plan import RemovalPlan
@@ -102,8 +103,7 @@ def dead(
         alive = torch.zeros(coupling.units, dtype=torch.bool)
         sources = coupling.sources(model)
         for port in sources:
-            kept = _kept(model.get_submodule(port.path), f"{port.path}.weight", masks)  # (out,)
-            alive |= kept[torch.tensor(port.places)].any(1)  # (units, places) -> (units,)
+            alive |= _alive(model.get_submodule(port.path), port, masks)
         if sources and not bool(alive.all()):
             out.append((coupling, (~alive).nonzero().flatten().tolist()))
     return out
@@ -114,14 +114,19 @@ def _rounded(coupling: Coupling, units: list[int], multiple: int) -> list[int]:
     return units[-(coupling.units - len(units)) % multiple :]
 
 
-def _kept(module: Any, name: str, masks: Mapping[str, Tensor] | None) -> Tensor:
-    """Which outputs of a layer have a weight left."""
-    weight = module.weight.detach() != 0 if masks is None else masks.get(name)
-    if weight is None:
-        weight = torch.ones_like(module.weight, dtype=torch.bool)
-    inputs_first = isinstance(module, TRANSPOSED) or keeps_inputs_first(module)
-    rows = weight.transpose(0, 1) if inputs_first else weight  # (out, in, *kernel)
-    return rows.flatten(1).any(1).cpu()
+def _alive(module: nn.Module, port: Port, masks: Mapping[str, Tensor] | None) -> Tensor:
+    """Which units have a weight left in a layer that they come out of, (units,)."""
+    alive = torch.zeros(len(port.places), dtype=torch.bool)
+    for each in held(module, port.end):
+        tensor: Tensor = getattr(module, each.name)
+        if tensor.dim() < 2:
+            continue
+        weight = tensor.detach() != 0 if masks is None else masks.get(f"{port.path}.{each.name}".lstrip("."))
+        if weight is None:
+            weight = torch.ones_like(tensor, dtype=torch.bool)
+        kept = weight.movedim(each.dim, 0).flatten(1).any(1).cpu()  # (out,)
+        alive |= kept[torch.tensor([each.indices(places) for places in port.places])].any(1)  # (units, indices)
+    return alive
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from pl_sparse.core.upstream import CHANNEL_NORMS
 from pl_sparse.network.channels import traced_couplings
 from pl_sparse.network.hooks import called, stand_ins
-from pl_sparse.network.units import Coupling
+from pl_sparse.network.layers import held, own_tensors
+from pl_sparse.network.units import Coupling, Port
 from pl_sparse.surgery.heads import FewerHeads
-from pl_sparse.surgery.plan import RemovalPlan, channel_tensors, named_tensors, own_tensors
+from pl_sparse.surgery.plan import RemovalPlan, named_tensors
 
-__all__ = ["couplings", "difference", "silence"]
+__all__ = ["couplings", "difference"]
 
 _TOLERANCE = 1e-4
 _FAILED = "a trial showed that its channels depend on each other in ways that cannot be followed"
@@ -62,8 +63,7 @@ def _passes(model: nn.Module, example: Any, removable: Sequence[Coupling]) -> bo
         _randomize(model)
         for coupling, units in removed:
             for port in coupling.ports:
-                if port.side == "out":
-                    silence(model.get_submodule(port.path), [place for unit in units for place in port.places[unit]])
+                _silence(model.get_submodule(port.path), port, [p for unit in units for p in port.places[unit]])
         try:
             plan = RemovalPlan.of(model, removed)
         except Exception:  # of a layer that is other than it looks
@@ -83,18 +83,22 @@ def _randomize(model: nn.Module) -> None:
             module.running_var.data = module.running_var.abs() + 0.5
 
 
-def silence(module: nn.Module, channels: Sequence[int]) -> None:
-    """Make output channels of a layer zero: weights, biases, scales and shifts.
+def _silence(module: nn.Module, port: Port, channels: Sequence[int]) -> None:
+    """Make channels of a layer zero: weights, biases, scales and shifts.
 
     Args:
-        module: a layer with weights, or a norm of channels.
-        channels: indices of its outputs.
+        module: the layer.
+        port: an end of it; where channels are taken in, or multiplied, nothing is done.
+        channels: their places there.
     """
+    if port.side not in ("out", "shift") or isinstance(module, nn.PReLU):
+        return
     tensors = own_tensors(module)
-    for short, dim, _ in channel_tensors(module, "out"):
-        tensor = tensors[short]
-        if not short.startswith("running_") and not isinstance(module, nn.PReLU):
-            tensor.data = tensor.index_fill(dim, torch.tensor(list(channels), device=tensor.device), 0)
+    for each in held(module, port.end):
+        tensor = tensors[each.name]
+        if isinstance(tensor, nn.Parameter):
+            index = torch.tensor(each.indices(channels), device=tensor.device)
+            tensor.data = tensor.index_fill(each.dim, index, 0)
 
 
 def difference(model: nn.Module, example: Any, change: Callable[[nn.Module], None]) -> float:
