@@ -29,7 +29,7 @@ from pl_sparse.network.products import contract as _products  # noqa: F401  its 
 from pl_sparse.network.rules import MOVING, elementwise, index, moved, rule_of, unknown
 from pl_sparse.network.units import Coupling, Units
 
-__all__ = ["traced_couplings"]
+__all__ = ["short", "traced_couplings"]
 
 
 def traced_couplings(model: nn.Module, example: Any) -> list[Coupling]:
@@ -53,7 +53,7 @@ def traced_couplings(model: nn.Module, example: Any) -> list[Coupling]:
                 follow.block_outputs(called(model, example))
     except Exception as error:
         _check_call(model, example)
-        return _all_stay(model, f"keeps its channels: they could not be followed ({_short(error)})")
+        return _all_stay(model, f"keeps its channels: they could not be followed ({short(error)})")
     follow.forget_heads()
     _block_ports(units, model)
     return units.couplings()
@@ -71,7 +71,7 @@ def _check_call(model: nn.Module, example: Any) -> None:
         ) from error
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
     """An error in a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -159,7 +159,7 @@ class _Follow(DispatchMode):
         except Exception as error:
             tracks = None
             for tensor in call.tensors():
-                call.keep(call.track(tensor), f"keeps its channels: the rule of {call.name} failed ({_short(error)})")
+                call.keep(call.track(tensor), f"keeps its channels: the rule of {call.name} failed ({short(error)})")
         if isinstance(call.output, Tensor):
             self._track(call.output, tracks)
         elif isinstance(tracks, list):

@@ -180,6 +180,10 @@ class Call:
         if track is not None:
             self.units.block([slot for slot in track.slots if slot != NONE], reason)
 
+    def stay(self, track: Track) -> bool:
+        """Whether none of the channels of a track can be removed."""
+        return all(self.units.blocked(slot) for slot in track.slots if slot != NONE)
+
     def need(self, track: Track | None, path: str, module: nn.Module | None = None) -> None:
         """Note that something needs all channels of a track."""
         kind = f" ({type(module).__name__})" if module is not None else ""

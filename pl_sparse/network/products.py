@@ -124,8 +124,9 @@ def attention(call: Call) -> Any:
     tracks = [call.track(tensor) for tensor in (query, key, value)]
     last = query.dim() - 1
     if call.track(call["attn_mask"]) is not None:
-        unknown(call)
-        tracks = [None] * 3
+        for tensor in call.tensors():
+            call.keep(call.track(tensor), f"{call.name} adds channels to scores")
+        return None if single else [None] * len(call.output)
     for track in tracks[:2]:
         if track is not None and track.dim == last and call["scale"] is None:
             call.keep(track, f"{call.name} divides by the root of their number: give it a scale")

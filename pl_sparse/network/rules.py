@@ -41,14 +41,17 @@ def elementwise(call: Call) -> Track | None:
     out: Tensor = call.output
     tensors = call.tensors()
     tracks = [(tensor, track) for tensor in tensors if (track := call.track(tensor)) is not None]
-    dims = {track.dim + out.dim() - tensor.dim() for tensor, track in tracks}
-    if not dims:
+    places = {id(tensor): track.dim + out.dim() - tensor.dim() for tensor, track in tracks}
+    if not places:
         return None
-    dim = dims.pop()
-    if dims:
-        for _, track in tracks:
+    sizes = {place: out.shape[place] for place in places.values()}
+    free = {places[id(tensor)] for tensor, track in tracks if not call.stay(track)}
+    dim = max(sizes, key=lambda place: (place in free, sizes[place]))
+    for tensor, track in tracks:
+        if places[id(tensor)] != dim:
             call.keep(track, f"{call.name} joins channels along different dimensions")
-        return None
+    across = {id(tensor) for tensor, _ in tracks if places[id(tensor)] != dim}
+    tracks = [(tensor, track) for tensor, track in tracks if id(tensor) not in across]
     size = out.shape[dim]
     joined = []
     for _, track in tracks:
@@ -58,8 +61,8 @@ def elementwise(call: Call) -> Track | None:
             call.keep(track, f"{call.name} repeats its only channel")
     for tensor in tensors:
         place = dim - out.dim() + tensor.dim()
-        if call.track(tensor) is None and place >= 0 and tensor.shape[place] != 1:
-            slots = call.claim(tensor, place, _side(call, tensor))
+        if (call.track(tensor) is None or id(tensor) in across) and place >= 0 and tensor.stride(place) and tensor.shape[place] != 1:
+            slots = None if id(tensor) in across else call.claim(tensor, place, _side(call, tensor))
             if slots is not None:
                 joined.append(slots)
                 continue
@@ -317,7 +320,10 @@ def reduction(call: Call) -> Any:
     dims = [given] if isinstance(given, int) else list(given or range(source.dim()))
     dims = [dim % source.dim() for dim in dims]
     if track.dim in dims:
-        call.need_here(track)
+        if call.name.startswith(("aten.sum", "aten.linalg_vector_norm", "aten.norm")):  # what is zero adds nothing
+            call.units.read(slot for slot in track.slots if slot != NONE)
+        else:
+            call.need_here(track)
         return None if single else [None] * len(call.output)
     out = call.output if single else call.output[0]
     place = track.dim if out.dim() == source.dim() else track.dim - sum(dim < track.dim for dim in dims)
@@ -387,8 +393,8 @@ def _own(call: Call, track: Track | None, weight: Tensor, dim: int, inputs: int)
             call.need(track, path or "the model", layer)
             return None
     else:
-        reads = call.claim(weight, 1, "in")
         if track is not None:
+            reads = call.claim(weight, 1, "in")
             known = [index for index, slot in enumerate(track.slots) if slot != NONE]
             if reads is None:
                 call.need(track, path or "the model", layer)
@@ -446,7 +452,6 @@ def layer_norm(call: Call) -> Track | None:
     track = call.track(source)
     if track is not None and track.dim >= source.dim() - len(call["normalized_shape"]):
         call.need_here(track)
-        return None
     return track
 
 
@@ -477,7 +482,7 @@ def group_norm(call: Call) -> Track | None:
     path, layer = _layer(call, call["weight"])
     if track.dim != 1 or not isinstance(layer, nn.GroupNorm) or groups == 1 or NONE in track.slots:
         call.need(track, path, layer)
-        return None
+        return track
     width = len(track.slots) // groups
     call.join(track.slots, call.units.port(path, "out", range(len(track.slots))))
     call.join(*(track.slots[place::width] for place in range(width)))

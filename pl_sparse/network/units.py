@@ -109,6 +109,10 @@ class Units:
         for slot in slots:
             self._reasons.setdefault(self.find(slot), reason)
 
+    def blocked(self, slot: int) -> bool:
+        """Whether there is a reason why the unit of a slot cannot be removed."""
+        return self.find(slot) in self._reasons
+
     def read(self, slots: Iterable[int]) -> None:
         """Note that a product of two tensors takes some slots in, and no layer need."""
         self._read.update(slots)

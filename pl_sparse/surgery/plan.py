@@ -44,7 +44,7 @@ class RemovalPlan:
         model: nn.Module,
         removed: Iterable[tuple[Coupling, Sequence[int]]],
         heads: Mapping[str, Sequence[int]] | None = None,
-        counted: Collection[str] = (),
+        within: Mapping[str, Collection[str]] | None = None,
     ) -> RemovalPlan:
         """The plan that takes some units of each coupling, and some heads of attention layers, out of a model.
 
@@ -52,7 +52,8 @@ class RemovalPlan:
             model: it is left as it is.
             removed: couplings of the model, each with the units that go.
             heads: the heads that go, by the path of the attention layer.
-            counted: those attention layers of other kinds than torch's whose own numbers of heads change, too.
+            within: what else of attention layers of other kinds than torch's loses heads, by path: "numbers" of heads,
+                "tables" with an entry per head.
         """
         indices: Indices = defaultdict(lambda: defaultdict(set))
         removed = list(removed)
@@ -65,10 +66,14 @@ class RemovalPlan:
                 _add_heads_of_torch(indices, path, module, gone)
                 continue
             _add_heads(indices, model, attention, gone)
-            if path in counted and (changes := attention.numbers(module, attention.heads - len(gone))):
-                layers[path] = changes
+            more = (within or {}).get(path, ())
+            if "numbers" in more:
+                for part, changes in attention.numbers(module, attention.heads - len(gone)).items():
+                    layers[_full(path, part)] = changes
+            for name, dim in attention.tables(module) if "tables" in more else ():
+                indices[_full(path, name)][dim] |= set(gone)
         tensors = _cuts(model, indices)
-        return cls(tensors, {**_changed_attributes(model, tensors), **layers})
+        return cls(tensors, _merged(_changed_attributes(model, tensors), layers))
 
     @torch.no_grad()
     def apply(self, model: nn.Module, prefix: str = "") -> None:
@@ -119,8 +124,8 @@ class RemovalPlan:
     def _set_attributes(self, model: nn.Module, prefix: str, after: bool) -> None:
         """Give layers the attributes that they have after the removal, or before it."""
         for path, changes in self.layers.items():
+            module: Any = model.get_submodule(prefix + path)
             for key, values in changes.items():
-                module: Any = model.get_submodule(prefix + path)
                 setattr(module, key, values[after])
                 if isinstance(module, nn.MultiheadAttention):
                     FewerHeads.suit(module)
@@ -181,8 +186,8 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _full(path: str, short: str) -> str:
-    """The name in the model of a tensor of a layer."""
-    return f"{path}.{short}" if path else short
+    """The name in the model of what is in a layer."""
+    return f"{path}.{short}".strip(".")
 
 
 def _add_channels(indices: Indices, model: nn.Module, removed: Iterable[tuple[Coupling, Sequence[int]]]) -> None:
@@ -287,6 +292,11 @@ def _attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dic
     if isinstance(module, BARE):
         return _width(module, next(shape[0] for shape in shapes.values() if shape))
     return {}
+
+
+def _merged(a: Mapping[str, dict[str, Any]], b: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The attributes of layers that one or the other names."""
+    return {path: {**a.get(path, {}), **b.get(path, {})} for path in dict.fromkeys([*a, *b])}
 
 
 def _width(module: nn.Module, channels: int) -> dict[str, int]:

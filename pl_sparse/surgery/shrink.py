@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pl_sparse.network.attention import Unknown, attentions, keeps_inputs_first
+from pl_sparse.network.channels import short
 from pl_sparse.network.layers import held
 from pl_sparse.network.units import Coupling, Port
 from pl_sparse.surgery.constants import Fold, folds_of, is_silent, read_inputs
@@ -204,10 +205,11 @@ def _tried(
     model: nn.Module, example: Any, candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]
 ) -> tuple[RemovalPlan, list[Fold], dict[str, str]]:
     """The plan of what can go, as trials on the model show, the constants to fold, and by layer why others stay."""
-    counted: Collection[str] = ()
+    within: dict[str, tuple[str, ...]] = {}
+    errors: list[Exception] = []
 
     def planned(candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]) -> RemovalPlan:
-        return RemovalPlan.of(model, [(each.coupling, each.units) for each in candidates], heads, counted)
+        return RemovalPlan.of(model, [(each.coupling, each.units) for each in candidates], heads, within)
 
     def passes(candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]) -> bool:
         def remove(model: nn.Module) -> None:
@@ -216,14 +218,15 @@ def _tried(
                     fold.apply(model)
             planned(candidates, heads).apply(model)
 
-        return difference(model, example, remove) <= _TOLERANCE
+        errors.clear()
+        return difference(model, example, remove, errors) <= _TOLERANCE
 
-    # Some kinds of attention read their number of heads off the weights, others have it as an attribute.
-    counted = {
-        path
-        for path, gone in heads.items()
-        if not isinstance(model.get_submodule(path), nn.MultiheadAttention) and not passes([], {path: gone})
-    }
+    # Some kinds of attention read their number of heads off the weights, others have it as an attribute, or in tables.
+    for path, gone in heads.items():
+        if not isinstance(model.get_submodule(path), nn.MultiheadAttention):
+            for within[path] in ((), ("numbers",), ("tables",), ("numbers", "tables")):
+                if passes([], {path: gone}):
+                    break
     left: dict[str, str] = {}
     if not passes(candidates, heads):  # then one after the other, to see which
         good: list[_Candidate] = []
@@ -237,6 +240,6 @@ def _tried(
             if passes(good, {**good_heads, path: gone}):
                 good_heads[path] = gone
             else:
-                left[path] = _UNFOLLOWED
+                left[path] = f"without it the model cannot be called: {short(errors[0])}" if errors else _UNFOLLOWED
         candidates, heads = good, good_heads
     return planned(candidates, heads), [fold for each in candidates for fold in each.folds], left

@@ -33,8 +33,8 @@ _timm("levit_128s", 224)
 _timm("xcit_nano_12_p16_224", 64, img_size=64, depth=2)
 _timm("beit_base_patch16_224", 32, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
 _timm("cait_xxs24_224", 32, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
-_timm("resmlp_12_224", 32, img_size=32, patch_size=8, embed_dim=32, num_blocks=2)
-_timm("gmlp_ti16_224", 32, img_size=32, patch_size=8, embed_dim=32, num_blocks=2)
+_timm("resmlp_12_224", 32, img_size=32)
+_timm("gmlp_ti16_224", 32, img_size=32)
 
 
 def _torchvision(name: str, size: int = 32, **settings: Any) -> None:

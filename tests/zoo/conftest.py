@@ -131,7 +131,8 @@ def _removal_cells(row: dict[str, Any]) -> list[list[str]]:
             one["runtime"],
             f"{one['error']:.0e}",
         ]
-        known = [f"{row['removable']:.1%}", stay] if one["structure"] == "coupled" else ["", ""]
+        left = ", ".join(f"{count} x {reason}" for reason, count in one["left"])
+        known = [f"{row['removable']:.1%}", stay] if one["structure"] == "coupled" else ["", left or "nothing"]
         lines.append([*names, *figures, *known])
     if not lines or lines[0][2] != "coupled":
         lines.insert(0, [*names, "coupled", *["-"] * 5, f"{row['removable']:.1%}", stay])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pl_sparse.network.hooks import unfused
 from pl_sparse.network.attention import Attention, attentions
 from pl_sparse.network.units import Coupling
 from zoo.entry import ENTRIES, Case, tensor_of
@@ -29,7 +30,7 @@ __all__ = [
     "architecture",
     "architectures",
     "everything",
-    "has_heads",
+    "heads_of",
     "macs",
     "milliseconds",
     "one_of",
@@ -134,8 +135,9 @@ class Outputs(nn.Module):
         return tensor_of(self.model(torch.utils._pytree.tree_unflatten(leaves, self.spec)))
 
 
-def has_heads(model: nn.Module) -> bool:
-    return any(isinstance(each, Attention) for each in attentions(model))
+def heads_of(model: nn.Module) -> int:
+    """How many layers of attention have heads that can go one by one."""
+    return sum(isinstance(each, Attention) and each.heads > 1 for each in attentions(model))
 
 
 def without_labels(model: nn.Module, batch: Any) -> Any:
@@ -163,8 +165,14 @@ def one_of(model: nn.Module, batch: Any) -> tuple[Any, bool]:
 @torch.no_grad()
 def macs(model: nn.Module, batch: Any) -> float:
     """Multiply-accumulates of a call."""
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:  # the counter asks for graphs of what has gradients
+        weight.requires_grad_(False)
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with unfused(), math, FlopCounterMode(display=False) as counter:
         model(batch)
+    for weight in trained:
+        weight.requires_grad_(True)
     return counter.get_total_flops() / 2
 
 
@@ -235,4 +243,6 @@ def why(reason: str) -> str:
     reason = re.sub(r"the weights? of \S+", "its weight", reason)
     reason = re.sub(r"those of \S+,", "those of a layer,", reason)
     reason = re.sub(r"^\S+ reads", "its layer reads", reason)
-    return reason.replace("keeps its channels: ", "")
+    reason = re.sub(r"(\w+), a buffer of \S+ is", r"a buffer (\1) is", reason)
+    reason = re.sub(r"\(((\w+Error)(: [^0-9\[\]]*)?).*", r"(\2)", reason)
+    return reason.replace("keeps its channels: ", "").replace("|", "/").strip()
