@@ -56,8 +56,8 @@ $(ZOO)/.installed: pyproject.toml constraints.txt tests/zoo/requirements.txt
 	$(ZOO)/bin/python $(PIP) --no-deps -c constraints.txt -r tests/zoo/requirements.txt
 	@touch $@
 
-test-zoo: $(ZOO)/.installed ## Train modules of other packages to be sparse, and write docs/zoo.md
-	$(ZOO)/bin/pytest tests/zoo -m "" --zoo-table docs/zoo.md
+test-zoo: $(ZOO)/.installed ## Train modules of other packages to be sparse, remove channels, and write docs/zoo.md and docs/zoo_removal.md
+	$(ZOO)/bin/pytest tests/zoo -m "" --zoo-table docs/zoo.md --removal-table docs/zoo_removal.md
 
 lint: install ## Check format, lint, types, the order of imports and the declared dependencies
 	$(BIN)/ruff format --check .

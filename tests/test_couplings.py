@@ -233,7 +233,7 @@ def test_half_of_the_channels_leave_and_outputs_stay(make: Callable[[], nn.Modul
     [
         (lambda x: x.roll(1, 1), "aten.roll"),
         (lambda x: x.softmax(1), "aten.softmax"),
-        (lambda x: x @ torch.ones(8, 8), "aten.mm"),
+        (lambda x: x @ torch.ones(8, 8), "aten.matmul"),
         (lambda x: torch.fft.rfft(x).real[:, :3].repeat(1, 2), "fft"),
         (lambda x: x.split([3, 5], 1)[1], "aten.split_with_sizes"),
         (lambda x: x + torch.arange(8.0), "no channels of a layer"),

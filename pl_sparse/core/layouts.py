@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Heads", "InputsFirst", "Layout", "Matrices", "Plain", "Rows", "Unoriented", "Whole"]
+__all__ = ["Along", "Blocks", "Heads", "InputsFirst", "Layout", "Matrices", "Plain", "Rows", "Unoriented", "Whole"]
 
 
 class Layout(ABC):
@@ -92,6 +92,24 @@ class InputsFirst(Whole):
 @dataclass(frozen=True)
 class Unoriented(Plain):
     """Of a module that is not known: as it is kept, which of its dimensions are outputs is not known."""
+
+
+@dataclass(frozen=True)
+class Along(Whole):
+    """Whose outputs are along any dimension: it is seen as the first.
+
+    Args:
+        dim: the dimension.
+    """
+
+    dim: int
+
+    def view(self, tensor: Tensor) -> Tensor:
+        return tensor.movedim(self.dim, 0)
+
+    def restore(self, viewed: Tensor, shape: torch.Size) -> Tensor:
+        rest = (*shape[: self.dim], *shape[self.dim + 1 :])
+        return viewed.reshape(shape[self.dim], *rest).movedim(0, self.dim)
 
 
 @dataclass(frozen=True)

@@ -69,22 +69,43 @@ class Attention:
     weights: tuple[tuple[nn.Module, str, Heads], ...]
     path: str = ""
 
-    def numbers(self, module: nn.Module, left: int) -> dict[str, tuple[int, int]]:
-        """The attributes of the layer's module that say how many heads there are, or how wide they are together.
+    def numbers(self, module: nn.Module, left: int) -> dict[str, dict[str, tuple[int, int]]]:
+        """The attributes within the layer that say how many heads there are, or how wide they are together.
 
         Args:
             module: the attention layer's, or the one that holds its layers.
             left: how many heads are left.
 
         Returns:
-            For each attribute what it is, and what it is with the heads that are left.
+            For each module within it by its path, and each attribute, what it is, and what it is with the heads that
+            are left.
         """
         width = _sizes(self.weights[-1][0])[1]
-        changes = {}
-        for key, value in vars(module).items():
-            if isinstance(value, int) and not isinstance(value, bool) and (key in _COUNTS + _SHARED or value == width):
-                changes[key] = (value, value * left // self.heads)
+        changes: dict[str, dict[str, tuple[int, int]]] = {}
+        for path, part in self._others(module):
+            for key, value in vars(part).items():
+                if (
+                    isinstance(value, int)
+                    and not isinstance(value, bool)
+                    and (key in _COUNTS + _SHARED or value == width)
+                ):
+                    changes.setdefault(path, {})[key] = (value, value * left // self.heads)
         return changes
+
+    def tables(self, module: nn.Module) -> Iterator[tuple[str, int]]:
+        """The tensors within the layer that have a number per head, and the dimension of heads: biases by relative
+        position, temperatures."""
+        for path, part in self._others(module):
+            for kind in (part.named_parameters(recurse=False), part.named_buffers(recurse=False)):
+                for name, tensor in kind:
+                    dims = [dim for dim, size in enumerate(tensor.shape) if size == self.heads]
+                    if tensor.is_floating_point() and len(dims) == 1:
+                        yield f"{path}.{name}".lstrip("."), dims[0]
+
+    def _others(self, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The modules within the layer but those that have its weights, by path; it comes first."""
+        weighted = {layer for layer, _, _ in self.weights}
+        return ((path, part) for path, part in module.named_modules() if part not in weighted)
 
 
 @dataclass(frozen=True)

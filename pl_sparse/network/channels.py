@@ -11,6 +11,7 @@ Source: Fang et al., DepGraph: towards any structural pruning, 2023, arXiv:2301.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pl_sparse.core.parametrized import behind, is_computed
 from pl_sparse.core.upstream import DispatchMode, below_autograd
 from pl_sparse.network.attention import Attention, attentions
-from pl_sparse.network.couples import NONE, Call, Track
+from pl_sparse.network.couples import NONE, Call, Rule, Track
 from pl_sparse.network.hooks import called, hooked, stand_ins, unfused
-from pl_sparse.network.rules import rule_of, unknown
-from pl_sparse.network.units import CONVS, TRANSPOSED, Coupling, Units, is_depthwise, is_weighted, sides
+from pl_sparse.network.layers import CONVS, RECURRENT, TRANSPOSED, End, is_depthwise, is_weighted, sides
+from pl_sparse.network.origins import Origins
+from pl_sparse.network.products import contract as _products  # noqa: F401  its rules are in the table then
+from pl_sparse.network.rules import MOVING, elementwise, index, moved, rule_of, unknown
+from pl_sparse.network.units import Coupling, Units
 
-__all__ = ["traced_couplings"]
+__all__ = ["short", "traced_couplings"]
 
 
 def traced_couplings(model: nn.Module, example: Any) -> list[Coupling]:
@@ -49,7 +53,7 @@ def traced_couplings(model: nn.Module, example: Any) -> list[Coupling]:
                 follow.block_outputs(called(model, example))
     except Exception as error:
         _check_call(model, example)
-        return _all_stay(model, f"keeps its channels: they could not be followed ({_short(error)})")
+        return _all_stay(model, f"keeps its channels: they could not be followed ({short(error)})")
     follow.forget_heads()
     _block_ports(units, model)
     return units.couplings()
@@ -67,7 +71,7 @@ def _check_call(model: nn.Module, example: Any) -> None:
         ) from error
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
     """An error in a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -108,10 +112,7 @@ class _Follow(DispatchMode):
         self._tracks: Any = WeakTensorKeyDictionary()
         self._paths = {module: path for path, module in model.named_modules()}
         self._inside: list[nn.Module] = [model]
-        self._owners: dict[int, tuple[str, nn.Module]] = {}
-        for module, path in self._paths.items():
-            for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-                self._owners.setdefault(id(tensor), (path, module))
+        self._origins = Origins(model)
         # units of attention layers are heads
         self._heads = {m for each in attentions(model) if isinstance(each, Attention) for m, _, _ in each.weights[:-1]}
 
@@ -132,10 +133,24 @@ class _Follow(DispatchMode):
         out = func(*args, **kwargs)
         module = self._inside[-1]
         place = self._paths[module], module
-        call = Call(func, args, kwargs, out, self.units, self._tracks.get, place, lambda t: self._owners.get(id(t)))
+        call = Call(func, args, kwargs, out, self.units, self._tracks.get, place, self._origins, self._heads)
         if any(call.track(tensor) is not None for tensor in call.tensors()) or rule is not None:
             self._note(call, rule or unknown)
+        self._note_origin(call, rule)
         return out
+
+    def _note_origin(self, call: Call, rule: Rule | None) -> None:
+        """Note of what a tensor is made, if of parameters and buffers alone, one by one or by moving elements."""
+        sources = (call["self"],) if rule is index else tuple(call.tensors())
+        if not sources or not all(self._origins.known(source) for source in sources):
+            return
+        if rule in MOVING and len(sources) == 1:
+            outs = [call.output] if isinstance(call.output, Tensor) else list(call.output)
+            for which, out in enumerate(outs):
+                self._origins.note(out, sources, partial(moved, call, None if out is call.output else which))
+        elif rule is elementwise and isinstance(call.output, Tensor):
+            shape = call.output.shape
+            self._origins.note(call.output, sources, lambda places: next(iter(places.values())).expand(shape))
 
     def _note(self, call: Call, rule: Callable[[Call], Any]) -> None:
         """Give the outputs of a call the tracks that its rule says; where it fails, the channels that it reads stay."""
@@ -144,9 +159,9 @@ class _Follow(DispatchMode):
         except Exception as error:
             tracks = None
             for tensor in call.tensors():
-                call.keep(call.track(tensor), f"keeps its channels: the rule of {call.name} failed ({_short(error)})")
+                call.keep(call.track(tensor), f"keeps its channels: the rule of {call.name} failed ({short(error)})")
         if isinstance(call.output, Tensor):
-            self._track(call.output, None if call.module in self._heads else tracks)
+            self._track(call.output, tracks)
         elif isinstance(tracks, list):
             for tensor, track in zip(call.output, tracks, strict=True):
                 if isinstance(tensor, Tensor):
@@ -161,7 +176,7 @@ class _Follow(DispatchMode):
     def forget_heads(self) -> None:
         """Leave out what comes out of the layers before attention: it belongs to heads, and is removed as such."""
         for module in self._heads:
-            self.units.ports.pop((self._paths[module], "out"), None)
+            self.units.ports.pop(End(self._paths[module], "out"), None)
 
     def block_outputs(self, outputs: Iterable[Tensor]) -> None:
         """Note that the channels of some tensors are outputs of the model."""
@@ -176,14 +191,16 @@ def _block_ports(units: Units, model: nn.Module) -> None:
     uses = {id(parameter): 0 for parameter in model.parameters()}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] += 1
-    for (path, side), slots in units.ports.items():
-        layer = model.get_submodule(path)
-        _join_groups(units, slots, side, layer)
-        if not sides(layer):
+    for end, slots in units.ports.items():
+        path, layer = end.path, model.get_submodule(end.path)
+        own = [getattr(layer, end.tensor)] if isinstance(getattr(layer, end.tensor or "_", None), Tensor) else None
+        if not own:
+            _join_groups(units, slots, end.side, layer)
+        if not own and not sides(layer):
             reason = f"its channels go through {path} ({type(layer).__name__}), which needs all of them"
-        elif is_computed(layer):
+        elif is_computed(layer) or (isinstance(layer, RECURRENT) and hasattr(layer, "parametrizations")):
             reason = f"the weight of {path} is computed from other tensors"
-        elif any(uses[id(parameter)] > 1 for parameter in layer.parameters(recurse=False)):
+        elif any(uses.get(id(tensor), 1) > 1 for tensor in own or layer.parameters(recurse=False)):
             reason = f"the weights of {path} are used twice"
         else:
             continue

@@ -7,12 +7,13 @@ in its output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.network.origins import Origins
 from pl_sparse.network.units import Units
 
 __all__ = ["NONE", "RULES", "Call", "Rule", "Track", "couples"]
@@ -65,6 +66,7 @@ class Call:
         units: the slots, and which of them are joined.
         path: of the innermost module that it was called in.
         module: that module.
+        heads: layers whose outputs are heads of attention, and are removed as such.
     """
 
     def __init__(
@@ -76,15 +78,17 @@ class Call:
         units: Units,
         tracks: Callable[[Tensor], Track | None],
         place: tuple[str, nn.Module],
-        owner: Callable[[Tensor], tuple[str, nn.Module] | None],
+        origins: Origins,
+        heads: Collection[nn.Module] = (),
     ) -> None:
         self.operation = operation
         self.output = output
         self.units = units
         self.path, self.module = place
+        self.heads = heads
         self._args, self._kwargs = list(args), kwargs
         self._tracks = tracks
-        self._owner = owner
+        self._origins = origins
         self._schema = operation._schema.arguments
 
     @property
@@ -117,7 +121,34 @@ class Call:
 
     def owner(self, tensor: Any) -> tuple[str, nn.Module] | None:
         """The path and the module that a parameter or buffer is of."""
-        return self._owner(tensor) if isinstance(tensor, Tensor) else None
+        owner = self._origins.owner(tensor) if isinstance(tensor, Tensor) else None
+        return None if owner is None else owner[:2]
+
+    def is_constant(self, tensor: Any) -> bool:
+        """Whether a tensor is a parameter or buffer of the model, or made of some alone."""
+        return isinstance(tensor, Tensor) and self._origins.known(tensor)
+
+    def claim(self, tensor: Tensor, dim: int, side: str) -> tuple[int, ...] | None:
+        """The slots of a parameter or buffer along a dimension; None of what is none, or where they cannot be told.
+
+        Args:
+            tensor: it, or what is made of it by moving elements or one by one: `gamma.view(1, -1, 1, 1)`, `1 + gamma`.
+            side: what it is to the channels, as in `End`.
+        """
+        found = self._origins.along(tensor, dim % tensor.dim()) if self.is_constant(tensor) else None
+        if found is None:
+            return None
+        ends = []
+        for root, axis, line in found:
+            owner = self._origins.owner(root)
+            assert owner is not None
+            path, _, name = owner
+            slots = self.units.port(path, side, line, name, axis)
+            if side == "shift" and not isinstance(root, nn.Parameter):
+                self.units.block(slots, f"{name}, a buffer of {path or 'the model'}, is added to its channels")
+            ends.append(slots)
+        self.join(*ends)
+        return ends[0]
 
     def again(self, tensors: dict[int, Tensor], operation: Any = None) -> Any:
         """Call the operation with other tensors.
@@ -148,6 +179,10 @@ class Call:
         """Note why the channels of a track cannot be removed."""
         if track is not None:
             self.units.block([slot for slot in track.slots if slot != NONE], reason)
+
+    def stay(self, track: Track) -> bool:
+        """Whether none of the channels of a track can be removed."""
+        return all(self.units.blocked(slot) for slot in track.slots if slot != NONE)
 
     def need(self, track: Track | None, path: str, module: nn.Module | None = None) -> None:
         """Note that something needs all channels of a track."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pl_sparse.core.upstream import use_own_weights
 
 __all__ = ["called", "evaluated", "hooked", "stand_ins", "tensors", "trained", "undisturbed", "unfused"]
 
@@ -80,9 +84,14 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
         return others[id(tensor)]
 
     try:
-        for module, _ in attributes:
+        for module, former in attributes:
+            for key, value in former.items():
+                if type(value) in (dict, OrderedDict):  # code may register hooks when it is called first
+                    vars(module)[key] = copy.copy(value)
             for kind in ("_parameters", "_buffers"):
                 vars(module)[kind] = {key: other(tensor) for key, tensor in vars(module)[kind].items()}
+            if isinstance(module, nn.RNNBase):
+                use_own_weights(module)
         with torch.random.fork_rng(devices=_devices(model)):
             model.eval()
             yield

@@ -24,7 +24,7 @@ from pl_sparse.core.agreement import agreed
 from pl_sparse.core.files import write_json
 from pl_sparse.core.group import Group
 from pl_sparse.network.hooks import called, evaluated, hooked
-from pl_sparse.network.units import CONVS, is_depthwise
+from pl_sparse.network.layers import CONVS, is_depthwise
 
 __all__ = ["LatencyTable", "Layer", "Network", "fingerprint"]
 

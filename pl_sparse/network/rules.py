@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from pl_sparse.core.upstream import CHANNEL_NORMS
 from pl_sparse.network.couples import NONE, RULES, Call, Rule, Track, couples
-from pl_sparse.network.units import is_depthwise, is_weighted, sides
+from pl_sparse.network.layers import TABLES, is_depthwise, is_weighted, sides
 
-__all__ = ["rule_of"]
+__all__ = ["MOVING", "elementwise", "moved", "named", "rule_of", "unknown", "weighted"]
 
 
-def _named(names: str) -> list[Any]:
+def named(names: str) -> list[Any]:
     """The operations of torch with these names; those of other versions are left out."""
     return [getattr(torch.ops.aten, name) for name in names.split() if hasattr(torch.ops.aten, name)]
 
@@ -29,9 +29,9 @@ def rule_of(operation: Any) -> Rule | None:
 
 
 @couples(
-    *_named(
+    *named(
         "hardswish hardswish_ hardsigmoid hardsigmoid_ relu6 relu6_ selu selu_ celu dropout dropout_ "
-        "feature_dropout alpha_dropout clone contiguous detach alias to _to_copy type_as copy_ zeros_like "
+        "feature_dropout alpha_dropout clone contiguous detach alias to _to_copy type_as zeros_like "
         "ones_like empty_like rand_like randn_like full_like leaky_relu leaky_relu_ log_sigmoid softplus "
         "mish square square_ float_power where masked_fill masked_fill_"
     )
@@ -41,14 +41,17 @@ def elementwise(call: Call) -> Track | None:
     out: Tensor = call.output
     tensors = call.tensors()
     tracks = [(tensor, track) for tensor in tensors if (track := call.track(tensor)) is not None]
-    dims = {track.dim + out.dim() - tensor.dim() for tensor, track in tracks}
-    if not dims:
+    places = {id(tensor): track.dim + out.dim() - tensor.dim() for tensor, track in tracks}
+    if not places:
         return None
-    dim = dims.pop()
-    if dims:
-        for _, track in tracks:
+    sizes = {place: out.shape[place] for place in places.values()}
+    free = {places[id(tensor)] for tensor, track in tracks if not call.stay(track)}
+    dim = max(sizes, key=lambda place: (place in free, sizes[place]))
+    for tensor, track in tracks:
+        if places[id(tensor)] != dim:
             call.keep(track, f"{call.name} joins channels along different dimensions")
-        return None
+    across = {id(tensor) for tensor, _ in tracks if places[id(tensor)] != dim}
+    tracks = [(tensor, track) for tensor, track in tracks if id(tensor) not in across]
     size = out.shape[dim]
     joined = []
     for _, track in tracks:
@@ -58,15 +61,29 @@ def elementwise(call: Call) -> Track | None:
             call.keep(track, f"{call.name} repeats its only channel")
     for tensor in tensors:
         place = dim - out.dim() + tensor.dim()
-        if call.track(tensor) is None and place >= 0 and tensor.shape[place] != 1:
-            owner = call.owner(tensor)
+        if (
+            (call.track(tensor) is None or id(tensor) in across)
+            and place >= 0
+            and tensor.stride(place)
+            and tensor.shape[place] != 1
+        ):
+            slots = None if id(tensor) in across else call.claim(tensor, place, _side(call, tensor))
+            if slots is not None:
+                joined.append(slots)
+                continue
             for _, track in tracks:
-                if owner is not None:
-                    call.need(track, f"a parameter or buffer of {owner[0] or 'the model'}", owner[1])
+                if call.is_constant(tensor):
+                    call.keep(track, f"{call.name} joins its channels with several dimensions of a parameter or buffer")
                 else:
                     call.keep(track, f"{call.name} joins its channels with what are no channels of a layer")
     call.join(*joined)
     return Track(dim, joined[0]) if joined else None
+
+
+def _side(call: Call, tensor: Tensor) -> str:
+    """What a parameter or buffer is to the channels that it is joined with."""
+    divides = "div" in call.name and tensor is not call.tensors()[0]
+    return "scale" if divides or call.name.startswith("aten.mul") else "shift"
 
 
 # Elements moved
@@ -77,14 +94,14 @@ def _moving(call: Call) -> Any:
 
 
 couples(
-    *_named(
+    *named(
         "permute transpose t movedim swapaxes unsqueeze squeeze numpy_T mT adjoint reshape flatten "
         "unflatten expand expand_as repeat tile broadcast_to reshape_as pixel_unshuffle view_as"
     )
 )(_moving)
 
 
-@couples(*_named("view _unsafe_view _reshape_alias"))
+@couples(*named("view _unsafe_view _reshape_alias"))
 def view(call: Call) -> Any:
     """As reshape, since slots are kept with other strides than the elements."""
     source = next(tensor for tensor in call.tensors())
@@ -92,7 +109,20 @@ def view(call: Call) -> Any:
     return None if track is None else call.read(call.labels(source, track).reshape(call.output.shape))
 
 
-@couples(*_named("cat concat stack"))
+def moved(call: Call, which: int | None, tensors: dict[int, Tensor]) -> Tensor:
+    """The elements of an output of an operation that only moves them, given those of what it is called with.
+
+    Args:
+        which: of several outputs.
+    """
+    if "view" in call.name and which is None:
+        out: Tensor = call.output
+        return next(iter(tensors.values())).reshape(out.shape)
+    outs = call.again(tensors)
+    return outs if which is None else outs[which]  # type: ignore[no-any-return]
+
+
+@couples(*named("cat concat stack"))
 def cat(call: Call) -> Track | None:
     """Channels side by side; along another dimension they are joined."""
     parts: list[Tensor] = [part for part in call["tensors"] if part.dim() > 1 or part.numel()]
@@ -102,6 +132,12 @@ def cat(call: Call) -> Track | None:
     if not known:
         return None
     stacked = call.output.dim() > parts[0].dim()
+    along = known[0].dim
+    if (stacked or along != dim) and all(track.dim == along for track in known):  # tokens of the model's own
+        own = [call.claim(part, along, "shift") for part, track in zip(parts, tracks, strict=True) if track is None]
+        claimed = iter(own)
+        tracks = [t if t is not None else (s := next(claimed)) and Track(along, s) for t in tracks]
+        known = [track for track in tracks if track is not None]
     if not stacked and all(track.dim == dim for track in known):
         slots = [(NONE,) * part.shape[dim] if t is None else t.slots for part, t in zip(parts, tracks, strict=True)]
         return Track(dim, tuple(slot for some in slots for slot in some))
@@ -129,7 +165,7 @@ def _equal_parts(call: Call, source: Tensor, dim: int, width: int) -> None:
         call.join(*(track.slots[start : start + width] for start in range(0, len(track.slots), width)))
 
 
-@couples(*_named("chunk split split_with_sizes tensor_split"))
+@couples(*named("chunk split split_with_sizes tensor_split"))
 def split(call: Call) -> Any:
     """Parts of the channels, which stay equally wide."""
     source, dim = call["self"], call.dim(call["self"])
@@ -138,7 +174,7 @@ def split(call: Call) -> Any:
     return call.moved()
 
 
-@couples(*_named("slice"))
+@couples(*named("slice"))
 def slice_(call: Call) -> Any:
     """A part of the channels, one of several that stay equally wide; or every second, third, ... one."""
     source, out, dim = call["self"], call.output, call.dim(call["self"])
@@ -157,7 +193,7 @@ def slice_(call: Call) -> Any:
     return call.moved()
 
 
-@couples(*_named("select unbind"))
+@couples(*named("select unbind"))
 def select(call: Call) -> Any:
     """What is at one index of another dimension than that of the channels."""
     track = call.track(call["self"])
@@ -167,7 +203,22 @@ def select(call: Call) -> Any:
     return call.moved()
 
 
-@couples(*_named("flip roll"))
+@couples(*named("index"))
+def index(call: Call) -> Any:
+    """Indices along other dimensions than that of the channels."""
+    source, indices = call["self"], call["indices"]
+    track = call.track(source)
+    for place in [at for at, each in enumerate(indices) if each is not None and call.track(each) is not None]:
+        call.keep(call.track(indices[place]), f"{call.name} takes them as indices")
+    if track is None:
+        return None
+    if track.dim < len(indices) and indices[track.dim] is not None:
+        call.keep(track, f"{call.name} takes single channels")
+        return None
+    return call.read(call.again({id(source): call.labels(source, track)}))
+
+
+@couples(*named("flip roll"))
 def reorder(call: Call) -> Any:
     """Elements change places along other dimensions than that of the channels."""
     source = call["self"]
@@ -179,7 +230,7 @@ def reorder(call: Call) -> Any:
     return track
 
 
-@couples(*_named("index_select gather cumsum sort topk"))
+@couples(*named("index_select gather cumsum sort topk"))
 def along(call: Call) -> Any:
     """What works along another dimension than that of the channels."""
     source = call["self"]
@@ -190,10 +241,10 @@ def along(call: Call) -> Any:
     return track if isinstance(call.output, Tensor) else [track] * len(call.output)
 
 
-couples(*_named("softmax log_softmax _softmax _log_softmax"))(along)
+couples(*named("softmax log_softmax _softmax _log_softmax"))(along)
 
 
-@couples(*_named("pixel_shuffle"))
+@couples(*named("pixel_shuffle"))
 def pixel_shuffle(call: Call) -> Track | None:
     """r x r channels become one, (.., C r r, H, W) -> (.., C, H r, W r): they are one unit."""
     track, out = call.track(call["self"]), call.output
@@ -208,7 +259,7 @@ def pixel_shuffle(call: Call) -> Track | None:
     return Track(track.dim, runs[0])
 
 
-@couples(*_named("channel_shuffle native_channel_shuffle"))
+@couples(*named("channel_shuffle native_channel_shuffle"))
 def channel_shuffle(call: Call) -> Any:
     """The groups stay equally wide."""
     source = call["self"]
@@ -216,7 +267,7 @@ def channel_shuffle(call: Call) -> Any:
     return call.moved(torch.ops.aten.channel_shuffle.default)
 
 
-@couples(*_named("pad constant_pad_nd"))
+@couples(*named("pad constant_pad_nd"))
 def pad(call: Call) -> Track | None:
     """Padding of other dimensions than that of the channels."""
     track, out = call.track(call["self"]), call.output
@@ -230,7 +281,7 @@ def pad(call: Call) -> Track | None:
 
 
 @couples(
-    *_named(
+    *named(
         "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
         "adaptive_avg_pool2d adaptive_avg_pool3d max_pool2d_with_indices max_pool3d_with_indices "
         "max_pool1d_with_indices fractional_max_pool2d adaptive_max_pool1d adaptive_max_pool2d "
@@ -256,7 +307,7 @@ def spatial(call: Call) -> Any:
 
 
 @couples(
-    *_named("mean sum amax amin norm max min var std linalg_vector_norm logsumexp median any all prod argmax var_mean")
+    *named("mean sum amax amin norm max min var std linalg_vector_norm logsumexp median any all prod argmax var_mean")
 )
 def reduction(call: Call) -> Any:
     """Over other dimensions than that of the channels."""
@@ -274,7 +325,10 @@ def reduction(call: Call) -> Any:
     dims = [given] if isinstance(given, int) else list(given or range(source.dim()))
     dims = [dim % source.dim() for dim in dims]
     if track.dim in dims:
-        call.need_here(track)
+        if call.name.startswith(("aten.sum", "aten.linalg_vector_norm", "aten.norm")):  # what is zero adds nothing
+            call.units.read(slot for slot in track.slots if slot != NONE)
+        else:
+            call.need_here(track)
         return None if single else [None] * len(call.output)
     out = call.output if single else call.output[0]
     place = track.dim if out.dim() == source.dim() else track.dim - sum(dim < track.dim for dim in dims)
@@ -282,7 +336,7 @@ def reduction(call: Call) -> Any:
     return track if single else [track] * len(call.output)
 
 
-@couples(*_named("glu"))
+@couples(*named("glu"))
 def glu(call: Call) -> Track | None:
     """One half is the gate of the other."""
     source = call["self"]
@@ -302,7 +356,7 @@ def _layer(call: Call, weight: Tensor) -> tuple[str, nn.Module]:
     return call.owner(weight) or (call.path, call.module)
 
 
-def _weighted(call: Call, source: Tensor, weight: Tensor, dim: int, inputs: int, outputs: int) -> Track | None:
+def weighted(call: Call, source: Tensor, weight: Tensor, dim: int, inputs: int, outputs: int) -> Track | None:
     """A layer takes channels in, and gives out channels of its own.
 
     Args:
@@ -310,9 +364,11 @@ def _weighted(call: Call, source: Tensor, weight: Tensor, dim: int, inputs: int,
     """
     track = call.track(source)
     path, layer = _layer(call, weight)
-    if not is_weighted(layer):
-        call.need(track, path or "the model", layer)
+    if layer in call.heads and isinstance(layer, nn.MultiheadAttention):
+        call.need(track, path, layer)
         return None
+    if not is_weighted(layer):
+        return _own(call, track, weight, dim, inputs)
     depthwise = is_depthwise(layer)
     if track is not None and track.dim != dim:
         call.keep(track, f"its channels are not those that {path} ({type(layer).__name__}) takes in")
@@ -325,34 +381,59 @@ def _weighted(call: Call, source: Tensor, weight: Tensor, dim: int, inputs: int,
         call.keep(track, f"the weight of {path} is computed from other tensors")
     if depthwise and (track is None or NONE in track.slots):
         call.units.block(slots, f"{path} reads what are no channels of a layer")
+    return None if layer in call.heads else Track(dim, slots)
+
+
+def _own(call: Call, track: Track | None, weight: Tensor, dim: int, inputs: int) -> Track | None:
+    """A weight that is of no known layer: as the rows and columns of a parameter."""
+    path, layer = _layer(call, weight)
+    own, single = weight.shape[1] == inputs, weight.shape[1] == 1 < inputs == weight.shape[0]
+    transposed = "transpose" in call.name or ("convolution" in call.name and call["transposed"])
+    if transposed or not (own or single) or (track is not None and track.dim != dim) or not call.is_constant(weight):
+        call.need(track, path or "the model", layer)
+        return None
+    if single:  # each channel has a filter of its own
+        slots = call.claim(weight, 0, "scale")
+        if track is None or slots is None:
+            call.need(track, path or "the model", layer)
+            return None
+    else:
+        if track is not None:
+            reads = call.claim(weight, 1, "in")
+            known = [index for index, slot in enumerate(track.slots) if slot != NONE]
+            if reads is None:
+                call.need(track, path or "the model", layer)
+            else:
+                call.join([track.slots[i] for i in known], [reads[i] for i in known])
+        slots = call.claim(weight, 0, "out")
+    if slots is None:
+        return None
+    shift = call.claim(call["bias"], 0, "shift") if isinstance(call["bias"], Tensor) else slots
+    if shift is None:
+        call.units.block(slots, f"its bias in {path or 'the model'} is computed")
+    else:
+        call.join(slots, shift)
+    if single and track is not None:
+        call.join(track.slots, slots)
     return Track(dim, slots)
 
 
-@couples(*_named("linear"))
+@couples(*named("linear"))
 def linear(call: Call) -> Track | None:
     """Rows of the weight are outputs, columns inputs."""
     outputs, inputs = call["weight"].shape
-    return _weighted(call, call["input"], call["weight"], call["input"].dim() - 1, inputs, outputs)
+    return weighted(call, call["input"], call["weight"], call["input"].dim() - 1, inputs, outputs)
 
 
-@couples(*_named("addmm"))
-def addmm(call: Call) -> Track | None:
-    """As GPT-2's linear layer calls it: (inputs, outputs) is the shape of the weight."""
-    weight = call["mat2"]
-    if call.owner(weight) is None:
-        return unknown(call)
-    return _weighted(call, call["mat1"], weight, 1, *weight.shape)
-
-
-@couples(*_named("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"))
+@couples(*named("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"))
 def convolution(call: Call) -> Track | None:
     """Plain, grouped, depthwise and transposed ones."""
     source, weight = call["input"], call["weight"]
     dim = source.dim() - weight.dim() + 1
-    return _weighted(call, source, weight, dim, source.shape[dim], call.output.shape[dim])
+    return weighted(call, source, weight, dim, source.shape[dim], call.output.shape[dim])
 
 
-@couples(*_named("batch_norm instance_norm native_batch_norm"))
+@couples(*named("batch_norm instance_norm native_batch_norm"))
 def channel_norm(call: Call) -> Track | None:
     """Each channel has a scale, a shift and statistics."""
     source: Tensor = call["input"]
@@ -369,18 +450,17 @@ def channel_norm(call: Call) -> Track | None:
     return track
 
 
-@couples(*_named("layer_norm rms_norm native_layer_norm"))
+@couples(*named("layer_norm rms_norm native_layer_norm"))
 def layer_norm(call: Call) -> Track | None:
     """Over other dimensions than that of the channels."""
     source: Tensor = call["input"]
     track = call.track(source)
     if track is not None and track.dim >= source.dim() - len(call["normalized_shape"]):
         call.need_here(track)
-        return None
     return track
 
 
-@couples(*_named("prelu _prelu_kernel"))
+@couples(*named("prelu _prelu_kernel"))
 def prelu(call: Call) -> Track | None:
     """One slope for all channels, or one for each."""
     source: Tensor = call["self"]
@@ -388,6 +468,9 @@ def prelu(call: Call) -> Track | None:
     if track is None or weight.numel() == 1:
         return track
     path, layer = _layer(call, weight)
+    if not isinstance(layer, nn.PReLU) and track.dim == 1 and (slopes := call.claim(weight, 0, "scale")) is not None:
+        call.join(track.slots, slopes)
+        return track
     if track.dim != 1 or not sides(layer) or NONE in track.slots:
         call.need(track, path, layer)
         return None
@@ -395,11 +478,60 @@ def prelu(call: Call) -> Track | None:
     return track
 
 
-@couples(*_named("group_norm native_group_norm"))
-def group_norm(call: Call) -> None:
-    """It looks at all channels of a group."""
-    for tensor in call.tensors():
-        call.need_here(call.track(tensor))
+@couples(*named("group_norm"))
+def group_norm(call: Call) -> Track | None:
+    """It looks at all channels of a group, which are one unit."""
+    track, groups = call.track(call["input"]), call["num_groups"]
+    if track is None:
+        return None
+    path, layer = _layer(call, call["weight"])
+    if track.dim != 1 or not isinstance(layer, nn.GroupNorm) or groups == 1 or NONE in track.slots:
+        call.need(track, path, layer)
+        return track
+    width = len(track.slots) // groups
+    call.join(track.slots, call.units.port(path, "out", range(len(track.slots))))
+    call.join(*(track.slots[place::width] for place in range(width)))
+    return track
+
+
+@couples(*named("embedding embedding_bag"))
+def embedding(call: Call) -> Any:
+    """The columns of a table."""
+    weight, single = call["weight"], isinstance(call.output, Tensor)
+    owner, out = call.owner(weight), call.output if single else call.output[0]
+    track = None
+    if owner is not None and isinstance(owner[1], TABLES):
+        track = Track(out.dim() - 1, call.units.port(owner[0], "out", range(weight.shape[1])))
+    elif (slots := call.claim(weight, 1, "out")) is not None:
+        track = Track(out.dim() - 1, slots)
+    return track if single else [track, *[None] * (len(call.output) - 1)]
+
+
+@couples(*named("scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add index_add_"))
+def scatter(call: Call) -> Track | None:
+    """Sums, or largest values, of samples that go to the same place."""
+    source, target = call.tensors()[-1], call["self"]
+    track, onto, dim = call.track(source), call.track(target), call["dim"] % target.dim()
+    if (track is not None and track.dim == dim) or (onto is not None and (track is None or onto.dim != track.dim)):
+        for each in (track, onto):
+            call.keep(each, f"{call.name} puts its channels among what are none")
+        return None
+    if track is not None and onto is not None:
+        call.join(track.slots, onto.slots)
+    return track
+
+
+@couples(*named("copy_"))
+def copy(call: Call) -> Track | None:
+    """What is written takes the place of what was there."""
+    source, out = call["src"], call.output
+    track = call.track(source)
+    return None if track is None else Track(track.dim + out.dim() - source.dim(), track.slots)
+
+
+@couples(*named("new_zeros new_ones new_empty new_full"))
+def fresh(call: Call) -> None:
+    """A tensor of its own."""
 
 
 def unknown(call: Call) -> Any:
@@ -407,3 +539,7 @@ def unknown(call: Call) -> Any:
     for tensor in call.tensors():
         call.keep(call.track(tensor), f"keeps its channels: {call.name} has no rule")
     return None
+
+
+MOVING = (_moving, view, split, slice_, select, reorder, index)
+"""The rules of operations that only move elements."""

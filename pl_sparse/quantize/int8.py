@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pl_sparse.core.parametrized import behind
 from pl_sparse.core.upstream import fake_quantizers, override, restore
 from pl_sparse.network.graph import traced
-from pl_sparse.network.units import WEIGHTED
+from pl_sparse.network.layers import WEIGHTED
 from pl_sparse.quantize.base import Quantization, quiet_torchao
 from pl_sparse.quantize.x86 import x86_quantizer
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.group import Group
-from pl_sparse.core.layouts import InputsFirst, Layout, Plain, Rows
+from pl_sparse.core.layouts import Along, InputsFirst, Layout, Plain, Rows, Unoriented
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.parametrized import behind, is_computed
 from pl_sparse.core.registry import register
-from pl_sparse.network.attention import keeps_inputs_first
+from pl_sparse.network.layers import Held, held
 from pl_sparse.network.units import Coupling
 from pl_sparse.structure.base import Structure
 from pl_sparse.surgery.trial import couplings
@@ -109,57 +109,57 @@ def _group(
     group = Group("", (), reason=coupling.reason)
     for port in coupling.ports:
         module: Any = modules.get(port.path)
-        if module is None or not port.path:  # a parameter, or the outputs of the model: there is a reason
-            continue
-        if port.side == "in":
-            if coupling.reason is None:
-                consumer = by_weight.get(id(behind(module, "weight"))) or _unpruned(port.path, module)
-                group.consumers += ((consumer, _unit_of_input(consumer, port.places)),)
+        if module is None or port.side == "scale":  # the outputs of the model; what scales is harmless: zero stays zero
             continue
         tensors = dict(module.named_parameters(recurse=False))
         if is_computed(module):
             tensors["weight"] = behind(module, "weight")
-        for short, tensor in tensors.items():
+        for each in held(module, port.end):
+            tensor, name = tensors.get(each.name), f"{port.path}.{each.name}".lstrip(".")
+            if tensor is None:  # a buffer
+                continue
             param = by_weight.get(id(tensor))
-            if param is not None:
-                layout = param.layout if coupling.reason is not None else _units_as_rows(param, port.places)
+            if port.side == "in":
+                if coupling.reason is None:
+                    consumer = param or _unpruned(name, each, module, tensor)
+                    group.consumers += ((consumer, _unit_of_input(consumer, each, port.places)),)
+            elif param is not None and port.side == "out":
+                layout = param.layout if coupling.reason is not None else _units_as_rows(param, each, port.places)
                 group.members += ((param, layout),)
             elif group.reason is not None:
                 continue
-            elif short == "weight" and tensor.dim() > 1:
-                group.reason = f"its channels are joined with those of {port.path}, which is not pruned"
-            elif not isinstance(module, nn.PReLU):  # a slope is harmless: it scales what is zero
-                name = f"{port.path}.{short}"
+            elif port.side == "out" and tensor.dim() > 1:
+                group.reason = f"its channels are joined with those of {port.path or 'the model'}, which is not pruned"
+            elif not isinstance(module, nn.PReLU):  # a slope is harmless, too
                 mask = torch.ones_like(tensor, dtype=torch.bool, requires_grad=False)
                 companion = companions.setdefault(name, MaskedParameter(name, module, tensor, mask))
-                group.companions += ((companion, _units_as_rows(companion, port.places)),)
+                group.companions += ((companion, _units_as_rows(companion, each, port.places)),)
     return group if group.members else None
 
 
-def _unpruned(path: str, module: Any) -> MaskedParameter:
-    """The weight of a layer that is not pruned, but reads what is."""
-    inputs_first = getattr(module, "transposed", False) or keeps_inputs_first(module)
-    layout = InputsFirst() if inputs_first else Plain()
-    weight: Any = behind(module, "weight")
+def _unpruned(name: str, each: Held, module: Any, weight: Any) -> MaskedParameter:
+    """A weight that is not pruned, but reads what is."""
+    layout = InputsFirst() if each.dim == 0 else Plain()
     mask = torch.ones_like(weight, dtype=torch.bool, requires_grad=False)
-    return MaskedParameter(f"{path}.weight", module, weight, mask, layout=layout)
+    return MaskedParameter(name, module, weight, mask, layout=layout)
 
 
-def _units_as_rows(param: MaskedParameter, places: tuple[tuple[int, ...], ...]) -> Layout:
+def _units_as_rows(param: MaskedParameter, each: Held, places: tuple[tuple[int, ...], ...]) -> Layout:
     """How the units with these outputs are seen in a weight."""
-    outputs = param.layout.shape_of(param.shape)[0]
-    if places == tuple((index,) for index in range(outputs)):
-        return param.layout
-    return Rows(places, param.layout)
+    layout = param.layout
+    if isinstance(layout, Unoriented) or (each.dim != layout.output_dim and layout.output_dim == 0):
+        layout = Along(each.dim)
+    rows = tuple(tuple(each.indices(of)) for of in places)
+    if rows == tuple((index,) for index in range(layout.shape_of(param.shape)[0])):
+        return layout
+    return Rows(rows, layout)
 
 
-def _unit_of_input(param: MaskedParameter, places: tuple[tuple[int, ...], ...]) -> Tensor:
+def _unit_of_input(param: MaskedParameter, each: Held, places: tuple[tuple[int, ...], ...]) -> Tensor:
     """The unit that each input of a weight takes in, (in,), -1 for none; inputs that groups share count once."""
-    inputs = param.layout.shape_of(param.shape)[1]
-    units = torch.full((inputs,), -1)
-    for unit, indices in enumerate(places):
-        for index in indices:
-            units[index % inputs] = unit
+    units = torch.full((param.layout.shape_of(param.shape)[1],), -1)
+    for unit, of in enumerate(places):
+        units[each.indices(of)] = unit
     return units
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pl_sparse.core.upstream import padding_of
 from pl_sparse.network.hooks import called, evaluated, hooked
-from pl_sparse.network.units import CONVS, TRANSPOSED, Coupling
+from pl_sparse.network.layers import CONVS, TRANSPOSED, held, is_weighted, own_tensors
+from pl_sparse.network.units import Coupling
 
 __all__ = ["Fold", "folds_of", "is_silent", "read_inputs"]
 
@@ -20,11 +21,14 @@ def is_silent(model: nn.Module, coupling: Coupling, unit: int) -> bool:
     """Whether a unit without weights emits zeros: its biases, and the shifts and scaled means of its norms are zero."""
     for port in coupling.ports:
         module: Any = model.get_submodule(port.path)
-        if port.side != "out" or isinstance(module, nn.PReLU):
+        if port.side not in ("out", "shift") or isinstance(module, nn.PReLU):
             continue
-        places = list(port.places[unit])
-        if isinstance(module.bias, Tensor) and bool(module.bias[places].any()):
-            return False
+        places, tensors = list(port.places[unit]), own_tensors(module)
+        for each in held(module, port.end):
+            shifts = port.side == "shift" or each.name.startswith("bias")
+            index = torch.tensor(each.indices(places), device=tensors[each.name].device)
+            if shifts and bool(tensors[each.name].index_select(each.dim, index).any()):
+                return False
         mean = getattr(module, "running_mean", None)  # a norm subtracts it from the zeros, and scales that
         if mean is not None and bool(mean[places].any()) and (module.weight is None or module.weight[places].any()):
             return False
@@ -72,6 +76,10 @@ def folds_of(model: nn.Module, coupling: Coupling, unit: int, inputs: Mapping[st
     for port in coupling.targets():
         module: Any = model.get_submodule(port.path)
         fold = Fold(port.path, unit)
+        if port.tensor or not is_weighted(module):
+            fold.reason = f"what its masked channels emit goes into {port.path}, which cannot take it up"
+            folds.append(fold)
+            continue
         dim = 1 if isinstance(module, (*CONVS, *TRANSPOSED)) else -1
         for place in port.places[unit]:
             values = torch.cat([x.select(dim, place).flatten() for x in inputs.get(port.path, [])] or [torch.ones(0)])
@@ -111,7 +119,9 @@ def read_inputs(model: nn.Module, example: Any, couplings: Sequence[Coupling]) -
         A tensor per call, by the path of the layer.
     """
     inputs: dict[str, list[Tensor]] = {}
-    readers = {port.path for coupling in couplings if coupling.reason is None for port in coupling.targets()}
+    readers = {
+        port.path for coupling in couplings if coupling.reason is None for port in coupling.targets() if not port.tensor
+    }
     paths: dict[nn.Module, str] = {model.get_submodule(path): path for path in sorted(readers)}
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -11,12 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.cut import Cut
-from pl_sparse.core.upstream import CHANNEL_NORMS, replace_data
+from pl_sparse.core.upstream import replace_data
 from pl_sparse.network.attention import Attention, attentions, keeps_inputs_first
-from pl_sparse.network.units import CONVS, TRANSPOSED, Coupling, is_depthwise, is_weighted
+from pl_sparse.network.layers import (
+    BARE,
+    CONVS,
+    RECURRENT,
+    TABLES,
+    TRANSPOSED,
+    held,
+    is_depthwise,
+    own_tensors,
+)
+from pl_sparse.network.units import Coupling
 from pl_sparse.surgery.heads import FewerHeads, head_indices
 
-__all__ = ["RemovalPlan", "channel_tensors", "named_tensors", "own_tensors"]
+__all__ = ["RemovalPlan", "named_tensors"]
 
 Indices = dict[str, dict[int, set[int]]]
 """What goes, by the name of a tensor and dimension."""
@@ -43,7 +53,7 @@ class RemovalPlan:
         model: nn.Module,
         removed: Iterable[tuple[Coupling, Sequence[int]]],
         heads: Mapping[str, Sequence[int]] | None = None,
-        counted: Collection[str] = (),
+        within: Mapping[str, Collection[str]] | None = None,
     ) -> RemovalPlan:
         """The plan that takes some units of each coupling, and some heads of attention layers, out of a model.
 
@@ -51,7 +61,8 @@ class RemovalPlan:
             model: it is left as it is.
             removed: couplings of the model, each with the units that go.
             heads: the heads that go, by the path of the attention layer.
-            counted: those attention layers of other kinds than torch's whose own numbers of heads change, too.
+            within: what else of attention layers of other kinds than torch's loses heads, by path: "numbers" of heads,
+                "tables" with an entry per head.
         """
         indices: Indices = defaultdict(lambda: defaultdict(set))
         removed = list(removed)
@@ -64,10 +75,14 @@ class RemovalPlan:
                 _add_heads_of_torch(indices, path, module, gone)
                 continue
             _add_heads(indices, model, attention, gone)
-            if path in counted and (changes := attention.numbers(module, attention.heads - len(gone))):
-                layers[path] = changes
+            more = (within or {}).get(path, ())
+            if "numbers" in more:
+                for part, changes in attention.numbers(module, attention.heads - len(gone)).items():
+                    layers[_full(path, part)] = changes
+            for name, dim in attention.tables(module) if "tables" in more else ():
+                indices[_full(path, name)][dim] |= set(gone)
         tensors = _cuts(model, indices)
-        return cls(tensors, {**_changed_attributes(model, tensors), **layers})
+        return cls(tensors, _merged(_changed_attributes(model, tensors), layers))
 
     @torch.no_grad()
     def apply(self, model: nn.Module, prefix: str = "") -> None:
@@ -118,11 +133,13 @@ class RemovalPlan:
     def _set_attributes(self, model: nn.Module, prefix: str, after: bool) -> None:
         """Give layers the attributes that they have after the removal, or before it."""
         for path, changes in self.layers.items():
+            module: Any = model.get_submodule(prefix + path)
             for key, values in changes.items():
-                module: Any = model.get_submodule(prefix + path)
                 setattr(module, key, values[after])
                 if isinstance(module, nn.MultiheadAttention):
                     FewerHeads.suit(module)
+            if isinstance(module, nn.RNNBase):
+                module.flatten_parameters()
 
     def then(self, later: RemovalPlan) -> RemovalPlan:
         """This plan and one of the model that it leaves, as one."""
@@ -172,32 +189,14 @@ class RemovalPlan:
         )
 
 
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A layer's own parameters and buffers, by their names in it."""
-    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-
-
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a model, by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def channel_tensors(module: nn.Module, side: str) -> list[tuple[str, int, int]]:
-    """The tensors of a layer that a side's channels are in: name, dimension, and period if groups share them."""
-    norm = isinstance(module, (*CHANNEL_NORMS, nn.PReLU))
-    if norm or is_depthwise(module) or (is_weighted(module) and side == "out"):
-        first = 1 if isinstance(module, TRANSPOSED) or keeps_inputs_first(module) else 0
-        tensors = {short: tensor for short, tensor in own_tensors(module).items() if tensor.dim() > 0}
-        return [(short, first if short == "weight" else 0, 0) for short in tensors]
-    if isinstance(module, TRANSPOSED) or keeps_inputs_first(module):
-        return [("weight", 0, 0)]
-    period = module.in_channels // module.groups if isinstance(module, CONVS) and module.groups > 1 else 0
-    return [("weight", 1, int(period))]
-
-
 def _full(path: str, short: str) -> str:
-    """The name in the model of a tensor of a layer."""
-    return f"{path}.{short}" if path else short
+    """The name in the model of what is in a layer."""
+    return f"{path}.{short}".strip(".")
 
 
 def _add_channels(indices: Indices, model: nn.Module, removed: Iterable[tuple[Coupling, Sequence[int]]]) -> None:
@@ -205,8 +204,8 @@ def _add_channels(indices: Indices, model: nn.Module, removed: Iterable[tuple[Co
     for coupling, units in removed:
         for port in coupling.ports:
             gone = {place for unit in units for place in port.places[unit]}
-            for short, dim, period in channel_tensors(model.get_submodule(port.path), port.side):
-                indices[_full(port.path, short)][dim] |= {place % period for place in gone} if period else gone
+            for each in held(model.get_submodule(port.path), port.end):
+                indices[_full(port.path, each.name)][each.dim] |= set(each.indices(gone))
 
 
 def _bare_norms(
@@ -217,10 +216,14 @@ def _bare_norms(
     for coupling, units in removed:
         for port in coupling.ports:
             module = model.get_submodule(port.path)
-            if isinstance(module, CHANNEL_NORMS) and not own_tensors(module):
+            if isinstance(module, BARE) and not port.tensor and not own_tensors(module):
                 gone[port.path] |= {place for unit in units for place in port.places[unit]}
-    sizes: dict[str, Any] = {path: model.get_submodule(path).num_features for path in gone}
-    return {path: {"num_features": (sizes[path], sizes[path] - len(places))} for path, places in gone.items()}
+    layers = {}
+    for path, places in gone.items():
+        module: Any = model.get_submodule(path)
+        size = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
+        layers[path] = {key: (getattr(module, key), value) for key, value in _width(module, size - len(places)).items()}
+    return layers
 
 
 def _add_heads_of_torch(indices: Indices, path: str, attention: nn.MultiheadAttention, heads: Sequence[int]) -> None:
@@ -287,4 +290,26 @@ def _attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dic
         return {"nx": shapes["weight"][0], "nf": shapes["weight"][1]}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": shapes["weight"][0]}
-    return {"num_features": next(shape[0] for shape in shapes.values() if shape)}
+    if isinstance(module, TABLES):
+        return {"embedding_dim": shapes["weight"][1]}
+    if isinstance(module, RECURRENT):
+        first = "weight_ih_l0" if isinstance(module, nn.RNNBase) else "weight_ih"
+        before = own_tensors(module)[first].shape[0] // module.hidden_size
+        sizes = {"input_size": shapes[first][1], "hidden_size": shapes[first][0] // before}
+        projected = {"proj_size": shapes["weight_hr_l0"][0]} if "weight_hr_l0" in shapes else {}
+        return sizes | projected
+    if isinstance(module, BARE):
+        return _width(module, next(shape[0] for shape in shapes.values() if shape))
+    return {}
+
+
+def _merged(a: Mapping[str, dict[str, Any]], b: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The attributes of layers that one or the other names."""
+    return {path: {**a.get(path, {}), **b.get(path, {})} for path in dict.fromkeys([*a, *b])}
+
+
+def _width(module: nn.Module, channels: int) -> dict[str, int]:
+    """What the attributes of a norm are with so many channels."""
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": channels, "num_groups": channels * module.num_groups // module.num_channels}
+    return {"num_features": channels}

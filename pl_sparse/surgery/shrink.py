@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pl_sparse.network.attention import Unknown, attentions, keeps_inputs_first
-from pl_sparse.network.units import TRANSPOSED, Coupling
+from pl_sparse.network.attention import Unknown, attentions
+from pl_sparse.network.channels import short
+from pl_sparse.network.layers import held
+from pl_sparse.network.units import Coupling, Port
 from pl_sparse.surgery.constants import Fold, folds_of, is_silent, read_inputs
 from pl_sparse.surgery.optimizers import shrink_optimizers
 from pl_sparse.surgery.plan import RemovalPlan
@@ -102,8 +104,7 @@ def dead(
         alive = torch.zeros(coupling.units, dtype=torch.bool)
         sources = coupling.sources(model)
         for port in sources:
-            kept = _kept(model.get_submodule(port.path), f"{port.path}.weight", masks)  # (out,)
-            alive |= kept[torch.tensor(port.places)].any(1)  # (units, places) -> (units,)
+            alive |= _alive(model.get_submodule(port.path), port, masks)
         if sources and not bool(alive.all()):
             out.append((coupling, (~alive).nonzero().flatten().tolist()))
     return out
@@ -114,14 +115,19 @@ def _rounded(coupling: Coupling, units: list[int], multiple: int) -> list[int]:
     return units[-(coupling.units - len(units)) % multiple :]
 
 
-def _kept(module: Any, name: str, masks: Mapping[str, Tensor] | None) -> Tensor:
-    """Which outputs of a layer have a weight left."""
-    weight = module.weight.detach() != 0 if masks is None else masks.get(name)
-    if weight is None:
-        weight = torch.ones_like(module.weight, dtype=torch.bool)
-    inputs_first = isinstance(module, TRANSPOSED) or keeps_inputs_first(module)
-    rows = weight.transpose(0, 1) if inputs_first else weight  # (out, in, *kernel)
-    return rows.flatten(1).any(1).cpu()
+def _alive(module: nn.Module, port: Port, masks: Mapping[str, Tensor] | None) -> Tensor:
+    """Which units have a weight left in a layer that they come out of, (units,)."""
+    alive = torch.zeros(len(port.places), dtype=torch.bool)
+    for each in held(module, port.end):
+        tensor: Tensor = getattr(module, each.name)
+        if tensor.dim() < 2:
+            continue
+        weight = tensor.detach() != 0 if masks is None else masks.get(f"{port.path}.{each.name}".lstrip("."))
+        if weight is None:
+            weight = torch.ones_like(tensor, dtype=torch.bool)
+        kept = weight.movedim(each.dim, 0).flatten(1).any(1).cpu()  # (out,)
+        alive |= kept[torch.tensor([each.indices(places) for places in port.places])].any(1)  # (units, indices)
+    return alive
 
 
 @dataclass(frozen=True)
@@ -199,10 +205,11 @@ def _tried(
     model: nn.Module, example: Any, candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]
 ) -> tuple[RemovalPlan, list[Fold], dict[str, str]]:
     """The plan of what can go, as trials on the model show, the constants to fold, and by layer why others stay."""
-    counted: Collection[str] = ()
+    within: dict[str, tuple[str, ...]] = {}
+    errors: list[Exception] = []
 
     def planned(candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]) -> RemovalPlan:
-        return RemovalPlan.of(model, [(each.coupling, each.units) for each in candidates], heads, counted)
+        return RemovalPlan.of(model, [(each.coupling, each.units) for each in candidates], heads, within)
 
     def passes(candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]) -> bool:
         def remove(model: nn.Module) -> None:
@@ -211,14 +218,15 @@ def _tried(
                     fold.apply(model)
             planned(candidates, heads).apply(model)
 
-        return difference(model, example, remove) <= _TOLERANCE
+        errors.clear()
+        return difference(model, example, remove, errors) <= _TOLERANCE
 
-    # Some kinds of attention read their number of heads off the weights, others have it as an attribute.
-    counted = {
-        path
-        for path, gone in heads.items()
-        if not isinstance(model.get_submodule(path), nn.MultiheadAttention) and not passes([], {path: gone})
-    }
+    # Some kinds of attention read their number of heads off the weights, others have it as an attribute, or in tables.
+    for path, gone in heads.items():
+        if not isinstance(model.get_submodule(path), nn.MultiheadAttention):
+            for within[path] in ((), ("numbers",), ("tables",), ("numbers", "tables")):
+                if passes([], {path: gone}):
+                    break
     left: dict[str, str] = {}
     if not passes(candidates, heads):  # then one after the other, to see which
         good: list[_Candidate] = []
@@ -232,6 +240,6 @@ def _tried(
             if passes(good, {**good_heads, path: gone}):
                 good_heads[path] = gone
             else:
-                left[path] = _UNFOLLOWED
+                left[path] = f"without it the model cannot be called: {short(errors[0])}" if errors else _UNFOLLOWED
         candidates, heads = good, good_heads
     return planned(candidates, heads), [fold for each in candidates for fold in each.folds], left

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.upstream import CHANNEL_NORMS
-from pl_sparse.network.channels import traced_couplings
+from pl_sparse.network.channels import short, traced_couplings
 from pl_sparse.network.hooks import called, stand_ins
-from pl_sparse.network.units import Coupling
+from pl_sparse.network.layers import held, own_tensors
+from pl_sparse.network.units import Coupling, Port
 from pl_sparse.surgery.heads import FewerHeads
-from pl_sparse.surgery.plan import RemovalPlan, channel_tensors, named_tensors, own_tensors
+from pl_sparse.surgery.plan import RemovalPlan, named_tensors
 
-__all__ = ["couplings", "difference", "silence"]
+__all__ = ["couplings", "difference"]
 
 _TOLERANCE = 1e-4
 _FAILED = "a trial showed that its channels depend on each other in ways that cannot be followed"
+_UNCALLED = "a trial showed that the model cannot be called without some of its channels"
 
 
 def couplings(model: nn.Module, example: Any) -> list[Coupling]:
@@ -33,14 +35,29 @@ def couplings(model: nn.Module, example: Any) -> list[Coupling]:
         ValueError: the model cannot be called with the example.
     """
     coupled = traced_couplings(model, example)
+    failed: dict[int, str] = {}
+    _find_failing(model, example, [coupling for coupling in coupled if coupling.reason is None], failed)
+    coupled = [Coupling(c.ports, failed[id(c)]) if id(c) in failed else c for c in coupled]
     removable = [coupling for coupling in coupled if coupling.reason is None]
-    if removable and not _passes(model, example, removable):
-        failed = {id(coupling) for coupling in removable if not _passes(model, example, [coupling])}
-        coupled = [Coupling(c.ports, _FAILED) if id(c) in failed else c for c in coupled]
-        removable = [coupling for coupling in coupled if coupling.reason is None]
-        if removable and not _passes(model, example, removable):  # each alone can be removed, all together cannot
-            coupled = [Coupling(c.ports, c.reason or _FAILED) for c in coupled]
+    if failed and removable and (reason := _fails(model, example, removable)):  # parts can be removed, all together not
+        coupled = [Coupling(c.ports, c.reason or reason) for c in coupled]
     return coupled
+
+
+def _find_failing(model: nn.Module, example: Any, removable: Sequence[Coupling], failed: dict[int, str]) -> None:
+    """Note which couplings cannot be removed, with the reason, by halves of those that cannot together."""
+    reason = _fails(model, example, removable) if removable else None
+    if reason is None:
+        return
+    if len(removable) == 1:
+        failed[id(removable[0])] = reason
+        return
+    half = len(removable) // 2
+    before = len(failed)
+    _find_failing(model, example, removable[:half], failed)
+    _find_failing(model, example, removable[half:], failed)
+    if len(failed) == before:  # either half can be removed, both cannot
+        failed |= {id(coupling): reason for coupling in removable}
 
 
 @contextmanager
@@ -55,20 +72,22 @@ def _trial(model: nn.Module) -> Iterator[None]:
         FewerHeads.suit(module)
 
 
-def _passes(model: nn.Module, example: Any, removable: Sequence[Coupling]) -> bool:
-    """Whether every third unit can be removed, where it is zero, without a change of the outputs."""
+def _fails(model: nn.Module, example: Any, removable: Sequence[Coupling]) -> str | None:
+    """Why every third unit cannot be removed, where it is zero, without a change of the outputs; None if it can."""
     removed = [(coupling, range(0, coupling.units, 3)) for coupling in removable]
     with _trial(model):
         _randomize(model)
         for coupling, units in removed:
             for port in coupling.ports:
-                if port.side == "out":
-                    silence(model.get_submodule(port.path), [place for unit in units for place in port.places[unit]])
+                _silence(model.get_submodule(port.path), port, [p for unit in units for p in port.places[unit]])
         try:
             plan = RemovalPlan.of(model, removed)
-        except Exception:  # of a layer that is other than it looks
-            return False
-        return difference(model, example, plan.apply) <= _TOLERANCE
+        except Exception as error:  # of a layer that is other than it looks
+            return f"{_FAILED} ({short(error)})"
+        errors: list[Exception] = []
+        if difference(model, example, plan.apply, errors) <= _TOLERANCE:
+            return None
+        return f"{_UNCALLED} ({short(errors[0])})" if errors else _FAILED
 
 
 def _randomize(model: nn.Module) -> None:
@@ -83,21 +102,27 @@ def _randomize(model: nn.Module) -> None:
             module.running_var.data = module.running_var.abs() + 0.5
 
 
-def silence(module: nn.Module, channels: Sequence[int]) -> None:
-    """Make output channels of a layer zero: weights, biases, scales and shifts.
+def _silence(module: nn.Module, port: Port, channels: Sequence[int]) -> None:
+    """Make channels of a layer zero: weights, biases, scales and shifts.
 
     Args:
-        module: a layer with weights, or a norm of channels.
-        channels: indices of its outputs.
+        module: the layer.
+        port: an end of it; where channels are taken in, or multiplied, nothing is done.
+        channels: their places there.
     """
+    if port.side not in ("out", "shift") or isinstance(module, nn.PReLU):
+        return
     tensors = own_tensors(module)
-    for short, dim, _ in channel_tensors(module, "out"):
-        tensor = tensors[short]
-        if not short.startswith("running_") and not isinstance(module, nn.PReLU):
-            tensor.data = tensor.index_fill(dim, torch.tensor(list(channels), device=tensor.device), 0)
+    for each in held(module, port.end):
+        tensor = tensors[each.name]
+        if isinstance(tensor, nn.Parameter):
+            index = torch.tensor(each.indices(channels), device=tensor.device)
+            tensor.data = tensor.index_fill(each.dim, index, 0)
 
 
-def difference(model: nn.Module, example: Any, change: Callable[[nn.Module], None]) -> float:
+def difference(
+    model: nn.Module, example: Any, change: Callable[[nn.Module], None], errors: list[Exception] | None = None
+) -> float:
     """How far a change of a model moves its outputs, relative to the largest of them if that is above 1.
 
     The outputs are those for the example and for noise, in evaluation mode. The model is left as it is.
@@ -105,6 +130,7 @@ def difference(model: nn.Module, example: Any, change: Callable[[nn.Module], Non
     Args:
         example: inputs, as the model is called with.
         change: changes the model in place.
+        errors: gets the error of a changed model that cannot be called.
 
     Returns:
         The largest difference; infinity if the changed model cannot be called, or its outputs have another shape.
@@ -112,10 +138,12 @@ def difference(model: nn.Module, example: Any, change: Callable[[nn.Module], Non
     inputs = [example, _noise(example)]
     with _trial(model):
         before = [called(model, x) for x in inputs]
-        change(model)
         try:
+            change(model)
             after = [called(model, x) for x in inputs]
-        except Exception:
+        except Exception as error:
+            if errors is not None:
+                errors.append(error)
             return float("inf")
     worst = 0.0
     for old, new in zip(before, after, strict=True):

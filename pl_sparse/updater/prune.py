@@ -132,8 +132,8 @@ class Threshold(Updater):
         if self.at_least is None and 0 < axes.schedule.final < 1:
             meets = "updater=lagrangian meets it, " if axes.scorer.priced else ""
             return (
-                f"updater=threshold takes the sparsity that comes out of training, and {axes.schedule.final:g} would be "
-                f"but the part of its threshold in force: {meets}updater=prune keeps as many of the best scores, and "
+                f"updater=threshold takes the sparsity that comes out of training, and {axes.schedule.final:g} would "
+                f"be but the part of its threshold in force: {meets}updater=prune keeps as many of the best scores, and "
                 "sparsity=1 has all of the threshold"
             )
         return super().refusal(axes)
