@@ -42,8 +42,9 @@ class Row:
         if self.asked == EACH:
             for pruner in trained:
                 zeros, unit = counted(pruner)
-                target = pruner.target
-                assert target is None or abs(zeros - target) <= unit, f"{self.test}: {zeros} zeros, not {target}"
+                part, target = pruner.sparsity, pruner.target
+                assert zeros >= part - 1e-9, f"{self.test}: {zeros} of the weights are zero, {part} are pruned"
+                assert target is None or abs(part - target) <= unit, f"{self.test}: {part} are pruned, not {target}"
             return
         asked = [p for p in trained if p.schedule.final == float(self.asked)]
         assert asked, f"{PAGE.name}: {self.test} asks for {[p.schedule.final for p in trained]}, not {self.asked}"
