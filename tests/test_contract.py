@@ -31,7 +31,7 @@ from pl_sparse.structure import NM, Row, Structure, Transposable
 from pl_sparse.structure import structure as named
 from pl_sparse.tasks.data import Digits
 from pl_sparse.tasks.models import vit_tiny
-from pl_sparse.updater import Updater
+from pl_sparse.updater import SRigL, Updater
 
 CONF = Path(__file__).parent.parent / "conf"
 SCORERS = sorted(catalogue(Scorer))
@@ -156,6 +156,7 @@ def pattern(structure: Structure, pruner: Pruner) -> None:
                 assert bool((blocks.sum(-1) == structure.n).all()) and bool((blocks.sum(-2) == structure.n).all())
             elif isinstance(structure, Row):
                 rows = units.flatten(1).sum(1)
+                rows = rows[rows > 0] if isinstance(pruner.updater, SRigL) else rows
                 assert int(rows.max() - rows.min()) <= 1
             else:
                 assert bool(((units == 0) | (units == 1)).all())

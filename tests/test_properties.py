@@ -57,6 +57,7 @@ def train(pruner: Pruner, width: int, seed: int) -> list[list[torch.Tensor]]:
     masks = []
     for step in range(STEPS):
         optimizer.zero_grad()
+        pruner.before_forward()
         F.cross_entropy(net(x), y).backward()
         pruner.before_step(step, STEPS, optimizer)
         optimizer.step()

@@ -208,7 +208,7 @@ def test_sste_is_the_papers() -> None:
         for v, velocity, gradient in zip(latent, velocities, gradients, strict=True):
             velocity.mul_(0.9).add_(gradient)
             v.sub_(velocity, alpha=0.1)
-    with pytest.raises(ValueError, match="masking=sste has groups of m=4"):
+    with pytest.raises(ValueError, match="masking=sste has groups of m=8, structure=1:4 others"):
         Pruner(structure="nm14", masking=SSTE(m=8))
 
 

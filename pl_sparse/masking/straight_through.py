@@ -49,8 +49,8 @@ class SRSTE(Masking):
     Under SGD a value that stays masked falls by exp(-n) with n = decay * sum of rates / (1 - momentum): n is 60 for the
     paper's 120 epochs of ImageNet, and 0.1 to 0.2 in a training of a few thousand steps at 2e-4, where the term does
     next to nothing. A short training needs a decay that gives n = 5 to 60: decay="8 efolds" has n = 8 over the whole
-    training, evenly, by decay = n (1 - momentum) / (rate steps) with the rate of each step. Under Adam the term is
-    divided by the root of the second moment as the gradient is: it is another one, and n says nothing of it.
+    training, evenly, by decay = n (1 - momentum) / (rate steps) with the rate of each step. Under Adam
+    the term is divided by the root of the second moment as the gradient is: it is another one, of which n says nothing.
 
     Source: Zhou et al., Learning N:M fine-grained structured sparse neural networks from scratch, 2021,
     arXiv:2102.04010, equation 7.

@@ -12,12 +12,12 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, linalg
 
 from pl_sparse.results.figures import plot_masks
 from pl_sparse.results.runs import Run, flat, is_run, read, shown
 
-__all__ = ["compare", "show"]
+__all__ = ["compare", "effective_rank", "show"]
 
 
 # Reading
@@ -53,8 +53,8 @@ def _layers(run: Run) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _masks(run: Run) -> dict[str, Tensor]:
-    """The non-zero weights of the prunable layers, in the model's order; empty before there is a model."""
+def _weights(run: Run) -> dict[str, Tensor]:
+    """The weights of the prunable layers, in the model's order; empty before there is a model."""
     path = run.folder / "model.safetensors"
     if not path.is_file():
         return {}
@@ -62,7 +62,26 @@ def _masks(run: Run) -> dict[str, Tensor]:
 
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
-        return {row["name"]: file.get_tensor(row["name"]) != 0 for row in _layers(run) if row["name"] in names}
+        return {row["name"]: file.get_tensor(row["name"]) for row in _layers(run) if row["name"] in names}
+
+
+def _masks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that are not zero."""
+    return {name: weight != 0 for name, weight in weights.items()}
+
+
+def effective_rank(weight: Tensor) -> float:
+    """exp(entropy of the singular values over their sum), of a weight as a matrix (first dimension, the others).
+
+    Source: Roy, Vetterli, The effective rank: a measure of effective dimensionality, 2007, definition 2.
+
+    >>> from torch import diag, tensor
+    >>> round(effective_rank(diag(tensor([2.0, 2.0, 2.0, 0.0]))), 4)
+    3.0
+    """
+    values = linalg.svdvals(weight.double().flatten(1) if weight.dim() > 1 else weight.double().unsqueeze(0))
+    shares = values / values.sum().clamp_min(1e-300)
+    return float((-(shares * shares.clamp_min(1e-300).log()).sum()).exp()) if float(values.sum()) > 0 else 0.0
 
 
 # Tables
@@ -115,7 +134,7 @@ def _show(path: str, console: Console) -> None:
             style = "bold red" if kept == 0 else None
             table.add_row(*map(shown, cells), f"{float(row['density']):.2%}", shown(row["note"]), style=style)
         console.print(table, "")
-    if masks := _masks(run):
+    if masks := _masks(_weights(run)):
         picture = run.folder / "masks.png"
         plot_masks(masks, picture, str(run.folder.name))
         console.print(f"masks: {picture}", highlight=False, soft_wrap=True)
@@ -136,9 +155,10 @@ def _compare(first_path: str, second_path: str, console: Console) -> None:
     metrics = _metric_differences(first, second)
     if metrics.row_count:
         console.print("", metrics)
-    first_masks, second_masks = _masks(first), _masks(second)
-    if first_masks and second_masks:
-        _compare_masks(first_masks, second_masks, console)
+    first_weights, second_weights = _weights(first), _weights(second)
+    if first_weights and second_weights:
+        _compare_masks(_masks(first_weights), _masks(second_weights), console)
+        _compare_ranks(first_weights, second_weights, console)
 
 
 def _setting_differences(first: Run, second: Run) -> Table:
@@ -181,6 +201,17 @@ def _compare_masks(first: Mapping[str, Tensor], second: Mapping[str, Tensor], co
     console.print("", table)
     if either:
         console.print(f"overlap of the masks, kept by both of those kept by either: {both / either:.2%}")
+
+
+def _compare_ranks(first: Mapping[str, Tensor], second: Mapping[str, Tensor], console: Console) -> None:
+    """Print how many slices along the first dimension of each layer are all zero, and its effective rank."""
+    table = _table("layer", "dead outputs, first", "dead outputs, second", "rank, first", "rank, second")
+    for layer in {**first, **second}:
+        both = [first.get(layer), second.get(layer)]
+        dead = ["" if w is None else str(int((w.flatten(1) == 0).all(1).sum())) if w.dim() > 1 else "" for w in both]
+        ranks = ["" if w is None else f"{effective_rank(w):.1f}" for w in both]
+        table.add_row(shown(layer), *dead, *ranks)
+    console.print("", table)
 
 
 def _run_or_exit(command: Callable[..., None], *arguments: str) -> None:

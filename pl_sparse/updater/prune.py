@@ -132,9 +132,9 @@ class Threshold(Updater):
         if self.at_least is None and 0 < axes.schedule.final < 1:
             meets = "updater=lagrangian meets it, " if axes.scorer.priced else ""
             return (
-                f"updater=threshold takes the sparsity that comes out of training, and {axes.schedule.final:g} would "
-                f"be but the part of its threshold in force: {meets}updater=prune keeps as many of the best scores, and "
-                "sparsity=1 has all of the threshold"
+                f"updater=threshold takes the sparsity that comes out of training, and a {axes.schedule.final:g} "
+                f"would be the part of its threshold in force: {meets}updater=prune keeps as many of the best scores, "
+                "and sparsity=1 has all of the threshold"
             )
         return super().refusal(axes)
 
