@@ -97,7 +97,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "conf" / "model" / "mine.yaml").write_text("_target_: foreign.Net\n")
     (made / "text.csv").write_text("a,b\nc,d\n")
     np.save(made / "wrong.npy", np.zeros((3, 7), dtype=np.float32))
-    shutil.copytree(DATA / "run_0.1.0" / "learned", made / "run")
+    (made / "broken" / "experiment").mkdir(parents=True)
+    (made / "broken" / "wrong.yaml").write_text("seed: [1\n")
+    (made / "broken" / "experiment" / "tab.yaml").write_text("# @package _global_\n\tseed: 1\n")
+    for name, other in (("round", "about"), ("about", "round")):
+        (made / "broken" / "experiment" / f"{name}.yaml").write_text(f"defaults:\n  - {other}\n")
+    for name in ("run", "damaged"):
+        shutil.copytree(DATA / "run_0.1.0" / "learned", made / name)
+    (made / "damaged" / "model.safetensors").write_bytes(b"nothing")
     return made
 
 

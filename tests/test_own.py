@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pl_sparse.app import cli, evaluate
+from pl_sparse.core.optional import library
 from pl_sparse.results.direction import direction
 from pl_sparse.tasks.classifier import Classifier
 from pl_sparse.tasks.data import Digits, HuggingFace, Torchvision
@@ -89,6 +91,20 @@ def test_groups_of_a_folder_of_one_s_own(folder: Path, monkeypatch: pytest.Monke
         assert called(monkeypatch, *arguments) == 0
         assert OmegaConf.load(folder / str(number) / "config.yaml").model.lr == 0.3
     assert called(monkeypatch, "ckpt_path=0/checkpoints/last.ckpt", "trainer.max_epochs=3") == 0  # finds its groups
+
+
+def test_a_configuration_of_one_s_own_over_that_of_the_package(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "groups" / "data").mkdir(parents=True)
+    (folder / "groups" / "own.yaml").write_text("defaults:\n  - train\n  - _self_\nseed: 3\n")
+    (folder / "groups" / "data" / "mine.yaml").write_text("_target_: mine.Whole\n")
+    own = ["train", "--config-dir", "groups", "--config-name", "own", "data=mine"]
+    assert called(monkeypatch, *own, "--cfg", "job") == 0
+    cfg = OmegaConf.create(capsys.readouterr().out)
+    assert cfg.seed == 3 and cfg.sparsity == 0.9 and cfg.data._target_ == "mine.Whole"
+    assert called(monkeypatch, *own, "sparsty=0.5") == 2
+    assert "Did you mean 'sparsity'" in capsys.readouterr().err
 
 
 def test_the_user_s_own_error_keeps_its_own_frames(
@@ -312,6 +328,78 @@ def test_images_of_torchvision_are_scaled_as_the_model_s_were(monkeypatch: pytes
         Torchvision(name="Shades", root="nowhere")
     with pytest.raises(ValueError, match="Did you mean 'Shades'"):
         Torchvision(name="Shade", root="x")
+
+
+def real(name: str) -> Any:
+    """A library as it is installed; one that is made for another torch does not count."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        pytest.skip(f"{name}: {error}")
+
+
+def test_a_model_of_the_real_timm() -> None:
+    real("timm")
+    model = timm_model(name="resnet10t", classes=4, shape=(1, 32, 32), options={"drop_rate": 0.25})
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 4) and model.drop_rate == 0.25
+    assert model.preprocessing.shape == (1, 32, 32)  # type: ignore[union-attr]
+    assert timm_model(name="vit_tiny_patch16_224", classes=3, shape=(3, 32, 32)).eval()(
+        torch.randn(1, 3, 32, 32)
+    ).shape == (1, 3)
+    with pytest.raises(ValueError, match="does not take options=.*drop_rte"):
+        timm_model(name="resnet10t", classes=4, options={"drop_rte": 0.25})
+
+
+def test_the_real_torchvision_reads_idx_files(tmp_path: Path) -> None:
+    real("torchvision.datasets")
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 12), ("t10k", 4)):
+        pixels = np.arange(count, dtype=np.uint8).repeat(28 * 28)
+        header = np.array([2051, count, 28, 28], dtype=">i4").tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        header = np.array([2049, count], dtype=">i4").tobytes()
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + np.arange(count, dtype=np.uint8).tobytes())
+    data = Torchvision(name="MNIST", root=tmp_path, validation=2, channels=1, size=14, eval_batch_size=4)
+    x, y = next(iter(data.test_dataloader()))
+    assert data.classes == 10 and x.shape == (4, 1, 14, 14) and y.tolist() == [0, 1, 2, 3]
+    assert x[:, 0, 0, 0].diff().gt(0).all()
+    for name, message in (("SVHN", "does not hold SVHN"), ("CIFAR10", "download=true fetches it")):
+        with pytest.raises(FileNotFoundError, match=message):
+            Torchvision(name=name, root=tmp_path)
+    for name, message in (("FakeData", "neither `train` nor `split`"), ("EMNIST", "no training and test part")):
+        with pytest.raises(ValueError, match=message):
+            Torchvision(name=name, root=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_real_datasets_reads_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = real("datasets")
+    from PIL import Image
+
+    features = datasets.Features({"picture": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    parts = {
+        part: datasets.Dataset.from_dict(
+            {"picture": [Image.new("RGB", (5, 5), (9 * n,) * 3) for n in range(count)], "label": [n % 2 for n in range(count)]},
+            features=features,
+        )
+        for part, count in (("train", 10), ("test", 4))
+    }  # fmt: skip
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "pictures"))
+    data = HuggingFace(name=str(tmp_path / "pictures"), size=4, validation=0.2)
+    x, y = next(iter(data.test_dataloader()))
+    assert data.classes == 2 and x.shape == (4, 3, 4, 4) and y.tolist() == [0, 1, 0, 1]
+    assert x[:, 0, 0, 0].diff().gt(0).all()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="no data set can be read there"):
+        HuggingFace(name=str(tmp_path))
+
+
+def test_a_library_made_for_another_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_library.py").write_text("raise RuntimeError('operator nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"cannot be imported: operator nms does not exist\n.*torch here is \d"):
+        library("broken_library", "data=x", "torchvision")
 
 
 def test_a_vision_model_of_hugging_face_from_a_folder(tmp_path: Path) -> None:

@@ -252,15 +252,18 @@ def _have(options: list[str]) -> str:
 
 
 def ignored(seen: Seen, cfg: DictConfig, typed: Sequence[str]) -> str | None:
-    """What to say of a typed `sparsity` that nothing reads; None where it is read.
+    """What to say of a typed setting that nothing reads: a sweep's for a run alone, or `sparsity`; None where all are.
 
-    In a sweep over options it is that of the other runs.
+    In a sweep over options `sparsity` is that of the other runs.
 
     Args:
         seen: of the settings.
         cfg: composed of them.
         typed: what this command says, without the settings of a run that goes on.
     """
+    of_a_sweep = next((text for text in typed if text.startswith(("hydra.sweep.", "hydra.sweep="))), None)
+    if of_a_sweep is not None and not seen.multirun:
+        return f"{of_a_sweep} is read by nothing: it is of a sweep, which -m asks for. A run has output_dir=..."
     value = next((text.partition("=")[2] for text in typed if text.startswith("sparsity=")), "null")
     if value in ("null", "0", "0.0") or any(_is_sweep_of_options(override, seen) for override in seen.overrides):
         return None

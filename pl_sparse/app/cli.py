@@ -74,6 +74,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted by SIGINT", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+        if error.filename is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextmanager

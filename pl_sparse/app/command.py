@@ -22,7 +22,7 @@ from pl_sparse.app.arguments import COMPLETION, arranged, completed, here, ignor
 from pl_sparse.app.deploy import FailedExportsError
 from pl_sparse.app.earlier import earlier_overrides
 from pl_sparse.app.ends import EndedError, Interrupted, how_to_go_on, say, signals
-from pl_sparse.app.explanation import explanation, is_of_the_user, own_frames
+from pl_sparse.app.explanation import damaged_yaml, explanation, is_of_the_user, own_frames
 from pl_sparse.app.folder import leave
 from pl_sparse.app.hydra_api import entry, given, quoted
 from pl_sparse.app.namespaces import unify
@@ -138,6 +138,8 @@ def _command(typed: list[str]) -> float | None:
             settings, cfg = completed(seen, settings)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(explanation(error, options, settings)) from error
+        except RecursionError as error:
+            raise ConfigError("the defaults of a configuration lead back to itself: they have no end") from error
         if cfg is not None:
             _check(seen, cfg, typed)
     sys.argv[1:] = [*options, *settings]
@@ -171,6 +173,8 @@ def _told(error: Exception) -> tuple[str, int, BaseException]:
     """What to print of an error that nobody foresaw, the exit code, and the error itself."""
     if isinstance(error, OSError) and is_full(error):
         return f"the disk is full: {error.filename} could not be written\n  make room on it, then start again", 1, error
+    if (damaged := damaged_yaml(error)) is not None:
+        return damaged, 2, error
     if is_of_the_user(error):
         return own_frames(error), 1, error
     if isinstance(error, (FileNotFoundError, ImportError)) and str(error):

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import yaml
 from hydra.errors import HydraException
 
 from pl_sparse.app.arguments import refusal
 from pl_sparse.app.seen import Seen
 from pl_sparse.core.registry import suggestion
 
-__all__ = ["explanation", "is_of_the_user", "own_frames"]
+__all__ = ["damaged_yaml", "explanation", "is_of_the_user", "own_frames"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -40,10 +41,12 @@ def explanation(error: BaseException, options: Sequence[str], settings: Sequence
         seen = Seen(options, settings)
     except HydraException:
         return _syntax(lines, settings)
+    if (damaged := damaged_yaml(error)) is not None:
+        return damaged
     for link in _chain(error):
         missing = str(getattr(link, "missing_cfg_file", None) or "")
         group, _, name = missing.rpartition("/")
-        if missing and group:
+        if missing and group and missing != seen.name:
             known = getattr(link, "options", None) or seen.options(group)
             return f"{group}={name}: there is no such {group}. {suggestion(name, known)}"
         if missing:
@@ -67,6 +70,16 @@ def explanation(error: BaseException, options: Sequence[str], settings: Sequence
     if not where and lines[0].startswith("Interpolation key"):
         where = next((setting for setting in settings if f"${{{name}" in setting), "")
     return f"{where}: {lines[0]}" if where and where not in lines[0] else lines[0]
+
+
+def damaged_yaml(error: BaseException) -> str | None:
+    """The message for an error whose cause is a file that is no YAML; None where it is not."""
+    for link in _chain(error):
+        if isinstance(link, yaml.MarkedYAMLError):
+            mark = link.problem_mark or link.context_mark
+            where = "" if mark is None else f"{mark.name}, line {mark.line + 1}: "
+            return f"{where}no YAML: {link.problem or link.context}"
+    return None
 
 
 def _syntax(lines: Sequence[str], settings: Sequence[str]) -> str:

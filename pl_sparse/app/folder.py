@@ -24,7 +24,7 @@ from pl_sparse.app.hydra_api import register_resolver
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.sweep.identity import run_fingerprint
 from pl_sparse.callbacks.run.status import read_status
-from pl_sparse.core.files import remove_temporaries
+from pl_sparse.core.files import is_full, remove_temporaries
 from pl_sparse.core.ledger import Ledger
 
 __all__ = ["FolderError", "Keep", "RunFolder", "leave", "lock", "of_hydra", "run_dir", "take", "unlock"]
@@ -73,8 +73,13 @@ class RunFolder:
         self._noting: AbstractContextManager[None] | None = None
         self._made = [place for place in (path, *path.parents) if not place.exists()]
         if getattr(rank_zero_only, "rank", 0) == 0:  # the other processes of a training write nothing
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(path)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                self._lock = lock(path)
+            except OSError as error:
+                if is_full(error):
+                    raise
+                raise FolderError(f"output_dir={path} cannot be written into: {error.strerror}") from error
             _held[path.resolve()] = self
         self._noting = self.ledger.noting()
         self._noting.__enter__()

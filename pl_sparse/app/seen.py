@@ -55,6 +55,10 @@ class Seen:
             if not path.is_dir():
                 raise ConfigError(f"{what}{folder} is no folder: its groups are folders of YAML files below it")
         paths = [*([f"file://{Path(added).resolve()}"] if added else []), *folders]
+        own = Path(added or ".") / f"{self.name}.yaml"
+        if added and own.is_file() and not (Path(self._folder) / f"{self.name}.yaml").is_file():
+            paths.append(f"file://{self._folder}")
+            self._folder = str(own.parent.resolve())  # a configuration of one's own, over that of the package
         self._path = [f"hydra.searchpath=[{','.join(map(quoted, paths))}]"] if paths else []
         self._places = [found for place in (self._folder, *paths) if (found := _folder_of(place))]
         self._groups: list[str] | None = None

@@ -170,6 +170,8 @@ def check(cfg: DictConfig) -> None:
         if key not in values:
             raise ConfigError(f"the configuration has no {key!r}: compose it from train.yaml")
         _check_value(key, values[key], kind)
+    if values["output_dir"] == "":
+        raise ConfigError("output_dir is empty: output_dir=. is the current folder")
     reason = unread(cfg, {*_TOP, *(path.name for path in CONF.iterdir() if path.is_dir())})
     reason = reason or misdirected(values["objective"], values["mode"])
     if reason is not None:

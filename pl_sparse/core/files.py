@@ -185,7 +185,9 @@ def read_yaml(path: str | os.PathLike[str], limit: int = 1 << 19) -> Any:
                 raise ValueError(f"{path.name} nests more than {_DEEPEST} levels")
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path.name}: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}"
+        raise ValueError(f"{path.name} is no YAML{where}: {getattr(error, 'problem', None) or error}") from error
 
 
 def finite(obj: object) -> object:

@@ -58,11 +58,14 @@ def _weights(run: Run) -> dict[str, Tensor]:
     path = run.folder / "model.safetensors"
     if not path.is_file():
         return {}
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        return {row["name"]: file.get_tensor(row["name"]) for row in _layers(run) if row["name"] in names}
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            return {row["name"]: file.get_tensor(row["name"]) for row in _layers(run) if row["name"] in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _masks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

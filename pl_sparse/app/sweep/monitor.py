@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import shlex
 import sys
 import threading
 import time
@@ -84,11 +85,13 @@ class Sweep(Callback):
                 f"{folder} holds a sweep\n  resume=true goes on with it, overwrite=true trains its runs anew, "
                 "hydra.sweep.dir=... is another folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock(folder)
         except ConfigError as error:
             _refuse(error)
+        except OSError as error:
+            _refuse(f"hydra.sweep.dir={folder} cannot be written into: {error.strerror}")
         remove_temporaries(folder)
         write_json(folder / "sweep.json", {"overrides": overrides, "started": time.time()})
         if "direction" in hydra.sweeper:
@@ -106,6 +109,8 @@ class Sweep(Callback):
         _print_end(folder, by_run, self._watch.since)
         if self._lock is not None:
             unlock(self._lock)
+        if not by_run:
+            _refuse(f"no run was asked for: {shlex.join(as_typed(config.hydra.overrides.task))} stands for no value")
         if any(status["state"] != "finished" for status in by_run.values()):
             sys.exit(1)
 
