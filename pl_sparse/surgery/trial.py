@@ -58,9 +58,10 @@ def _find_failing(
         return
     if len(removable) == 1:
         (coupling,) = removable
-        counted = replace(coupling, counts=_counts(model, coupling)) if reason.startswith(_UNCALLED) else coupling
-        holds = bool(counted.counts) and _fails(model, example, [counted]) is None
-        tried[id(coupling)] = counted if holds else replace(coupling, reason=reason)
+        counted = _counts(model, coupling) if reason.startswith(_UNCALLED) else ()
+        others = (replace(coupling, counts=counts) for counts in counted)
+        holds = next((other for other in others if _fails(model, example, [other]) is None), None)
+        tried[id(coupling)] = holds or replace(coupling, reason=reason)
         return
     half, before = len(removable) // 2, len(tried)
     _find_failing(model, example, removable[:half], tried)
@@ -69,18 +70,21 @@ def _find_failing(
         tried |= {id(coupling): replace(coupling, reason=reason) for coupling in removable}
 
 
-def _counts(model: nn.Module, coupling: Coupling) -> tuple[tuple[str, str, int], ...]:
+def _counts(model: nn.Module, coupling: Coupling) -> Iterator[tuple[tuple[str, str, int], ...]]:
     """The attributes of the modules around the layers of a coupling that are as large as it has units, or channels in
-    one of them: widths of slices and views, and of states that begin as zeros."""
-    paths = {port.path.rpartition(".")[0] for port in coupling.ports}
-    paths |= {port.path for port in coupling.ports if port.tensor}
+    one of them: widths of slices and views, and of states that begin as zeros. The nearest come first, then more."""
+    paths = {port.path if port.tensor else port.path.rpartition(".")[0] for port in coupling.ports}
     sizes = {coupling.units: 1} | {coupling.units * len(p.places[0]): len(p.places[0]) for p in coupling.ports}
-    found = []
-    for path in sorted(paths):
-        for key, value in vars(model.get_submodule(path)).items():
-            if type(value) is int and value in sizes and value > 1:
-                found.append((path, key, sizes[value]))
-    return tuple(found)
+    found: dict[tuple[str, str], int] = {}
+    while paths:
+        before = len(found)
+        for path in sorted(paths):
+            for key, value in vars(model.get_submodule(path)).items():
+                if type(value) is int and value in sizes and value > 1:
+                    found[path, key] = sizes[value]
+        if len(found) > before:
+            yield tuple((*place, each) for place, each in found.items())
+        paths = {path.rpartition(".")[0] for path in paths if path}
 
 
 @contextmanager
