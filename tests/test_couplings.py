@@ -172,6 +172,129 @@ def signal() -> nn.Module:
     return nn.Sequential(first, *rest, nn.AdaptiveAvgPool1d(4), nn.Flatten(), nn.Linear(24, 5))
 
 
+def rows(x: Tensor) -> Tensor:
+    """A picture as a sequence of its rows."""
+    return x.flatten(0, 1)  # (batch, 8, 8)
+
+
+def recurrent(kind: Any, **options: Any) -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        out, _ = net.rnn(net.a(rows(x)).relu())
+        return net.fc(net.b(out).mean(1))
+
+    rnn = kind(12, 10, batch_first=True, **options)
+    width = (rnn.proj_size or 10) * (2 if rnn.bidirectional else 1)
+    return Net(call, a=nn.Linear(8, 12), rnn=rnn, b=nn.Linear(width, 8), fc=nn.Linear(8, 5))
+
+
+def lstm() -> nn.Module:
+    return recurrent(nn.LSTM, num_layers=2, bidirectional=True)
+
+
+def projected() -> nn.Module:
+    return recurrent(nn.LSTM, proj_size=6)
+
+
+def gru() -> nn.Module:
+    return recurrent(nn.GRU, bidirectional=True)
+
+
+def cells() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        state = cell = torch.zeros(len(x), net.width)  # a number that changes with the cells
+        for step in net.a(rows(x)).unbind(1):
+            state, cell = net.cell(step, (state, cell))
+        return net.fc(state)
+
+    net = Net(call, a=nn.Linear(8, 12), cell=nn.LSTMCell(12, 10), fc=nn.Linear(10, 5))
+    net.width = 10  # type: ignore[assignment]
+    return net
+
+
+def products() -> nn.Module:
+    """Attention whose layers have names that say nothing: widths of queries and keys, and of values."""
+
+    def call(net: Any, x: Tensor) -> Tensor:
+        x = rows(x)
+        a, b, c = (layer(x).view(len(x), 8, 2, -1).transpose(1, 2) for layer in (net.a, net.b, net.c))
+        scores = (a @ b.mT * 0.3).softmax(-1)
+        x = net.d((scores @ c).transpose(1, 2).flatten(2))
+        a, b, c = net.e(x).unflatten(-1, (3, -1)).unbind(2)
+        x = F.scaled_dot_product_attention(a, b, c, scale=0.25)
+        return net.fc(torch.einsum("bld,ld->bd", x, net.pool.weight).relu())
+
+    layers = {name: nn.Linear(8, 16) for name in "abc"}
+    return Net(call, **layers, d=nn.Linear(16, 12), e=nn.Linear(12, 24), pool=Weight(8, 8), fc=nn.Linear(8, 5))
+
+
+class Weight(nn.Module):
+    """A parameter of its own."""
+
+    def __init__(self, *shape: int, buffer: bool = False) -> None:
+        super().__init__()
+        value = torch.randn(shape)
+        self.register_buffer("weight", value) if buffer else setattr(self, "weight", nn.Parameter(value))
+
+
+def own_weights() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        x = (net.a(x.flatten(1)) @ net.up.weight + net.shift.weight).relu()
+        x = F.linear(x, net.down.weight, net.bias.weight).relu()
+        return net.fc(torch.einsum("bi,io->bo", x, net.mix.weight))
+
+    shapes = {"up": (12, 20), "shift": (20,), "down": (16, 20), "bias": (16,), "mix": (16, 8)}
+    weights = {name: Weight(*shape) for name, shape in shapes.items()}
+    return Net(call, a=nn.Linear(64, 12), **weights, fc=nn.Linear(8, 5))
+
+
+def layer_scale() -> nn.Module:
+    """Parameters and buffers with an entry per channel, that are multiplied, added and put beside."""
+
+    def call(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        x = x + net.gamma.weight.reshape(1, -1, 1, 1) * net.block(x)
+        x = x / (1 + net.divisor.weight.abs())[:, None, None] + net.beta.weight
+        x = F.conv2d(x, net.blur.weight, padding=1, groups=x.shape[1])
+        x = net.mix(torch.cat([net.token.weight.expand(len(x), -1, -1), x.flatten(2).mT], 1))
+        return net.fc(x.sum(1))
+
+    tables = {"gamma": Weight(12), "divisor": Weight(12), "beta": Weight(12, 1, 1), "token": Weight(1, 1, 12)}
+    layers = {"block": conv(12, 12), "blur": Weight(12, 1, 3, 3, buffer=True), "mix": nn.Linear(12, 8)}
+    return Net(call, stem=conv(1, 12), **layers, **tables, fc=nn.Linear(8, 5))
+
+
+def group_norms() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        x = net.a(x)
+        return net.fc(F.silu(net.bare(net.c(x + net.b(x)))).mean((2, 3)))
+
+    a = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU())
+    b = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.GroupNorm(6, 24), nn.SiLU(), nn.Conv2d(24, 16, 1))
+    layers = {"c": nn.Conv2d(16, 12, 3), "bare": nn.GroupNorm(6, 12, affine=False)}
+    return Net(call, a=a, b=b, **layers, fc=nn.Linear(12, 5))
+
+
+def graph() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        x = net.b(net.a(x.flatten(1)).relu())
+        sums = x.new_zeros(x.shape).index_add_(0, torch.tensor([1, 0]), x[torch.tensor([1, 1])])
+        return net.fc(sums / (1 + torch.ones(2, 1)).expand_as(sums))
+
+    return Net(call, a=nn.Linear(64, 12), b=nn.Linear(12, 16), fc=nn.Linear(16, 5))
+
+
+def counted() -> nn.Module:
+    """Sizes of slices and views that stand in attributes."""
+
+    def call(net: Any, x: Tensor) -> Tensor:
+        a, b = net.a(x).split([net.width, net.width], 1)
+        return net.fc(net.b(a * b).view(len(x), net.flat))
+
+    net = Net(call, a=conv(1, 24), b=nn.Sequential(nn.Conv2d(12, 10, 3), nn.AdaptiveAvgPool2d(1)), fc=nn.Linear(10, 5))
+    net.width, net.flat = 12, 10  # type: ignore[assignment]
+    return net
+
+
 ZOO: dict[Callable[[], nn.Module], tuple[float, dict[str, str]]] = {
     shufflenet: (1.0, {}),
     densenet: (1.0, {}),
@@ -186,6 +309,16 @@ ZOO: dict[Callable[[], nn.Module], tuple[float, dict[str, str]]] = {
     prelu: (1.0, {}),
     decoder: (1.0, {}),
     signal: (1.0, {}),
+    lstm: (1.0, {}),
+    projected: (1.0, {}),
+    gru: (1.0, {}),
+    cells: (1.0, {}),
+    products: (1.0, {"pool.weight": "no channel"}),
+    own_weights: (1.0, {}),
+    layer_scale: (1.0, {"beta.weight": "scale", "token.weight": "token"}),
+    group_norms: (1.0, {}),
+    graph: (1.0, {}),
+    counted: (1.0, {}),
 }
 """Networks, the share of the outputs of layers but for the last that can be removed, and why others stay."""
 
@@ -208,6 +341,7 @@ def masked(net: nn.Module, x: Tensor) -> Pruner:
     return pruner
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("make", ZOO, ids=lambda make: make.__name__)
 def test_half_of_the_channels_leave_and_outputs_stay(make: Callable[[], nn.Module]) -> None:
     share, reasons = ZOO[make]

@@ -128,6 +128,10 @@ class Call:
         """Whether a tensor is a parameter or buffer of the model, or made of some alone."""
         return isinstance(tensor, Tensor) and self._origins.known(tensor)
 
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Whether a tensor is made of parameters alone."""
+        return self.is_constant(tensor) and all(isinstance(t, nn.Parameter) for t in self._origins.roots(tensor))
+
     def claim(self, tensor: Tensor, dim: int, side: str) -> tuple[int, ...] | None:
         """The slots of a parameter or buffer along a dimension; None of what is none, or where they cannot be told.
 

@@ -53,7 +53,7 @@ def contract(call: Call, operands: Sequence[tuple[Tensor, str]], out: str) -> Tr
             call.units.read(slot for slot in slots[0] if slot != NONE)
     for tensor, letters in operands:
         free = [i for i in letters if i in out and sum(i in other for _, other in operands) == 1]
-        if call.is_constant(tensor) and not tracks and len(free) == 1:
+        if tensor.dim() > 1 and call.is_parameter(tensor) and not tracks and len(free) == 1:
             rows = call.claim(tensor, letters.index(free[0]), "out")
             if rows is not None:
                 tracks.append(Track(out.index(free[0]), rows))

@@ -44,10 +44,13 @@ class Coupling:
     Attributes:
         ports: where the units are.
         reason: why none of them can be removed, or None.
+        counts: attributes of modules that say how many channels there are: the module's path, the attribute, and how
+            many of them are a unit.
     """
 
     ports: tuple[Port, ...]
     reason: str | None = None
+    counts: tuple[tuple[str, str, int], ...] = ()
 
     @property
     def units(self) -> int:

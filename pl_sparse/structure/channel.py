@@ -120,8 +120,8 @@ def _group(
                 continue
             param = by_weight.get(id(tensor))
             if port.side == "in":
-                if coupling.reason is None:
-                    consumer = param or _unpruned(name, each, module, tensor)
+                consumer = param or _unpruned(name, each, module, tensor)
+                if coupling.reason is None and each.dim == 1 - consumer.layout.output_dim:
                     group.consumers += ((consumer, _unit_of_input(consumer, each, port.places)),)
             elif param is not None and port.side == "out":
                 layout = param.layout if coupling.reason is not None else _units_as_rows(param, each, port.places)

@@ -67,7 +67,7 @@ class RemovalPlan:
         indices: Indices = defaultdict(lambda: defaultdict(set))
         removed = list(removed)
         _add_channels(indices, model, removed)
-        layers = _bare_norms(model, removed)
+        layers = _merged(_bare_norms(model, removed), _counts(model, removed))
         by_path = {each.path: each for each in attentions(model) if isinstance(each, Attention)} if heads else {}
         for path, gone in (heads or {}).items():
             attention, module = by_path[path], model.get_submodule(path)
@@ -224,6 +224,18 @@ def _bare_norms(
         size = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
         layers[path] = {key: (getattr(module, key), value) for key, value in _width(module, size - len(places)).items()}
     return layers
+
+
+def _counts(
+    model: nn.Module, removed: Iterable[tuple[Coupling, Sequence[int]]]
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """The attributes of modules that say how many channels there are, before and after."""
+    changes: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+    for coupling, units in removed:
+        for path, key, each in coupling.counts:
+            before = int(getattr(model.get_submodule(path), key))
+            changes[path][key] = (before, changes[path].get(key, (0, before))[1] - each * len(units))
+    return changes
 
 
 def _add_heads_of_torch(indices: Indices, path: str, attention: nn.MultiheadAttention, heads: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,29 +36,55 @@ def couplings(model: nn.Module, example: Any) -> list[Coupling]:
         ValueError: the model cannot be called with the example.
     """
     coupled = traced_couplings(model, example)
-    failed: dict[int, str] = {}
-    _find_failing(model, example, [coupling for coupling in coupled if coupling.reason is None], failed)
-    coupled = [Coupling(c.ports, failed[id(c)]) if id(c) in failed else c for c in coupled]
+    tried: dict[int, Coupling] = {}
+    _find_failing(model, example, [coupling for coupling in coupled if coupling.reason is None], tried)
+    coupled = [tried.get(id(coupling), coupling) for coupling in coupled]
     removable = [coupling for coupling in coupled if coupling.reason is None]
-    if failed and removable and (reason := _fails(model, example, removable)):  # parts can be removed, all together not
-        coupled = [Coupling(c.ports, c.reason or reason) for c in coupled]
+    if tried and removable and (reason := _fails(model, example, removable)):  # parts can be removed, all together not
+        coupled = [replace(coupling, reason=coupling.reason or reason) for coupling in coupled]
     return coupled
 
 
-def _find_failing(model: nn.Module, example: Any, removable: Sequence[Coupling], failed: dict[int, str]) -> None:
-    """Note which couplings cannot be removed, with the reason, by halves of those that cannot together."""
+def _find_failing(
+    model: nn.Module, example: Any, removable: Sequence[Coupling], tried: dict[int, Coupling]
+) -> None:
+    """Find the couplings that cannot be removed as they are, by halves of those that cannot together.
+
+    Args:
+        tried: gets what takes their place, by their identity: a coupling with a reason, or with what counts its units.
+    """
     reason = _fails(model, example, removable) if removable else None
     if reason is None:
         return
     if len(removable) == 1:
-        failed[id(removable[0])] = reason
+        (coupling,) = removable
+        counted = _counts(model, coupling) if reason.startswith(_UNCALLED) else ()
+        others = (replace(coupling, counts=counts) for counts in counted)
+        holds = next((other for other in others if _fails(model, example, [other]) is None), None)
+        tried[id(coupling)] = holds or replace(coupling, reason=reason)
         return
-    half = len(removable) // 2
-    before = len(failed)
-    _find_failing(model, example, removable[:half], failed)
-    _find_failing(model, example, removable[half:], failed)
-    if len(failed) == before:  # either half can be removed, both cannot
-        failed |= {id(coupling): reason for coupling in removable}
+    half, before = len(removable) // 2, len(tried)
+    _find_failing(model, example, removable[:half], tried)
+    _find_failing(model, example, removable[half:], tried)
+    if len(tried) == before:  # either half can be removed, both cannot
+        tried |= {id(coupling): replace(coupling, reason=reason) for coupling in removable}
+
+
+def _counts(model: nn.Module, coupling: Coupling) -> Iterator[tuple[tuple[str, str, int], ...]]:
+    """The attributes of the modules around the layers of a coupling that are as large as it has units, or channels in
+    one of them: widths of slices and views, and of states that begin as zeros. The nearest come first, then more."""
+    paths = {port.path if port.tensor else port.path.rpartition(".")[0] for port in coupling.ports}
+    sizes = {coupling.units: 1} | {coupling.units * len(p.places[0]): len(p.places[0]) for p in coupling.ports}
+    found: dict[tuple[str, str], int] = {}
+    while paths:
+        before = len(found)
+        for path in sorted(paths):
+            for key, value in vars(model.get_submodule(path)).items():
+                if type(value) is int and value in sizes and value > 1:
+                    found[path, key] = sizes[value]
+        if len(found) > before:
+            yield tuple((*place, each) for place, each in found.items())
+        paths = {path.rpartition(".")[0] for path in paths if path}
 
 
 @contextmanager

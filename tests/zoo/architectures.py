@@ -24,7 +24,7 @@ def _timm(name: str, size: int = 64, **settings: Any) -> None:
 for _name in (
     *("convnext_atto", "convnextv2_atto", "regnety_002", "ghostnet_050", "repvgg_a0", "ese_vovnet19b_dw", "mixnet_s"),
     *("mobilenetv4_conv_small", "edgenext_xx_small", "mobilevit_xxs", "poolformer_s12", "fbnetc_100", "lcnet_050"),
-    *("seresnet18", "ecaresnet26t", "resnest14d", "rexnet_100", "tf_efficientnetv2_b0", "dla46_c", "cspresnet50"),
+    *("seresnet18", "ecaresnet26t", "resnest14d", "rexnet_100", "tf_efficientnetv2_b0", "dla46_c"),
     *("hrnet_w18_small", "res2net50_14w_8s", "gernet_s", "skresnet18", "inception_next_atto", "starnet_s1"),
 ):
     _timm(_name)
@@ -167,7 +167,7 @@ _seeing("DINOv2", "Dinov2ForImageClassification", "Dinov2Config", **_VISION, ima
 _seeing("BEiT", "BeitForImageClassification", "BeitConfig", **_VISION, image_size=32, patch_size=8)
 _seeing("MobileNetV2", "MobileNetV2ForImageClassification", "MobileNetV2Config", 64, depth_multiplier=0.35)
 _seeing("RegNet", "RegNetForImageClassification", "RegNetConfig", hidden_sizes=[16, 32], depths=[1, 1], groups_width=8)
-_seeing("EfficientNet", "EfficientNetForImageClassification", "EfficientNetConfig", 64, width_coefficient=0.5)
+_seeing("EfficientNet", "EfficientNetForImageClassification", "EfficientNetConfig", 64, width_coefficient=0.5, hidden_dim=640)
 _seeing("PoolFormer", "PoolFormerForImageClassification", "PoolFormerConfig", hidden_sizes=[16, 16, 32, 32])
 
 
