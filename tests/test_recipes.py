@@ -188,7 +188,8 @@ def test_a_penalty_acts_under_a_threshold_alone(scorer: SoftMovement | HardConcr
 
     def masks(penalty: float, updater: str) -> list[Tensor]:
         model = net()
-        pruner = Pruner(replace(scorer, penalty=penalty), Constant(final=0.5, every=1), updater=updater)
+        final = 1.0 if updater == "threshold" else 0.5
+        pruner = Pruner(replace(scorer, penalty=penalty), Constant(final=final, every=1), updater=updater)
         pruner.attach(model)
         pruner.prepare(20)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -81,7 +81,8 @@ class ShardedParameter(MaskedParameter):
 
     def checksum(self) -> Tensor:
         """That of the whole mask, as this process chose it; 0 where it was never chosen."""
-        return self.weight.new_zeros((), dtype=torch.int64) if self._checksum is None else self._checksum
+        none = torch.zeros((), dtype=torch.int64, device=self.weight.device)
+        return none if self._checksum is None else self._checksum
 
     def part(self, tensor: Tensor) -> Tensor:
         return part_of(tensor, self.weight)

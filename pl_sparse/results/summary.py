@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from pl_sparse.core.dtensor import local, total
+from pl_sparse.core.dtensor import is_sharded, local, total
 from pl_sparse.core.upstream import plain_name
 from pl_sparse.network.macs import Macs
 from pl_sparse.pruner import Pruner
@@ -176,7 +176,7 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
 def _nonzero(weight: nn.Parameter) -> int:
     """How many elements are not zero: all of them, where the tensor of another library cannot tell."""
     try:
-        return int(total(local(weight) != 0, weight))
+        return int(total(local(weight) != 0, weight) if is_sharded(weight) else torch.count_nonzero(weight))
     except NotImplementedError:
         return weight.numel()
 
