@@ -346,7 +346,7 @@ def test_a_model_of_the_real_timm() -> None:
     assert timm_model(name="vit_tiny_patch16_224", classes=3, shape=(3, 32, 32)).eval()(
         torch.randn(1, 3, 32, 32)
     ).shape == (1, 3)
-    with pytest.raises(ValueError, match="does not take options=.*drop_rte"):
+    with pytest.raises(ValueError, match=r"does not take options=.*drop_rte"):
         timm_model(name="resnet10t", classes=4, options={"drop_rte": 0.25})
 
 
@@ -378,13 +378,11 @@ def test_the_real_datasets_reads_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
     from PIL import Image
 
     features = datasets.Features({"picture": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    parts = {
-        part: datasets.Dataset.from_dict(
-            {"picture": [Image.new("RGB", (5, 5), (9 * n,) * 3) for n in range(count)], "label": [n % 2 for n in range(count)]},
-            features=features,
-        )
-        for part, count in (("train", 10), ("test", 4))
-    }  # fmt: skip
+    parts = {}
+    for part, count in (("train", 10), ("test", 4)):
+        pictures = [Image.new("RGB", (5, 5), (9 * number,) * 3) for number in range(count)]
+        columns = {"picture": pictures, "label": [number % 2 for number in range(count)]}
+        parts[part] = datasets.Dataset.from_dict(columns, features=features)
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "pictures"))
     data = HuggingFace(name=str(tmp_path / "pictures"), size=4, validation=0.2)
     x, y = next(iter(data.test_dataloader()))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from hydra.errors import HydraException
 
 from pl_sparse.app.arguments import refusal
