@@ -30,7 +30,7 @@ from pl_sparse.core.cut import Cut
 from pl_sparse.core.dtensor import local
 from pl_sparse.core.group import Group
 from pl_sparse.core.masked_model import MaskedModel
-from pl_sparse.core.optimizers import begin_anew, clear_state, pace, skip_step
+from pl_sparse.core.optimizers import begin_anew, clear_state, leaves_zeros, pace, skip_step
 from pl_sparse.core.parameter import MaskedParameter, zero_pruned
 from pl_sparse.core.places import Places
 from pl_sparse.core.registry import Axis, build, name_of
@@ -131,6 +131,9 @@ class Pruner(MaskedModel):
         self._open: dict[int, list[MaskedParameter]] = {}  # what each optimizer's step has opened
         self._counted: int | None = None  # the optimizer whose open step is counted
         self._stale: set[str] = set()  # weights whose optimizer state is to be cleared
+        self.trusts_steps = False  # whether nothing changes gradients or weights between `before_step` and `after_step`
+        self._rested: dict[int, tuple[Optimizer, int, list[Group]]] = {}  # who, since which update, of what
+        self._resting: set[int] = set()  # the optimizers whose open step leaves pruned weights at zero
         self.collapse = Collapse()
         self.watches = True  # whether it looks by itself what passes through the model, at the first call after masks
         self._watch: RemovableHandle | None = None
@@ -312,6 +315,7 @@ class Pruner(MaskedModel):
         self.num_updates = 0
         self.level = self._floor = 0.0
         self._overrides, self._open, self._stale, self._sampled = (), {}, set(), False
+        self._rested, self._resting = {}, set()
         self._unwatch()
         self.collapse = Collapse()
 
@@ -565,9 +569,21 @@ class Pruner(MaskedModel):
                     self._stale.discard(param.name)
                     if not self.masking.remembers:
                         clear_state(optimizer, param, scales=self.updater.grows)
+        if self.masking.rests and self.trusts_steps and optimizer is not None:
+            self._rest(optimizer, pruned)
         self.masking.pace(pruned, optimizer, self._clock.total)
         self.masking.shape_gradients(pruned, self.groups)
         self.masking.before_step(pruned)
+
+    def _rest(self, optimizer: Optimizer, pruned: Sequence[MaskedParameter]) -> None:
+        """Find out whether pruned weights stay at zero in this step: in each after the first with these masks."""
+        rested = optimizer, self.num_updates, self.groups
+        if self._rested.get(id(optimizer)) == rested:
+            self._resting.add(id(optimizer))
+        elif leaves_zeros(optimizer):
+            self._rested[id(optimizer)] = rested
+            for param in pruned:  # as after an update, should the optimizer have come from elsewhere
+                clear_state(optimizer, param)
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer | None = None) -> None:
@@ -578,7 +594,9 @@ class Pruner(MaskedModel):
         """
         keys = list(self._open) if optimizer is None else [id(optimizer)] * (id(optimizer) in self._open)
         for key in keys:
-            if pruned := self._open.pop(key):
+            pruned, rest = self._open.pop(key), key in self._resting
+            self._resting.discard(key)
+            if pruned and not rest:
                 self.masking.after_step(pruned, self.groups)
             if key == self._counted:
                 self._counted = None

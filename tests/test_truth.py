@@ -18,6 +18,7 @@ from pl_sparse.callbacks import Rewind
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import build
 from pl_sparse.core.targets import find
+from pl_sparse.masking import Hard
 from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Constant, Cubic, Cyclic, Iterative, Linear, OneShot, Tickets
 from pl_sparse.scorer import Magnitude
@@ -399,6 +400,91 @@ def test_an_audit_names_each_weight_once_and_its_cause() -> None:
     messages = [str(w.message) for w in caught if "were not zero" in str(w.message)]
     assert len(messages) == 1 and "net.0.weight" in messages[0] and "outside of the steps" in messages[0]
     assert set(module.zeros) == {0.5}
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda w: torch.optim.SGD(w, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
+    "adam": lambda w: torch.optim.Adam(w, 0.01, amsgrad=True, weight_decay=1e-2),
+    "adamw": lambda w: torch.optim.AdamW(w, 0.01, fused=True),
+    "adamax": lambda w: torch.optim.Adamax(w, 0.01),
+    "nadam": lambda w: torch.optim.NAdam(w, 0.01),
+    "radam": lambda w: torch.optim.RAdam(w, 0.01, weight_decay=1e-2, decoupled_weight_decay=True),
+    "rmsprop": lambda w: torch.optim.RMSprop(w, 0.01, momentum=0.9, centered=True),
+    "adagrad": lambda w: torch.optim.Adagrad(w, 0.05, initial_accumulator_value=0.1),
+    "adadelta": lambda w: torch.optim.Adadelta(w, 1.0),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weights_that_an_optimizer_leaves_at_zero_need_no_mask(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask of the weights is left out after a step that moves none of the pruned, and nothing is different."""
+    masked: list[int] = []
+    write = Hard.write
+
+    def counted(masking: Hard, params: Any, groups: Any) -> None:
+        masked[-1] += 1
+        write(masking, params, groups)
+
+    monkeypatch.setattr(Hard, "write", counted)
+
+    def train(trusts: bool, **options: Any) -> list[torch.Tensor]:
+        masked.append(0)
+        monkeypatch.setattr(Sparsity, "_sees_last", lambda *args: trusts)
+        module, callback = Module(), Sparsity(sparsity=0.75, schedule="linear", report=False, **options)
+        module.configure_optimizers = lambda: OPTIMIZERS[optimizer](module.parameters())  # type: ignore[method-assign]
+        fit(module, callback, epochs=4, gradient_clip_val=0.5)
+        assert zeros(module) == callback.sparsity == 0.75
+        return [weight.detach() for weight in module.parameters()]
+
+    for options in ({}, {"updater": "granet", "allocation": "uniform"}):
+        assert all(torch.equal(a, b) for a, b in zip(train(True, **options), train(False, **options), strict=True))
+        assert masked[-2] < masked[-1] - 5, masked
+
+
+@pytest.mark.parametrize("kind", ["clipping", "step", "callback", "hook", "heir"])
+def test_weights_are_masked_after_steps_that_may_move_any(kind: str) -> None:
+    def disturb(optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                weight.grad.add_(1.0)
+
+    class Disturbed(Module):
+        def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            disturb(optimizer)
+
+    class Stepping(Module):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+
+    class Heir(torch.optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            loss = None if closure is None else closure()
+            disturb(self)
+            super().step()
+            return loss
+
+    class Hooked(Module):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers() if kind == "hook" else Heir(self.net.parameters(), 0.01)
+            if kind == "hook":
+                optimizer.register_step_post_hook(
+                    lambda *args: torch._foreach_add_([w.data for w in self.net.parameters()], 0.1)
+                )
+            return optimizer
+
+    class Late(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+            disturb(optimizer)
+
+    class Counts(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            counts.append(zeros(pl_module))
+
+    counts: list[float] = []
+    module = {"clipping": Disturbed, "step": Stepping, "hook": Hooked, "heir": Hooked}.get(kind, Module)()
+    callbacks = [Sparsity(schedule=OneShot(final=0.5), report=False), *([Late()] if kind == "callback" else [])]
+    fit(module, *callbacks, Counts())
+    assert min(counts[1:]) == 0.5, counts
 
 
 def test_nothing_is_said_where_weights_and_masks_agree() -> None:

@@ -39,6 +39,7 @@ class Audit:
         if not counts:
             return {}
         zero_pruned([param.data for param in counts], list(counts))
+        pruner.trusts_steps = False
         by_cause: dict[str, list[str]] = {}
         for param, count in counts.items():
             if param.name not in self._named:

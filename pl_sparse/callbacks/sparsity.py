@@ -210,6 +210,7 @@ class Sparsity(Callback):
         self._after_module = AfterModule(
             pl_module, "on_before_optimizer_step", lambda optimizer: self._before_step(trainer, optimizer)
         )
+        pruner.trusts_steps = self._sees_last(trainer, pl_module) and self._hooks.alone
         probe = Calibration(trainer, pl_module, self.calibration_batches).probe() if pruner.calibrates else None
         with agreeing(trainer.world_size > 1):
             pruner.prepare(*estimates(trainer, pruner.schedule), probe)
@@ -227,6 +228,16 @@ class Sparsity(Callback):
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._judging is not None:
             self._judging.after_sanity_check(trainer)
+
+    def _sees_last(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether nobody changes gradients after this callback saw them, but by clipping, nor weights in the step."""
+        hooks = "configure_gradient_clipping", "optimizer_step"
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return not any(_has_own(pl_module, LightningModule, hook) for hook in hooks) and not any(
+            _has_own(callback, Callback, "on_before_optimizer_step")
+            for callback in callbacks[callbacks.index(self) + 1 :]
+            if not isinstance(callback, Sparsity)
+        )
 
     # Steps
 
@@ -294,7 +305,6 @@ class Sparsity(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.pruner.after_step()  # ends a sample, and a step that was replaced by one without hooks
-        self._find_again(trainer, pl_module)
         self._keep_time(trainer)
         if self.pruner.num_updates != self._seen:
             self.look(trainer)
@@ -430,6 +440,11 @@ class Sparsity(Callback):
         if "macs" in state_dict:
             self._macs.load_state_dict(state_dict["macs"])
         self._restored = True
+
+
+def _has_own(obj: object, base: type, hook: str) -> bool:
+    """Whether an object's hook is not that of a base class."""
+    return hook in vars(obj) or getattr(type(obj), hook, None) is not getattr(base, hook)
 
 
 def _meant(value: object) -> str:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.core.optimizers import with_inner
 from pl_sparse.core.registry import name_of
-from pl_sparse.core.upstream import override, steps_directly, wrappers_of
+from pl_sparse.core.upstream import has_hooks_beside, override, steps_directly, wrappers_of
 from pl_sparse.masking import Masking
 
 __all__ = ["StepHooks", "refuse_optimizers"]
@@ -82,6 +82,11 @@ class StepHooks:
         for name in ("train", "eval"):
             if callable(own := getattr(optimizer, name, None)):
                 override(optimizer, name, with_masks(own))
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other hooks are called around the steps of the optimizers that are followed."""
+        return not any(has_hooks_beside(optimizer, handles) for optimizer, handles in self._handles.values())
 
     def release(self) -> None:
         """Leave the optimizers as they were."""

@@ -29,6 +29,7 @@ class MaskedModel:
         cuts: what was taken out of parameters and buffers, by name.
         misfits: why a weight that was asked for is not pruned by the structure, by name.
         choice: what targets chose, and left out.
+        shared: whether processes share a weight, of which each holds a part.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,7 @@ class MaskedModel:
         self.cuts: dict[str, Cut] = {}
         self.misfits: dict[str, str] = {}
         self.choice = Choice()
+        self.shared = False
         self._places: Places | None = None  # of the model, as it was looked at last
         # What each optimizer owned when it was asked last, by its identity, with the lists that it was asked of.
         self._owned: dict[int, tuple[Optimizer, list[tuple[list[Tensor], int]], list[MaskedParameter]]] = {}
@@ -48,16 +50,12 @@ class MaskedModel:
         self.choice = Choice() if choice is None else choice
         self.params = list(dict.fromkeys(param for group in groups for param, _ in group.members))
         self.companions = list(dict.fromkeys(param for group in groups for param, _ in group.companions))
+        self.shared = any(isinstance(param, ShardedParameter) for param in self.params)
 
     @property
     def attached(self) -> bool:
         """Whether the weights of a model are bound."""
         return bool(self.params)
-
-    @property
-    def shared(self) -> bool:
-        """Whether processes share a weight, of which each holds a part."""
-        return any(isinstance(param, ShardedParameter) for param in self.params)
 
     @property
     def moved(self) -> bool:

@@ -6,19 +6,24 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer
 
 from pl_sparse.core.dtensor import full
 from pl_sparse.core.gate import Gate
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.upstream import zero_memory
 
-__all__ = ["begin_anew", "clear_state", "owned_by", "pace", "skip_step", "with_inner"]
+__all__ = ["begin_anew", "clear_state", "leaves_zeros", "owned_by", "pace", "skip_step", "with_inner"]
 
 _SCALES = frozenset(
     ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "step_size", "state2")
 )
 """What optimizers keep of the size of gradients, not of their direction: second moments and the like."""
+
+
+_BY_GRADIENTS = frozenset(
+    (SGD, Adam, AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, Adagrad, Adadelta)
+)
 
 
 def owned_by(optimizer: Optimizer, params: Sequence[MaskedParameter]) -> list[MaskedParameter]:
@@ -33,6 +38,11 @@ def with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
     for inner in vars(optimizer).values():
         if isinstance(inner, Optimizer):
             yield from with_inner(inner)
+
+
+def leaves_zeros(optimizer: Optimizer) -> bool:
+    """Whether a step leaves a weight at zero whose gradient and momentum are zero: those of torch, not their heirs."""
+    return type(optimizer) in _BY_GRADIENTS
 
 
 def begin_anew(optimizer: Optimizer) -> None:

@@ -8,7 +8,7 @@ needed; Lightning's objects are taken as they come.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.core.dtensor import local
 
@@ -30,6 +32,7 @@ __all__ = [
     "fake_quantizers",
     "forgets_metrics",
     "found_infinite_gradients",
+    "has_hooks_beside",
     "integer_data",
     "integer_input",
     "integer_output",
@@ -103,6 +106,17 @@ def of_kind(obj: Any, kind: type) -> bool:
         return True
     other = kind.__module__.replace("lightning.pytorch", "pytorch_lightning", 1), kind.__qualname__
     return any((base.__module__, base.__qualname__) == other for base in type(obj).__mro__)
+
+
+def has_hooks_beside(optimizer: Optimizer, handles: Sequence[RemovableHandle]) -> bool:
+    """Whether hooks other than these are called around the steps of an optimizer, or of all optimizers."""
+    hooks = [
+        *optimizer._optimizer_step_pre_hooks,
+        *optimizer._optimizer_step_post_hooks,
+        *_global_optimizer_pre_hooks,
+        *_global_optimizer_post_hooks,
+    ]
+    return bool(set(hooks) - {handle.id for handle in handles})
 
 
 def starts_from_here(strategy: Any) -> bool:

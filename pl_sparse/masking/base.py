@@ -45,6 +45,8 @@ class Masking(Axis, ABC):
         from_start: whether it acts from the first step on, before anything is pruned.
         leads: whether masks that are due are set before the forward pass, so that they are those of the values there.
         samples: whether the model computes with a sample in training, drawn by `before_forward`.
+        rests: whether pruned weights are zero, and so are their gradients and what an optimizer remembers of their
+            directions: a step that goes by these alone leaves them where they are, and `after_step` has nothing to do.
         rests_on: the scorer it needs, if it needs one.
     """
 
@@ -55,6 +57,7 @@ class Masking(Axis, ABC):
     from_start: ClassVar[bool] = False
     leads: ClassVar[bool] = False
     samples: ClassVar[bool] = False
+    rests: ClassVar[bool] = False
     rests_on: ClassVar[type[Scorer] | None] = None
 
     def changed(self, params: Params, groups: Groups) -> None:

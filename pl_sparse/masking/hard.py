@@ -23,6 +23,7 @@ class Hard(Masking):
     """
 
     elementwise: ClassVar[bool] = True
+    rests: ClassVar[bool] = True
 
     def shape_gradients(self, params: Params, groups: Groups) -> None:
         mask_gradients(params)
