@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import destroy_process_group, get_rank, get_world_size, init_process_group
+from torch.distributed import all_reduce, destroy_process_group, get_rank, get_world_size, init_process_group
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from pl_sparse import Pruner
+from pl_sparse.network.probe import Probe
 
 STEPS = 16
 FULL = StateDictOptions(full_state_dict=True)
@@ -69,21 +71,33 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def mean(value: Tensor) -> Tensor:
+    """The mean over processes."""
+    all_reduce(value)
+    return value / get_world_size()
+
+
 class Training:
     """On batches that are the same in all processes, so that mean gradients are the same to the bit."""
 
     def __init__(self, make: Callable[[], Pruner], kind: str | None) -> None:
-        self.model, self.pruner = network(), make()
-        if kind is not None:
-            shard(self.model, kind)
+        self.net, self.pruner = network(), make()
+        self.model: nn.Module = self.net
+        self.reduce = mean if kind is not None else None
+        if kind == "ddp":
+            self.model = DistributedDataParallel(self.net)
+        elif kind is not None:
+            shard(self.net, kind)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 0.01)
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(STEPS, 8, 1, 8, 8, generator=generator)
         self.y = torch.randint(4, (STEPS, 8), generator=generator)
 
     def begin(self) -> None:
-        self.pruner.attach(self.model)
-        self.pruner.prepare(STEPS)
+        self.pruner.attach(self.net)
+        batches = [(self.x[0], self.y[0]), (self.x[1], self.y[1])]
+        probe = Probe(self.net, batches, lambda batch: F.cross_entropy(self.net(batch[0]), batch[1]), self.reduce)
+        self.pruner.prepare(STEPS, probe=probe)
 
     def run(self, steps: Iterable[int]) -> None:
         for step in steps:
@@ -95,11 +109,11 @@ class Training:
             self.pruner.after_step()
 
     def save(self) -> Any:
-        return copy.deepcopy((*get_state_dict(self.model, self.optimizer, options=FULL), self.pruner.state_dict()))
+        return copy.deepcopy((*get_state_dict(self.net, self.optimizer, options=FULL), self.pruner.state_dict()))
 
     def load(self, state: Any) -> None:
         model, optimizer, pruner = state
-        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=FULL)
+        set_state_dict(self.net, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=FULL)
         self.pruner.load_state_dict(pruner)
 
 
@@ -113,7 +127,7 @@ def difference(expected: Training, seen: Training, limit: float) -> str:
             exact = isinstance(value, Tensor) and (value.dtype == torch.uint8 or not limit)
             if exact and not torch.equal(value, states[0][name][key]):
                 return f"{key} of {name}"
-    for (name, a), b in zip(seen.model.named_parameters(), expected.model.parameters(), strict=True):
+    for (name, a), b in zip(seen.net.named_parameters(), expected.net.parameters(), strict=True):
         if float((full(a.detach()) - b.detach()).abs().max()) > limit:
             return f"{name} by {float((full(a.detach()) - b.detach()).abs().max())}"
     return ""
@@ -122,7 +136,7 @@ def difference(expected: Training, seen: Training, limit: float) -> str:
 def compared(make: Callable[[], Pruner], kind: str) -> str:
     """How a training by several processes differs from that of one, interrupted by either or not; or its refusal."""
     # Products that are summed over processes are rounded in another order.
-    limit = 0.0 if kind in ("fsdp", "hsdp") else 1e-6
+    limit = 0.0 if kind in ("ddp", "fsdp", "hsdp") else 1e-6
     alone, shared = Training(make, None), Training(make, kind)
     try:
         shared.begin()

@@ -53,6 +53,13 @@ def test_methods_are_those_of_one_process_and_resume_on_either(methods: list[str
             assert not result, (name, result)
 
 
+@pytest.mark.slow
+def test_every_method_of_two_replicas_is_that_of_one() -> None:
+    methods = [name for name in [*METHODS, *LEARNED] if name not in ("slimming", "group_lasso")]
+    results = run("ddp", {name: LEARNED.get(name) for name in methods})
+    assert results == dict.fromkeys(methods, "")
+
+
 @pytest.mark.parametrize("kind", ["fsdp", pytest.param("hsdp", marks=pytest.mark.slow)])
 def test_every_structure_and_allocation(kind: str) -> None:
     settings = STRUCTURES | ALLOCATIONS
