@@ -14,7 +14,7 @@ from torch import Tensor
 from pl_sparse.allocation import Allocation, Units, choose
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter, where_kept
-from pl_sparse.core.registry import register
+from pl_sparse.core.registry import name_of, register
 from pl_sparse.core.topk import top_k
 from pl_sparse.scorer import Momentum, Random, Scorer
 from pl_sparse.structure import Row, Structure
@@ -87,7 +87,7 @@ class DropGrow(Updater):
     def structure_refusal(self, structure: Structure) -> str | None:
         if structure.fixed is not None:
             return (
-                "updater=dropgrow moves weights freely within a tensor, which the pattern of "
+                f"updater={name_of(self)} moves weights freely within a tensor, which the pattern of "
                 f"structure={structure.label} does not allow: use updater=prune with masking=srste, whose pruned "
                 "weights can return"
             )
@@ -278,5 +278,5 @@ class ITOP(DropGrow):
     def facts(self, groups: Sequence[Group]) -> dict[str, float]:
         """The share of weights that were ever kept."""
         params = [param for group in groups for param, _ in group.members if "explored" in param.state]
-        explored = sum(int(torch.count_nonzero(param.state["explored"])) for param in params)
+        explored = sum(int(param.total(param.state["explored"])) for param in params)
         return {"explored": explored / sum(param.numel for param in params)} if params else {}
