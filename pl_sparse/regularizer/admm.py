@@ -7,21 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pl_sparse.allocation import Allocation, Global, Units, choose
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
-from pl_sparse.regularizer.base import Regularizer, members, penalized_groups
-from pl_sparse.structure import Structure, Unstructured
+from pl_sparse.regularizer.base import members
+from pl_sparse.regularizer.selecting import Selecting
 
 __all__ = ["ADMM"]
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class ADMM(Regularizer):
+class ADMM(Selecting):
     """rho / 2 |W - Z + U|^2, Z the nearest weights that are sparse and U the sum of what they differ by.
 
     When it begins Z is the projection of W, and U zero. Every `every` optimizer steps
@@ -44,25 +43,8 @@ class ADMM(Regularizer):
     """
 
     strength: float = 1e-3
-    sparsity: float
-    structure: Structure = field(default_factory=Unstructured)
-    allocation: Allocation = field(default_factory=Global)
     every: int = 50
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.sparsity <= 1:
-            raise ValueError(f"sparsity={self.sparsity!r} must be in [0, 1]")
-        if self.every < 1:
-            raise ValueError(f"every={self.every!r} must be 1 or more optimizer steps")
-
-    @property
-    def removes_outputs(self) -> bool:
-        return self.structure.removes_outputs
-
-    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
-        return penalized_groups(self.structure, params, model, example)
 
     def start(self, groups: Sequence[Group]) -> None:
         self._sums.clear()
@@ -77,8 +59,7 @@ class ADMM(Regularizer):
             if param.name in self._sums:
                 total.addcmul_(self._sums[param.name], 1 - param.factor)
             self._sums[param.name] = total
-        level = self.sparsity if self.structure.fixed is None else self.structure.fixed
-        choose(Units(groups, self.structure, lambda param: self._sums[param.name].square()), self.allocation, level)
+        self.select(groups, lambda param: self._sums[param.name].square())
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": {name: total.cpu() for name, total in self._sums.items()}}

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pl_sparse.allocation import Allocation, Global, Units, choose
 from pl_sparse.core.group import Group
-from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
-from pl_sparse.regularizer.base import Regularizer, members, penalized_groups
+from pl_sparse.regularizer.base import members
+from pl_sparse.regularizer.selecting import Selecting
 from pl_sparse.scorer import Magnitude
-from pl_sparse.structure import Structure, Unstructured
 
 __all__ = ["GrowingL2"]
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class GrowingL2(Regularizer):
+class GrowingL2(Selecting):
     """lambda / 2 sum w^2 over the weights of least magnitude, with a lambda that grows: they fade out before they are
     pruned.
 
@@ -43,29 +40,11 @@ class GrowingL2(Regularizer):
     """
 
     strength: float = 1e-3
-    sparsity: float
-    structure: Structure = field(default_factory=Unstructured)
-    allocation: Allocation = field(default_factory=Global)
     every: int = 10
     ceiling: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.sparsity <= 1:
-            raise ValueError(f"sparsity={self.sparsity!r} must be in [0, 1]")
-        if self.every < 1:
-            raise ValueError(f"every={self.every!r} must be 1 or more optimizer steps")
-
-    @property
-    def removes_outputs(self) -> bool:
-        return self.structure.removes_outputs
-
-    def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
-        return penalized_groups(self.structure, params, model, example)
-
     def start(self, groups: Sequence[Group]) -> None:
-        level = self.sparsity if self.structure.fixed is None else self.structure.fixed
-        choose(Units(groups, self.structure, Magnitude().score), self.allocation, level)
+        self.select(groups, Magnitude().score)
 
     def factor(self, step: int) -> float:
         """lambda at an optimizer step.

@@ -43,10 +43,7 @@ class Fisher(Scorer):
     calibrates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.block < 1:
-            raise ValueError(f"block={self.block!r} must be 1 or more weights")
-        if not self.damping > 0:
-            raise ValueError(f"damping={self.damping!r} must be positive, or F has no inverse")
+        check_blocks(self.block, self.damping)
 
     def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
         for param, gradients in zip(params, single_gradients(params, probe), strict=True):
@@ -57,6 +54,14 @@ class Fisher(Scorer):
     def score(self, param: MaskedParameter) -> Tensor:
         calibrated = param.state.get("calibrated")
         return param.values.square() if calibrated is None else calibrated
+
+
+def check_blocks(block: int, damping: float) -> None:
+    """Refuse blocks of F that have no inverse."""
+    if block < 1:
+        raise ValueError(f"block={block!r} must be 1 or more weights")
+    if not damping > 0:
+        raise ValueError(f"damping={damping!r} must be positive, or F has no inverse")
 
 
 def single_gradients(params: Sequence[MaskedParameter], probe: Probe) -> list[Tensor]:

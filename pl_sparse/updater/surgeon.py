@@ -13,7 +13,7 @@ from pl_sparse.allocation import Allocation
 from pl_sparse.core.group import Group
 from pl_sparse.core.registry import register
 from pl_sparse.scorer import Scorer
-from pl_sparse.scorer.second_order import blocks, fisher_inverse, single_gradients
+from pl_sparse.scorer.second_order import blocks, check_blocks, fisher_inverse, single_gradients
 from pl_sparse.structure import Structure
 from pl_sparse.updater.base import Update
 from pl_sparse.updater.prune import Prune
@@ -47,10 +47,7 @@ class Surgeon(Prune):
     writes_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.block < 1:
-            raise ValueError(f"block={self.block!r} must be 1 or more weights")
-        if not self.damping > 0:
-            raise ValueError(f"damping={self.damping!r} must be positive, or F has no inverse")
+        check_blocks(self.block, self.damping)
 
     def update(
         self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update
