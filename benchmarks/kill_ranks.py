@@ -2,9 +2,10 @@
 
     python benchmarks/kill_ranks.py [--kills 30] [--seed 0]
 
-A SIGKILL goes to the process that was started or to the one that it started. Within five minutes
-no process of the run may be left: one that waits for the other sees that it is gone. The run goes on from its last checkpoint, or begins again where there is none, and has to end with the files
-of a run that nothing disturbed, times apart (as `benchmarks/kill.py` compares them).
+A SIGKILL goes to the process that was started or to the one that it started. Within five minutes no process of the run
+may be left: one that waits for the other sees that it is gone. The run goes on from its last checkpoint, or begins
+again where there is none, and has to end with the files of a run that nothing disturbed, times apart (as
+`benchmarks/kill.py` compares them).
 """
 
 from __future__ import annotations
@@ -103,9 +104,9 @@ def main() -> int:
             differs = [] if code else compared(whole, folder)
             outcome = "hangs" if hangs else "does not go on" if code else "differs" if differs else "exact"
             outcomes[outcome] += 1
-            where = "resumed" if last.is_file() else "from the start"
+            where = f"gone in {took:.0f} s, {'resumed' if last.is_file() else 'from the start'}"
             print(
-                f"{number + 1} {kind}, process {rank} of {len(running)}, gone in {took:.0f} s, {where}: {outcome} {differs[:4] or ''}",
+                f"{number + 1} {kind}, process {rank} of {len(running)}, {where}: {outcome} {differs[:4] or ''}",
                 flush=True,
             )
     print(", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
