@@ -248,7 +248,7 @@ def killed(
     for turn in range(done, done + draw.randint(1, most)):
         kind = list(SIGNALS)[turn % len(SIGNALS)]
         process = start(folder, command, log)
-        code = wait(process, draw.uniform(0, seconds))
+        code = wait(process, draw.uniform(0, seconds * (1 - 0.7 * _progress(folder))))
         late = code is not None
         if not late:
             os.kill(process, signal.Signals[f"SIG{kind}"])
@@ -266,6 +266,15 @@ def killed(
             rows[-1]["differs"] += [f"it went on with exit code {code}: {_tail(log)}"]
     rows[-1]["differs"] += compared(whole, folder)
     return rows
+
+
+def _progress(folder: Path) -> float:
+    """The part of training that a run has behind it: one that goes on takes less time."""
+    path = folder / "status.json"
+    if not (folder / _LAST).is_file() or not path.is_file():
+        return 0.0
+    status = json.loads(path.read_text())
+    return float(min(status["step"] / status["total"], 1)) if status.get("total") else 0.0
 
 
 def _faults(kind: str, code: int | None, folder: Path, process: int) -> list[str]:
@@ -350,7 +359,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--kills", type=int, default=300, help="of runs that had not ended yet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--configurations", type=int, default=len(CONFIGURATIONS), help="how many of the list")
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, help="these")
@@ -370,9 +379,9 @@ def main() -> int:
         print("full disks are left out: a tmpfs cannot be mounted here")
     until = time.monotonic() + 60 * options.minutes
     seconds: dict[str, float] = {}
-    while len(rows) < options.kills and time.monotonic() < until:
+    while (done := sum(not row["late"] for row in rows)) < options.kills and time.monotonic() < until:
         draw = random.Random(f"{options.seed} {len(rows)}")
-        counts = Counter(row["configuration"] for row in rows)
+        counts = Counter(row["configuration"] for row in rows if not row["late"])
         name = min(names, key=lambda name: counts[name])
         whole = work / f"{name}-whole"
         if name not in seconds:  # measured anew: the machine may be another
@@ -386,13 +395,13 @@ def main() -> int:
         if draw.random() < full:
             new = [filled(name, draw, work, whole)]
         else:
-            most = min(options.most, options.kills - len(rows))
-            new = killed(name, draw, work, whole, seconds[name], most, len(rows))
+            most = min(options.most, options.kills - done)
+            new = killed(name, draw, work, whole, seconds[name], most, done)
         rows += new
         with open(journal, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in new)
         for row in new:
-            print(f"{len(rows)} {name} {row['signal']} {row['code']} {row['differs'][:3] or ''}", flush=True)
+            print(f"{done} {name} {row['signal']} {row['code']} {row['differs'][:3] or ''}", flush=True)
     text = table(rows)
     (work / "kills.md").write_text(text)
     print(text)

@@ -205,7 +205,7 @@ def test_launchers_take_their_settings(monkeypatch: pytest.MonkeyPatch, tmp_path
         pytest.importorskip(
             "hydra_plugins." + ("hydra_ray_launcher" if "launcher=ray" in command.text else "hydra_submitit_launcher")
         )
-        words = [word for word in shortened(command) if word != "-m" and "," not in word]
+        words = [word for word in shortened(command) if word != "-m" and "," not in word and "hydra.sweep." not in word]
         assert call(monkeypatch, ["train", *words, f"hydra.run.dir={tmp_path}", "--cfg", "hydra"]) == 0, command.text
 
 
