@@ -40,6 +40,30 @@ def test_each_signal_ends_a_run_that_goes_on_to_the_same_end(tmp_path: Path) -> 
     assert [row["signal"] for row in rows if not row["late"]] == ["INT", "TERM", "HUP", "KILL"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a process of another system does not hear of its parent")
+def test_a_further_process_ends_with_the_one_that_started_it() -> None:
+    waits = "import time; from pl_sparse.app.ends import end_with_parent; end_with_parent(); print(1, flush=True)"
+    child = f"[sys.executable, '-c', {waits + '; time.sleep(90)'!r}], env={{**os.environ, 'LOCAL_RANK': '1'}}"
+    code = f"import os, subprocess, sys; child = subprocess.Popen({child}); print(child.pid, flush=True); child.wait()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+        assert parent.stdout is not None
+        number, one = int(parent.stdout.readline()), parent.stdout.readline()
+        assert one.strip() == "1" and runs(number)
+        parent.kill()
+    until = time.monotonic() + 30
+    while time.monotonic() < until and runs(number):
+        time.sleep(0.05)
+    assert not runs(number)
+
+
+def runs(process: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.slow
 def test_a_full_disk_ends_a_run_that_goes_on_to_the_same_end(tmp_path: Path) -> None:

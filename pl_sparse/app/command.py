@@ -21,7 +21,7 @@ from pl_sparse.app.aliases import current_options, current_targets, provide_hydr
 from pl_sparse.app.arguments import COMPLETION, arranged, completed, here, ignored, without_leftovers
 from pl_sparse.app.deploy import FailedExportsError
 from pl_sparse.app.earlier import earlier_overrides
-from pl_sparse.app.ends import EndedError, Interrupted, how_to_go_on, say, signals
+from pl_sparse.app.ends import EndedError, Interrupted, end_with_parent, how_to_go_on, say, signals
 from pl_sparse.app.explanation import damaged_yaml, explanation, is_of_the_user, own_frames
 from pl_sparse.app.folder import leave
 from pl_sparse.app.hydra_api import entry, given, quoted
@@ -92,6 +92,7 @@ def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
     if config_dir is not None and not any(argument.startswith(("--config-dir", "-cd")) for argument in sys.argv[1:]):
         sys.argv.insert(1, f"--config-dir={os.fspath(config_dir)}")
     asked, refused = sys.argv[1:], True
+    end_with_parent()
     unify()
     provide_hydra_callbacks()
     here()

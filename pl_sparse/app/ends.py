@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import signal
@@ -20,7 +21,17 @@ from torch import nn
 from pl_sparse.callbacks.run.divergence import DivergedError, diverged, not_finite
 from pl_sparse.core.files import is_full
 
-__all__ = ["EndedError", "Interrupted", "Reminder", "asked", "explained", "how_to_go_on", "say", "signals"]
+__all__ = [
+    "EndedError",
+    "Interrupted",
+    "Reminder",
+    "asked",
+    "end_with_parent",
+    "explained",
+    "how_to_go_on",
+    "say",
+    "signals",
+]
 
 _AGAIN = 3.0  # seconds in which a repeated signal is the same one
 _asked: tuple[int, float] | None = None  # the signal that asked for an end, and when
@@ -47,6 +58,18 @@ class Interrupted(KeyboardInterrupt):
 def asked() -> int | None:
     """The signal that has asked this process to end, within `signals()`."""
     return None if _asked is None else _asked[0]
+
+
+def end_with_parent() -> None:
+    """Let a process that was started as a further one of a training end when the one that started it is gone (Linux).
+
+    It would wait for it otherwise: half an hour if they have not met yet, in code that no other signal ends.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" and sys.platform == "linux":
+        parent, die_with_parent = os.getppid(), 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(die_with_parent, signal.SIGKILL)
+        if os.getppid() != parent:  # it was gone before
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
