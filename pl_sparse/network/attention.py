@@ -84,7 +84,11 @@ class Attention:
         changes: dict[str, dict[str, tuple[int, int]]] = {}
         for path, part in self._others(module):
             for key, value in vars(part).items():
-                if isinstance(value, int) and not isinstance(value, bool) and (key in _COUNTS + _SHARED or value == width):
+                if (
+                    isinstance(value, int)
+                    and not isinstance(value, bool)
+                    and (key in _COUNTS + _SHARED or value == width)
+                ):
                     changes.setdefault(path, {})[key] = (value, value * left // self.heads)
         return changes
 

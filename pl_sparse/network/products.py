@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from pl_sparse.network.couples import NONE, Call, Track, couples
+from pl_sparse.network.layer_rules import weighted
 from pl_sparse.network.layers import is_weighted
-from pl_sparse.network.rules import named, unknown, weighted
+from pl_sparse.network.rules import named, unknown
 
 __all__ = ["contract"]
 
@@ -130,7 +131,7 @@ def attention(call: Call) -> Any:
     for track in tracks[:2]:
         if track is not None and track.dim == last and call["scale"] is None:
             call.keep(track, f"{call.name} divides by the root of their number: give it a scale")
-    batch = string.ascii_uppercase[:last - 1]
+    batch = string.ascii_uppercase[: last - 1]
     contract(call, [(query, batch + "lk"), (key, batch + "sk")], batch + "ls")
     if any(track is not None and track.dim < last - 1 for track in tracks):
         out = contract(call, [(query, batch + "lx"), (key, batch + "sy"), (value, batch + "sv")], batch + "lv")

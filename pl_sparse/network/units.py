@@ -76,9 +76,7 @@ class Units:
         self._reasons: dict[int, str] = {}
         self._read: set[int] = set()  # slots that a product takes in
 
-    def port(
-        self, path: str, side: str, indices: Iterable[int], tensor: str = "", dim: int = 0
-    ) -> tuple[int, ...]:
+    def port(self, path: str, side: str, indices: Iterable[int], tensor: str = "", dim: int = 0) -> tuple[int, ...]:
         """The slots of some channels of a layer; they are added where they are new."""
         numbers = self.ports.setdefault(End(path, side, tensor, dim), {})
         for index in indices:

@@ -14,7 +14,6 @@ from pl_sparse.core.layouts import Along, InputsFirst, Layout, Plain, Rows, Unor
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.parametrized import behind, is_computed
 from pl_sparse.core.registry import register
-from pl_sparse.network.attention import keeps_inputs_first
 from pl_sparse.network.layers import Held, held
 from pl_sparse.network.units import Coupling
 from pl_sparse.structure.base import Structure

@@ -119,7 +119,9 @@ def read_inputs(model: nn.Module, example: Any, couplings: Sequence[Coupling]) -
         A tensor per call, by the path of the layer.
     """
     inputs: dict[str, list[Tensor]] = {}
-    readers = {port.path for coupling in couplings if coupling.reason is None for port in coupling.targets() if not port.tensor}
+    readers = {
+        port.path for coupling in couplings if coupling.reason is None for port in coupling.targets() if not port.tensor
+    }
     paths: dict[nn.Module, str] = {model.get_submodule(path): path for path in sorted(readers)}
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:

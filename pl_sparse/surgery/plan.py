@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.upstream import replace_data
 from pl_sparse.network.attention import Attention, attentions, keeps_inputs_first
-from pl_sparse.network.layers import BARE, CONVS, RECURRENT, TABLES, TRANSPOSED, held, is_depthwise, is_weighted, own_tensors
+from pl_sparse.network.layers import (
+    BARE,
+    CONVS,
+    RECURRENT,
+    TABLES,
+    TRANSPOSED,
+    held,
+    is_depthwise,
+    own_tensors,
+)
 from pl_sparse.network.units import Coupling
 from pl_sparse.surgery.heads import FewerHeads, head_indices
 
@@ -211,9 +220,9 @@ def _bare_norms(
                 gone[port.path] |= {place for unit in units for place in port.places[unit]}
     layers = {}
     for path, places in gone.items():
-        module: Any = model.get_submodule(path)
-        size = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
-        layers[path] = {key: (getattr(module, key), value) for key, value in _width(module, size - len(places)).items()}
+        norm: Any = model.get_submodule(path)
+        size = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+        layers[path] = {key: (getattr(norm, key), value) for key, value in _width(norm, size - len(places)).items()}
     return layers
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pl_sparse.network.attention import Unknown, attentions, keeps_inputs_first
+from pl_sparse.network.attention import Unknown, attentions
 from pl_sparse.network.channels import short
 from pl_sparse.network.layers import held
 from pl_sparse.network.units import Coupling, Port

@@ -45,9 +45,7 @@ def couplings(model: nn.Module, example: Any) -> list[Coupling]:
     return coupled
 
 
-def _find_failing(
-    model: nn.Module, example: Any, removable: Sequence[Coupling], tried: dict[int, Coupling]
-) -> None:
+def _find_failing(model: nn.Module, example: Any, removable: Sequence[Coupling], tried: dict[int, Coupling]) -> None:
     """Find the couplings that cannot be removed as they are, by halves of those that cannot together.
 
     Args:

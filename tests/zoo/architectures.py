@@ -167,7 +167,14 @@ _seeing("DINOv2", "Dinov2ForImageClassification", "Dinov2Config", **_VISION, ima
 _seeing("BEiT", "BeitForImageClassification", "BeitConfig", **_VISION, image_size=32, patch_size=8)
 _seeing("MobileNetV2", "MobileNetV2ForImageClassification", "MobileNetV2Config", 64, depth_multiplier=0.35)
 _seeing("RegNet", "RegNetForImageClassification", "RegNetConfig", hidden_sizes=[16, 32], depths=[1, 1], groups_width=8)
-_seeing("EfficientNet", "EfficientNetForImageClassification", "EfficientNetConfig", 64, width_coefficient=0.5, hidden_dim=640)
+_seeing(
+    "EfficientNet",
+    "EfficientNetForImageClassification",
+    "EfficientNetConfig",
+    64,
+    width_coefficient=0.5,
+    hidden_dim=640,
+)
 _seeing("PoolFormer", "PoolFormerForImageClassification", "PoolFormerConfig", hidden_sizes=[16, 16, 32, 32])
 
 
@@ -217,9 +224,7 @@ class Forecaster(nn.Module):
 
 
 def _recurrent(name: str, kind: type[nn.RNNBase], **settings: Any) -> None:
-    architecture(name, "torch", quick=True)(
-        lambda: Case(Forecaster(kind, **settings), lambda: torch.randn(4, 12, 4))
-    )
+    architecture(name, "torch", quick=True)(lambda: Case(Forecaster(kind, **settings), lambda: torch.randn(4, 12, 4)))
 
 
 _recurrent("LSTM, two layers, both directions", nn.LSTM, num_layers=2, bidirectional=True)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pl_sparse.network.hooks import unfused
 from pl_sparse.network.attention import Attention, attentions
+from pl_sparse.network.hooks import unfused
 from pl_sparse.network.units import Coupling
 from zoo.entry import ENTRIES, Case, tensor_of
 

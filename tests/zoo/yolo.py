@@ -1,4 +1,4 @@
-"""Detectors without anchors, as the YOLO family builds them: C2f, C3, SPPF, PAN, decoupled heads with a frozen table."""
+"""Detectors without anchors, as the YOLO family builds them: C2f, C3, SPPF, PAN, heads with a frozen table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["C2f", "C3", "Decoupled", "Detector", "Elan", "Focus", "PositionAttention", "SPPF", "conv"]
+__all__ = ["C3", "SPPF", "C2f", "Decoupled", "Detector", "Elan", "Focus", "PositionAttention", "conv"]
 
 
 def conv(inputs: int, outputs: int, size: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
