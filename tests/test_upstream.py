@@ -396,11 +396,3 @@ def test_what_a_module_gets_in_place_of_an_optimizer() -> None:
 
     fit(At(on_train_start=ask), module=module, max_epochs=1)
     assert asked == [True]
-
-
-def test_a_recurrent_layer_computes_with_the_parameters_that_it_has() -> None:
-    layer, x = nn.LSTM(3, 4), torch.randn(2, 1, 3)
-    vars(layer)["_parameters"] = {name: nn.Parameter(torch.zeros_like(p)) for name, p in layer.named_parameters()}
-    assert bool(layer(x)[0].any())  # it has a list of those from before
-    upstream.use_own_weights(layer)
-    assert not layer(x)[0].any()

@@ -45,6 +45,7 @@ this table; the quick ones run in `make test`. Of each is asserted:
 
 *Removable* is the share of the outputs of all layers that can be taken out; what stays is listed with how many, and the
 reason that the log gives. MACs are those of torch's `FlopCounterMode`, of one sample (of the whole graph for graphs).
+It does not see what torch's fused recurrent layers multiply.
 Milliseconds are medians of one thread for one sample, before and after in turns, in ONNX Runtime where the network can
 be exported by tracing, else in torch (*torch*); such small networks are bound by overhead, and the machine is shared.
 *error* is the largest difference of outputs, relative to the largest output.
