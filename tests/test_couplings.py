@@ -504,3 +504,40 @@ def test_outputs_are_found_not_guessed() -> None:
     pruner.attach(net, torch.randn(2, 4))
     assert [param.name for param in pruner.params] == ["a.weight"]
     assert pruner.skipped["fc.weight"] == "its channels are outputs of the model"
+
+
+def test_hooks_that_a_model_registers_in_its_first_call_are_gone_afterwards() -> None:
+    """As outputs are collected in transformers 5; a flag that says that they are there would be gone as well."""
+
+    def call(net: Any, x: Tensor) -> Tensor:
+        if not hasattr(net, "seen"):
+            net.seen = []
+            net.a.register_forward_hook(lambda module, args, out: net.seen.append(out))
+        net.seen.clear()
+        out = net.b(net.a(x))
+        assert len(net.seen) == 1
+        return out
+
+    net = Net(call, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+    assert couplings(net, torch.randn(2, 4))[0].reason is None
+    assert not net.a._forward_hooks and not hasattr(net, "seen")
+
+
+def test_a_model_that_cannot_be_called_without_channels_says_why() -> None:
+    net = Net(lambda net, x: net.b(net.a(x).view(2, 2, 4).flatten(1)), a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+    reason = couplings(net, torch.randn(2, 4))[0].reason
+    assert (
+        reason is not None
+        and "cannot be called without some of its channels (RuntimeError: shape '[2, 2, 4]'" in reason
+    )
+
+
+def test_a_table_whose_columns_are_pruned_gets_narrower() -> None:
+    net, x = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 6), nn.Linear(6, 3)), torch.randint(9, (2, 5))
+    pruner = Pruner("magnitude", "oneshot", Channel(coupled=True), "uniform", sparsity=0.5, include=["0", "1"])
+    pruner.attach(net, x)
+    pruner.prepare(10)
+    before = net(x)
+    shrink(net, x)
+    assert (net[0].embedding_dim, net[1].in_features, net[1].out_features) == (4, 4, 3)
+    assert torch.allclose(net(x), before, atol=1e-5)

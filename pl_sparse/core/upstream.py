@@ -59,7 +59,6 @@ __all__ = [
     "unscale_gradients",
     "unwrapped",
     "use_fused_attention",
-    "use_own_weights",
     "validation_has_run",
     "without_fused_layer",
     "wrappers_of",
@@ -326,11 +325,6 @@ def without_fused_layer(module: nn.Module) -> None:
     """Let a `TransformerEncoderLayer` call its layers in evaluation mode too: its fused path reads their weights."""
     if isinstance(module, nn.TransformerEncoderLayer):
         module.activation_relu_or_gelu = 0
-
-
-def use_own_weights(layer: nn.RNNBase) -> None:
-    """Let a recurrent layer compute with the parameters that it has now: it keeps them in a list beside."""
-    layer._flat_weights = [getattr(layer, name, None) for name in layer._flat_weights_names]
 
 
 def below_autograd() -> AbstractContextManager[None]:

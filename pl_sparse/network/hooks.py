@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.core.upstream import use_own_weights
-
 __all__ = ["called", "evaluated", "hooked", "stand_ins", "tensors", "trained", "undisturbed", "unfused"]
 
 Pre = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -90,8 +88,6 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
                     vars(module)[key] = copy.copy(value)
             for kind in ("_parameters", "_buffers"):
                 vars(module)[kind] = {key: other(tensor) for key, tensor in vars(module)[kind].items()}
-            if isinstance(module, nn.RNNBase):
-                use_own_weights(module)
         with torch.random.fork_rng(devices=_devices(model)):
             model.eval()
             yield

@@ -103,7 +103,7 @@ def sides(module: nn.Module) -> tuple[str, ...]:
     """The sides of a layer that channels can be taken from: its outputs and inputs may be the same ones."""
     if isinstance(module, nn.PReLU):
         return ("out",) if module.num_parameters > 1 else ()
-    if isinstance(module, BARE) or isinstance(module, TABLES) or is_depthwise(module):
+    if isinstance(module, (*BARE, *TABLES)) or is_depthwise(module):
         return ("out",)
     if isinstance(module, TRANSPOSED):
         return ("out", "in") if module.groups == 1 else ()

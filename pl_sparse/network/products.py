@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from pl_sparse.network.couples import NONE, Call, Track, couples
+from pl_sparse.network.layer_rules import weighted
 from pl_sparse.network.layers import is_weighted
-from pl_sparse.network.rules import named, unknown, weighted
+from pl_sparse.network.rules import named, unknown
 
 __all__ = ["contract"]
 

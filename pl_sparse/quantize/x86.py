@@ -17,7 +17,7 @@ def x86_quantizer(training: bool) -> Any:
     Args:
         training: whether ranges are learned as moving averages, or taken from some batches after training.
     """
-    from torchao.quantization.pt2e.fake_quantize import FusedMovingAvgObsFakeQuantize
+    from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
     from torchao.quantization.pt2e.observer import (
         HistogramObserver,
         MovingAverageMinMaxObserver,
@@ -31,8 +31,9 @@ def x86_quantizer(training: bool) -> Any:
     tiny = {"eps": torch.finfo(torch.float32).eps}  # a channel of zeros has a scale, and small ones their own
     fused = FusedMovingAvgObsFakeQuantize
     activation: Any = fused.with_args(observer=MovingAverageMinMaxObserver, **tiny)
-    # A constant of 1 makes the average the last value: the range of a weight is that of the weight as it is now.
-    weight: Any = fused.with_args(observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, **tiny)
+    # A constant of 1 makes the average the last value: the range of a weight is that of the weight as it is now. The
+    # fused one takes |min| / 128 for the scale of a channel, the converted network |min| / 127.
+    weight: Any = FakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, **tiny)
     if not training:
         activation, weight = HistogramObserver.with_args(**tiny), PerChannelMinMaxObserver.with_args(**tiny)
     activations = QuantizationSpec(

@@ -220,9 +220,9 @@ def _bare_norms(
                 gone[port.path] |= {place for unit in units for place in port.places[unit]}
     layers = {}
     for path, places in gone.items():
-        module: Any = model.get_submodule(path)
-        size = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
-        layers[path] = {key: (getattr(module, key), value) for key, value in _width(module, size - len(places)).items()}
+        norm: Any = model.get_submodule(path)
+        size = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+        layers[path] = {key: (getattr(norm, key), value) for key, value in _width(norm, size - len(places)).items()}
     return layers
 
 

@@ -110,7 +110,7 @@ def _fails(model: nn.Module, example: Any, removable: Sequence[Coupling]) -> str
         except Exception as error:  # of a layer that is other than it looks
             return f"{_FAILED} ({short(error)})"
         errors: list[Exception] = []
-        if difference(model, example, plan.apply, errors) <= _TOLERANCE:
+        if _difference(model, example, plan.apply, errors) <= _TOLERANCE:
             return None
         return f"{_UNCALLED} ({short(errors[0])})" if errors else _FAILED
 
@@ -160,16 +160,23 @@ def difference(
     Returns:
         The largest difference; infinity if the changed model cannot be called, or its outputs have another shape.
     """
-    inputs = [example, _noise(example)]
     with _trial(model):
-        before = [called(model, x) for x in inputs]
-        try:
-            change(model)
-            after = [called(model, x) for x in inputs]
-        except Exception as error:
-            if errors is not None:
-                errors.append(error)
-            return float("inf")
+        return _difference(model, example, change, errors)
+
+
+def _difference(
+    model: nn.Module, example: Any, change: Callable[[nn.Module], None], errors: list[Exception] | None
+) -> float:
+    """The same of a model that may be changed for good."""
+    inputs = [example, _noise(example)]
+    before = [called(model, x) for x in inputs]
+    try:
+        change(model)
+        after = [called(model, x) for x in inputs]
+    except Exception as error:
+        if errors is not None:
+            errors.append(error)
+        return float("inf")
     worst = 0.0
     for old, new in zip(before, after, strict=True):
         for a, b in zip(old, new, strict=True):

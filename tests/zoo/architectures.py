@@ -203,9 +203,7 @@ architecture("YOLO, C3, focus and a decoupled head", "torch", quick=True)(
     lambda: Case(Detector(C3, Decoupled, Focus(8)), pictures(64, 2))
 )
 architecture("YOLO, ELAN", "torch", quick=True)(lambda: Case(Detector(Elan), pictures(64, 2)))
-architecture("YOLO, attention of positions", "torch", quick=True)(
-    lambda: Case(Detector(C2f, attention=True), pictures(64, 2))
-)
+architecture("YOLO, attention of positions", "torch")(lambda: Case(Detector(C2f, attention=True), pictures(64, 2)))
 
 
 class Forecaster(nn.Module):

@@ -37,14 +37,15 @@ REMOVAL_HEAD = """# The zoo of removal
 
 Half of the channels of each network are masked (`structure=coupled`, `allocation=uniform`), and in another copy half of
 the attention heads (`structure=head`), five steps are trained on random batches, and `export.shrink` takes out what is
-masked. Networks are made from small configurations with random weights. `make test-zoo` runs all of them and writes this
-table; a dozen run in `make test`. Of each is asserted:
+masked. Networks are made from small configurations with random weights. `make test-zoo` runs all of them and writes
+this table; the quick ones run in `make test`. Of each is asserted:
 
 - The outputs of the smaller network are those of the masked one, to 1e-4 of the largest.
-- All that is masked leaves, and there are fewer parameters and fewer MACs.
+- All masked channels leave, and there are fewer parameters and fewer MACs. Masked heads leave, or stay with a reason.
 
 *Removable* is the share of the outputs of all layers that can be taken out; what stays is listed with how many, and the
 reason that the log gives. MACs are those of torch's `FlopCounterMode`, of one sample (of the whole graph for graphs).
+It does not see what torch's fused recurrent layers multiply.
 Milliseconds are medians of one thread for one sample, before and after in turns, in ONNX Runtime where the network can
 be exported by tracing, else in torch (*torch*); such small networks are bound by overhead, and the machine is shared.
 *error* is the largest difference of outputs, relative to the largest output.

@@ -1,4 +1,4 @@
-"""Detectors without anchors, as the YOLO family builds them: C2f, C3, SPPF, PAN, decoupled heads with a frozen table."""
+"""Detectors without anchors, as the YOLO family builds them: C2f, C3, SPPF, PAN, heads with a frozen table."""
 
 from __future__ import annotations
 
