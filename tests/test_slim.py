@@ -23,7 +23,6 @@ from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.slim_command import _found, _parser, main
 from pl_sparse.app.training import train
 from pl_sparse.callbacks import CostTarget
-from pl_sparse.callbacks.cost_target import _UNITS
 from pl_sparse.export import load_shrunk
 from pl_sparse.export.onnx import open_onnx
 from pl_sparse.tasks.classifier import Classifier
@@ -89,7 +88,6 @@ def parameters(net: nn.Module) -> int:
 
 def test_one_function_leaves_the_network_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CostTarget, "_faster", lambda self, a, b, x: parameters(a) / parameters(b))
-    monkeypatch.setitem(_UNITS, "speedup", "kb")
     monkeypatch.setattr("pl_sparse.app.slim._SECONDS", 0.01)
     model = trained()
     before = {name: value.clone() for name, value in model.state_dict().items()}

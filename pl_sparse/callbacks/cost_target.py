@@ -230,8 +230,8 @@ class CostTarget(Callback):
         self._limit, self._restored = state_dict["limit"], True
 
 
-_UNITS = {"speedup": "ms", "size": "kb", "macs": "macs"}
-"""What a `Budget` counts for each target."""
+_UNITS = {"speedup": "macs", "size": "kb", "macs": "macs"}
+"""What a `Budget` counts for each target. For a speed-up MACs: the milliseconds of small layers are noise."""
 
 
 def _opened(net: nn.Module, x: Tensor) -> Executable:
