@@ -1,6 +1,7 @@
 """Networks that are trained to be sparse.
 
-`Sparsity` is the callback for a Lightning Trainer, `Pruner` the same for a plain training loop. The axes that a method
+`Sparsity` is the callback for a Lightning Trainer, `Pruner` the same for a plain training loop, `slim` makes a trained
+network faster. The axes that a method
 is made of are the packages `scorer`, `schedule`, `structure`, `allocation`, `updater`, `masking` and `regularizer`.
 """
 
@@ -10,19 +11,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pl_sparse.app.slim import slim
     from pl_sparse.callbacks import Sparsity
     from pl_sparse.core.registry import register
     from pl_sparse.core.targets import Targets
     from pl_sparse.pruner import Pruner
 
 __version__ = "0.1.0"
-__all__ = ["Pruner", "Sparsity", "Targets", "__version__", "register"]
+__all__ = ["Pruner", "Sparsity", "Targets", "__version__", "register", "slim"]
 
 _HOMES = {
     "Pruner": "pl_sparse.pruner",
     "Sparsity": "pl_sparse.callbacks",
     "Targets": "pl_sparse.core.targets",
     "register": "pl_sparse.core.registry",
+    "slim": "pl_sparse.app.slim",
 }
 
 

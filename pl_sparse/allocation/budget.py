@@ -85,13 +85,26 @@ class Budget(Allocation):
         if table is not None:
             table.measure(network.layers)
         self._measured.update(network=network, table=table)
-        full, least = self.cost(network.units), self.cost([min(self.multiple, n) for n in network.units])
         budget = self.limit(1.0)
-        if least > budget:
+        if self.least > budget:
             raise ValueError(
                 f"the budget of {budget:.4g} {self.what} cannot be met: with {self.multiple} channels in each group "
-                f"the network costs {least:.4g} {self.what} ({full:.4g} when dense)"
+                f"the network costs {self.least:.4g} {self.what} ({self.cost(self.units):.4g} when dense)"
             )
+
+    @property
+    def units(self) -> list[int]:
+        """The units of each group."""
+        return list(self._measured["network"].units)
+
+    @property
+    def least(self) -> float:
+        """What the network costs with one block in each group."""
+        return self.cost([min(self.multiple, n) for n in self.units])
+
+    def meet(self, limit: float) -> None:
+        """Take another budget from here on, in the unit of `what`: where it is found by a search."""
+        self._measured["limit"] = limit
 
     def cost(self, kept: Sequence[int]) -> float:
         """What the network costs with so many units of each group."""
@@ -100,8 +113,8 @@ class Budget(Allocation):
 
     def limit(self, progress: float) -> float:
         """The budget at a part of the way to the final one."""
-        full = self.cost(self._measured["network"].units)
-        target = float(getattr(self, self.what))
+        full = self.cost(self.units)
+        target = float(self._measured.get("limit", getattr(self, self.what)))
         if self.what == "macs" and target <= 1:
             target *= full
         return float(full ** (1 - progress) * target**progress) if target < full else full

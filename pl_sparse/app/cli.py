@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "study": ("pl_sparse.app.study:main", "train methods against each other, and say which differences are noise"),
     "sensitivity": ("pl_sparse.app.sensitivity:main", "prune each layer of a finished run alone, at several levels"),
+    "slim": ("pl_sparse.app.slim_command:main", "make a trained network so many times faster, and tell what it costs"),
     "report": ("pl_sparse.integrations.wandb_report:main", "build a Weights & Biases report of runs"),
     "show": ("pl_sparse.results.inspection:show", "tell what a run left, and draw its masks"),
     "compare": ("pl_sparse.results.inspection:compare", "tell how two runs differ"),

@@ -16,7 +16,17 @@ from pl_sparse.app.formats import make_formats, refuse
 from pl_sparse.app.instantiate import built, make_module, optional, refuse_other_outputs
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.tree import print_tree
-from pl_sparse.callbacks import AccuracyBudget, Front, History, Quantize, RandomState, Shrink, Sparsity, Status
+from pl_sparse.callbacks import (
+    AccuracyBudget,
+    CostTarget,
+    Front,
+    History,
+    Quantize,
+    RandomState,
+    Shrink,
+    Sparsity,
+    Status,
+)
 from pl_sparse.core.targets import Targets
 from pl_sparse.export.format import Export
 from pl_sparse.export.hardware import Hardware
@@ -58,6 +68,7 @@ class Parts:
         shrink: takes masked channels out of the model.
         quantize: trains for integers.
         budget: finds the sparsity that costs little accuracy.
+        cost: finds the channels that a speed-up, a size or a number of MACs allows.
         trust: whether checkpoints of the folder may hold pickled objects; None where the run has not been gone on with.
     """
 
@@ -78,6 +89,7 @@ class Parts:
     shrink: Shrink | None = None
     quantize: Quantize | None = None
     budget: AccuracyBudget | None = None
+    cost: CostTarget | None = None
     trust: bool | None = None
 
     @property
@@ -97,6 +109,7 @@ class Parts:
             self.quantize,
             self.history,
             self.budget,
+            self.cost,
             self.status,
             self.random_state,
         )
@@ -127,10 +140,12 @@ def assemble(cfg: DictConfig, identity: str) -> Parts:
     module, prefix = make_module(cfg, data)
     if isinstance(module, Classifier) and data is not None and not cfg.model._target_.startswith("pl_sparse."):
         refuse_other_outputs(module, data, cfg.model._target_)
-    if isinstance(module, Classifier) and cfg.get("target") and is_accuracy(cfg.objective) and cfg.target.drop >= 1:
+    goal = optional(cfg, "target", Callback)
+    budget = goal if isinstance(goal, AccuracyBudget) else None
+    if isinstance(module, Classifier) and budget is not None and is_accuracy(cfg.objective) and budget.drop >= 1:
         raise ConfigError(f"target.drop={cfg.target.drop} is all of {cfg.objective}, a fraction: 0.01 is a point")
     quantize: Quantize | None = optional(cfg, "quantization", Quantize)
-    budget: AccuracyBudget | None = optional(cfg, "target", AccuracyBudget)
+    cost = _cost(goal, hardware, quantize)
     formats = make_formats(cfg)
     _check_types(hardware, quantize, {format.dtype for format in formats.values()})
     refuse(formats, module, data, pruner.structure, pruner.target or 0.0)
@@ -148,9 +163,10 @@ def assemble(cfg: DictConfig, identity: str) -> Parts:
         regularize=optional(cfg, "regularizer", Callback),
         rewind=optional(cfg, "rewind", Callback),
         distill=optional(cfg, "distill", Callback),
-        shrink=_shrink(cfg.shrink_every, quantize, budget),
+        shrink=_shrink(cfg.shrink_every, quantize, goal),
         quantize=quantize,
         budget=budget,
+        cost=cost,
         random_state=RandomState(),
         trust=cfg.get("trust"),
     )
@@ -211,10 +227,26 @@ def _front(cfg: DictConfig, folder: Path, schedule: Schedule) -> Front | None:
     return Front(folder)
 
 
-def _shrink(every: int | None, quantize: Quantize | None, budget: AccuracyBudget | None) -> Shrink | None:
+def _cost(goal: Callback | None, hardware: Hardware, quantize: Quantize | None) -> CostTarget | None:
+    """The target of cost, where it goes with the rest."""
+    if not isinstance(goal, CostTarget):
+        return None
+    asked = f"target.{goal.what}={goal.asked:g}"
+    if quantize is not None:
+        raise ConfigError(
+            f"{asked} is one of the network in floating point, and quantization trains it for integers: leave "
+            "quantization out, export=[onnx_int8] quantizes after training"
+        )
+    for key in ("budget_ms", "macs"):
+        if (value := getattr(hardware, key)) is not None:
+            raise ConfigError(f"{asked} and hardware.{key}={value:g} are two budgets: give one")
+    return goal
+
+
+def _shrink(every: int | None, quantize: Quantize | None, goal: Callback | None) -> Shrink | None:
     if every is None:
         return None
-    if quantize is not None or budget is not None:
+    if quantize is not None or goal is not None:
         raise ConfigError("shrink_every goes with neither quantization nor target: shrink the trained model instead")
     try:
         return Shrink(every)

@@ -28,7 +28,7 @@ from pl_sparse.results.style import PALETTE, remove_frame, save
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import Structure
 
-__all__ = ["main"]
+__all__ = ["main", "sensitivity"]
 
 _LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -55,9 +55,9 @@ def _sensitivity(options: argparse.Namespace) -> None:
     if not implements(module, "validation_step") or (data is None and not implements(module, "val_dataloader")):
         raise ConfigError(f"{options.run}: its module has no validation_step, or there are no validation data")
     structure: Structure = built(cfg, "structure")
-    rows, key = _measured(module, data, structure, sorted(set(options.levels)), options.batches, str(cfg.objective))
-    write_csv(options.run / "sensitivity.csv", rows)
-    _plot(rows, options.run / "sensitivity.png", key)
+    rows, key = sensitivity(
+        module, data, structure, sorted(set(options.levels)), options.batches, str(cfg.objective), options.run
+    )
     table = Table("layer", "weights", *[f"{level:g}" for level in sorted(set(options.levels))], title=f"loss of {key}")
     for name in dict.fromkeys(row["layer"] for row in rows):
         of_layer = [row for row in rows if row["layer"] == name and row["sparsity"] > 0]
@@ -67,15 +67,32 @@ def _sensitivity(options: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def _measured(
+def sensitivity(
     module: LightningModule,
     data: LightningDataModule | None,
     structure: Structure,
     levels: Sequence[float],
     batches: int | None,
     objective: str,
+    folder: Path,
 ) -> tuple[list[dict[str, Any]], str]:
-    """A row for each layer and level, and the metric they have; the module is left as it was."""
+    """Prune each layer of a module alone, by magnitude; the module is left as it was.
+
+    Args:
+        module: with a `validation_step`.
+        data: where validation data come from; None if the module brings its own.
+        structure: what is pruned together, within a layer.
+        levels: sparsities.
+        batches: of the validation data; None for all.
+        objective: the metric, if it is logged.
+        folder: where sensitivity.csv and sensitivity.png go.
+
+    Returns:
+        a row for each layer and level, and the metric they have.
+
+    Raises:
+        ConfigError: nothing that is logged says how good the model is, or the structure joins layers.
+    """
     options: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
@@ -103,6 +120,8 @@ def _measured(
         for level in levels if structure.fixed is None else (structure.fixed,):
             value = _pruned(group, structure, level, measure)[key]
             rows.append({**row, "sparsity": level, key: value, "drop": sign * (whole[key] - value)})
+    write_csv(folder / "sensitivity.csv", rows)
+    _plot(rows, folder / "sensitivity.png", key)
     return rows, key
 
 

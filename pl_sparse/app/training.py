@@ -138,6 +138,8 @@ def _finish(cfg: DictConfig, parts: Parts, trainer: Trainer, folder: RunFolder) 
             parts.module, parts.data, parts.formats, parts.folder, parts.hardware, integers, removed, cfg.export_measure
         )
         metrics = merged(metrics, costs)
+    if parts.cost is not None:
+        metrics["target"] = {parts.cost.what: parts.cost.asked, "achieved": parts.cost.achieved}
     write_json(parts.folder / "metrics.json", metrics)
     print_report(parts.folder, summary, metrics, levels, folder.ledger)
     publish(trainer.loggers, parts.folder, metrics, trainer.global_step)

@@ -1,6 +1,7 @@
 """Lightning callbacks."""
 
 from pl_sparse.callbacks.accuracy_budget import AccuracyBudget
+from pl_sparse.callbacks.cost_target import CostTarget
 from pl_sparse.callbacks.distill import Distill
 from pl_sparse.callbacks.front import Front
 from pl_sparse.callbacks.quantize import Quantize
@@ -15,6 +16,7 @@ from pl_sparse.callbacks.sparsity import Sparsity
 
 __all__ = [
     "AccuracyBudget",
+    "CostTarget",
     "Distill",
     "Front",
     "History",

@@ -1,0 +1,302 @@
+"""A trained network made so many times faster: channels pruned in a fine-tuning that imitates the network itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from pl_sparse.app.deploy import deploy, training_inputs
+from pl_sparse.app.instantiate import implements, network, refuse_other_outputs
+from pl_sparse.app.sensitivity import sensitivity
+from pl_sparse.app.settings import ConfigError
+from pl_sparse.callbacks import CostTarget, Distill, History, Sparsity
+from pl_sparse.callbacks.run.progress import ProgressLines
+from pl_sparse.core.files import write_json
+from pl_sparse.export import ONNX, ONNXInt8
+from pl_sparse.export.format import Export
+from pl_sparse.export.hardware import Hardware
+from pl_sparse.export.measure import device_name
+from pl_sparse.network.macs import MacCounter, macs
+from pl_sparse.results.direction import direction
+from pl_sparse.results.judged import judged
+from pl_sparse.results.style import BLUE, GREY, remove_frame, save
+from pl_sparse.schedule import Cubic
+from pl_sparse.structure import Channel
+from pl_sparse.surgery.shrink import shrink
+from pl_sparse.tasks.classifier import Classifier
+from pl_sparse.tasks.lr import CosineLR
+
+__all__ = ["Slimmed", "slim"]
+
+_LEVELS = (0.5,)
+"""The sparsities at which layers are pruned alone."""
+_BATCHES = 8
+"""Batches of validation that they are judged by."""
+_SECONDS = 1.0
+"""Of measuring a file, for each batch size."""
+_QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """A network before and after.
+
+    Attributes:
+        metric: the name of the metric of validation that it is judged by.
+        before, after: metric, parameters, MACs of a sample, bytes of weights and buffers.
+        exports: by format "ms" and "dense_ms" (medians: batch 1, one thread, ONNX Runtime), "speedup" and "bytes".
+        lost: what the metric lost; below 0 it gained.
+        speedup: of the ONNX file.
+        misses: what was asked for and is not so, a line each.
+        folder: of all files.
+    """
+
+    metric: str
+    before: dict[str, float]
+    after: dict[str, float]
+    exports: dict[str, dict[str, float]]
+    lost: float
+    speedup: float
+    misses: list[str]
+    folder: Path
+
+
+def slim(
+    model: nn.Module,
+    data: LightningDataModule | None = None,
+    speedup: float = 2.0,
+    *,
+    drop: float | None = None,
+    int8: bool = False,
+    epochs: int = 10,
+    lr: float = 1e-3,
+    folder: str | os.PathLike[str] = "slim",
+    sensitive: bool = True,
+) -> tuple[nn.Module, Slimmed]:
+    """A smaller network with what a trained one knows.
+
+    Coupled channels of a copy are pruned over the first half of a fine-tuning in which it imitates the network that it
+    was, until it is `speedup` times faster in ONNX Runtime (`CostTarget`); the best epoch after that counts. Channels
+    are removed, the rest is exported and measured.
+
+    Args:
+        model: trained; it stays as it is. A LightningModule brings its loss and its optimizer, and imitates nothing;
+            another network returns logits, and is trained as a classifier.
+        data: with training and validation batches; None if the module brings its own.
+        speedup: how many times faster: batch 1, one thread.
+        drop: what the metric of validation may lose; None: anything. It is compared, training does not end by it.
+        int8: export with 8-bit integers as well, quantized after training.
+        epochs: of fine-tuning.
+        lr: the first learning rate of AdamW, for a classifier.
+        folder: where files go: slim.json, slim.png, sensitivity.csv and .png, shrunk/, model.onnx, bench.*.
+        sensitive: whether each layer is pruned alone before.
+
+    Returns:
+        the smaller network, in evaluation mode, and what it costs.
+
+    Raises:
+        ConfigError: what is given cannot be slimmed, and why; before training.
+    """
+    folder = Path(folder)
+    if epochs < 2:
+        raise ConfigError(f"epochs={epochs} must be 2 or more: one to prune in, one to recover")
+    if drop is not None and drop < 0:
+        raise ConfigError(f"drop={drop:g} must not be negative: what the metric may lose")
+    if (folder / "slim.json").exists():
+        raise ConfigError(f"{folder} holds a network that was slimmed: give another folder")
+    try:
+        target = CostTarget(speedup=speedup)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    module = _module(model, data, lr)
+    formats: dict[str, Export] = {"onnx": ONNX(), **({"onnx_int8": ONNXInt8()} if int8 else {})}
+    example = next(iter(training_inputs(module, data, 1)))[:2]
+    for name, format in formats.items():
+        if (
+            reason := format.refusal(network(module), example, Sparsity(sparsity=0.0).pruner.structure, 0.0)
+        ) is not None:
+            raise ConfigError(f"export={name}: {reason}")
+    folder.mkdir(parents=True, exist_ok=True)
+    metric, quality = _quality(module, data)
+    before = {metric: quality, **_size(network(module), example)}
+    if sensitive:
+        sensitivity(module, data, Channel(), _LEVELS, _BATCHES, metric, folder)
+    _fine_tune(module, data, target, metric, epochs, folder)
+    after = {metric: _quality(module, data, metric)[1]}
+    costs = _exported(module, data, formats, folder)
+    smaller = copy.deepcopy(network(module)).cpu().eval()
+    shrink(smaller, example)
+    after |= _size(smaller, example)
+    sign = -1.0 if direction(metric) == "min" else 1.0
+    lost = sign * (before[metric] - after[metric])
+    reached = costs["onnx"]["speedup"]
+    misses = []
+    if reached < speedup:
+        misses.append(f"{reached:.2f}x faster, and {speedup:g}x was asked for: ask for more than you need")
+    if drop is not None and lost > drop:
+        misses.append(
+            f"{metric} lost {lost:.4f}, more than drop={drop:g}: train for more epochs, or ask for a smaller speedup"
+        )
+    result = Slimmed(metric, before, after, costs, lost, reached, misses, folder)
+    write_json(
+        folder / "slim.json", {**asdict(result), "folder": str(folder), "asked": speedup, "device": device_name()}
+    )
+    _plot(result, folder / "slim.png")
+    return smaller, result
+
+
+# Before
+
+
+def _module(model: nn.Module, data: LightningDataModule | None, lr: float) -> LightningModule:
+    """A copy of what is given, that can be trained."""
+    if isinstance(model, Classifier):
+        model = model.net
+    if isinstance(model, LightningModule):
+        module = copy.deepcopy(model)
+    else:
+        classes: int | None = getattr(data, "classes", None)
+        if data is None or classes is None:
+            raise ConfigError(
+                f"{type(model).__name__} is no LightningModule, and is trained as a classifier, whose data has "
+                "`classes`: give such data, or a LightningModule with training_step and validation_step"
+            )
+        if not 0 < lr < float("inf"):
+            raise ConfigError(f"lr={lr:g} must be above 0: nothing is trained otherwise")
+        optimizer = partial(torch.optim.AdamW, lr=lr, weight_decay=0.01)
+        classifier = Classifier(copy.deepcopy(model), classes, optimizer, CosineLR(warmup=0.05))
+        refuse_other_outputs(classifier, data, type(model).__name__)
+        module = classifier
+    for parameter in module.parameters():  # a network for inference is often frozen
+        parameter.requires_grad_(parameter.is_floating_point())
+    if not implements(module, "validation_step") or (data is None and not implements(module, "val_dataloader")):
+        raise ConfigError(
+            f"{type(module).__name__} has no validation_step, or there are no validation data to judge by"
+        )
+    return module.train()
+
+
+def _quality(module: LightningModule, data: LightningDataModule | None, metric: str | None = None) -> tuple[str, float]:
+    """The metric of validation that a module is judged by."""
+    trainer = Trainer(devices=1, enable_checkpointing=False, **_QUIET)
+    logged = {str(name): float(value) for name, value in trainer.validate(module, data, verbose=False)[0].items()}
+    name = metric or judged(logged)
+    if name is None or name not in logged:
+        raise ConfigError(
+            f"validation logs {', '.join(logged) or 'nothing'}, and none of it says how good the model is"
+        )
+    return name, logged[name]
+
+
+@torch.no_grad()
+def _size(net: nn.Module, example: Tensor) -> dict[str, float]:
+    """Parameters, MACs of a sample, bytes."""
+    training = net.training
+    with MacCounter(net.eval()) as counter:
+        net(example.to(next(net.parameters()).device))
+    net.train(training)
+    return {
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "macs": macs(net, counter, batch_size=len(example)).dense,
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values()),
+    }
+
+
+# Training and after
+
+
+def _fine_tune(
+    module: LightningModule,
+    data: LightningDataModule | None,
+    target: CostTarget,
+    metric: str,
+    epochs: int,
+    folder: Path,
+) -> None:
+    """Prune the channels of a module while it imitates what it was; it ends with the weights of the best epoch."""
+    student = "net" if isinstance(module, Classifier) else ""
+    best = ModelCheckpoint(
+        dirpath=folder / "checkpoints", filename="best", monitor=metric, mode=direction(metric) or "max",
+        save_on_train_epoch_end=True, enable_version_counter=False,
+    )  # fmt: skip
+    callbacks = [
+        Sparsity(schedule=Cubic(final=0.9, end=0.5), structure="coupled", report=False),
+        *([Distill(copy.deepcopy(network(module)), student=student)] if isinstance(module, Classifier) else []),
+        History(folder / "history.csv"),
+        target,
+        ProgressLines(),
+        best,
+    ]
+    trainer = Trainer(
+        max_epochs=epochs, devices=1, callbacks=callbacks, default_root_dir=folder, num_sanity_val_steps=0, **_QUIET
+    )
+    try:
+        trainer.fit(module, data)
+    except ValueError as error:
+        if trainer.global_step:
+            raise
+        raise ConfigError(str(error)) from error
+    if Path(best.best_model_path).is_file():
+        module.load_state_dict(torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"])
+
+
+def _exported(
+    module: LightningModule, data: LightningDataModule | None, formats: dict[str, Export], folder: Path
+) -> dict[str, dict[str, float]]:
+    """What each file costs beside the dense network, on one thread; the smaller network is in `folder`/shrunk."""
+    hardware = Hardware(name="cpu", exports=list(formats))
+    with _one_thread():
+        costs = deploy(module, data, formats, folder, hardware, measure=True, seconds=_SECONDS)
+    if "exports_failed" in costs:
+        name, reason = next(iter(costs["exports_failed"].items()))
+        raise RuntimeError(f"export={name}: {reason}")
+    rows = json.loads((folder / "bench.json").read_text())["rows"]
+    return {
+        row["format"]: {
+            "ms": row["exported/median_ms"],
+            "dense_ms": row["dense/median_ms"],
+            "speedup": row["faster"],
+            "bytes": row["exported/bytes"],
+            **{key: value for key, value in row.items() if key.endswith("_exported")},
+        }
+        for row in rows
+        if row["batch"] == 1
+    }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _plot(result: Slimmed, path: Path) -> None:
+    """Bars of what is left of each figure, before and after."""
+    latency = result.exports["onnx"]
+    pairs = [(name, result.before[name], result.after[name]) for name in result.before]
+    pairs.append(("ms", latency["dense_ms"], latency["ms"]))
+    figure = Figure(figsize=(2.2 * len(pairs), 3), layout="constrained")
+    for axis, (name, before, after) in zip(figure.subplots(1, len(pairs)), pairs, strict=True):
+        bars = axis.bar(["before", "after"], [before, after], color=[GREY, BLUE])
+        axis.bar_label(bars, [f"{value:,.4g}" for value in (before, after)], fontsize=8)
+        axis.set_title(name, fontsize=10)
+        axis.margins(y=0.15)
+        remove_frame(axis)
+    save(figure, path, f"{result.speedup:.2f}x faster: batch 1, one thread, ONNX Runtime")

@@ -1,0 +1,263 @@
+"""As many channels as a cost allows: the least pruned model that is so much faster, smaller or cheaper."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from math import inf, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from pl_sparse.allocation import ERK, Budget, Units, choose
+from pl_sparse.callbacks.calibration import example_of
+from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.callbacks.strategies import refuse_parts
+from pl_sparse.core.agreement import agreed, agreeing
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.export.format import Executable, missing
+from pl_sparse.export.measure import latencies, ratio
+from pl_sparse.export.onnx import open_onnx, save_onnx
+from pl_sparse.network.graph import traceable
+from pl_sparse.network.macs import MacCounter, macs
+from pl_sparse.pruner import Pruner
+from pl_sparse.scorer import Magnitude
+from pl_sparse.structure import Channel
+from pl_sparse.surgery.shrink import shrink
+
+__all__ = ["CostTarget"]
+
+_MARGIN = 1.05
+"""A speed-up is looked for so much above what is asked: trained scores choose other widths than magnitudes before."""
+_NEAR = 1.03
+"""Budgets that differ by less are not told apart."""
+
+
+class CostTarget(Callback):
+    """Prunes coupled channels until the network, with them removed, costs what is asked for, and no further.
+
+    It needs a `Sparsity(structure="coupled", sparsity=0.9)` callback before it, whose allocation it makes a `Budget`;
+    `sparsity` is the pace alone. Before training it prunes a copy by magnitude to budgets between the dense network's
+    cost and the least that there is, removes the channels, and measures: the largest budget at which the measured
+    figure is met is the one that training goes by. What the trained network costs is measured again at the end.
+
+    Args:
+        speedup: how many times faster than the dense network: ONNX Runtime on the CPU, batch 1, one thread, both in
+            turns.
+        size: the fraction of the bytes of its weights and buffers that may be left.
+        macs: the fraction of its multiply-accumulates that may be left.
+        seconds: of measuring a latency.
+
+    Attributes:
+        achieved: what was asked for, measured at the end of training; None before.
+
+    Raises:
+        ValueError: not one of speedup, size and macs is given, or it is out of range. Before training starts: channels
+            are not coupled, another allocation is given, no budget meets the target, or the network cannot be exported.
+    """
+
+    def __init__(
+        self,
+        speedup: float | None = None,
+        size: float | None = None,
+        macs: float | None = None,
+        seconds: float = 0.5,
+    ) -> None:
+        given = {
+            key: value for key, value in (("speedup", speedup), ("size", size), ("macs", macs)) if value is not None
+        }
+        if len(given) != 1:
+            raise ValueError(
+                "a target of cost is one of speedup (2: twice as fast), size and macs (0.5: half is left), got "
+                + (", ".join(given) or "none of them")
+            )
+        ((self.what, self.asked),) = given.items()
+        if self.what == "speedup" and not 1 < self.asked < inf:
+            raise ValueError(f"speedup={self.asked!r} must be above 1: how many times faster than the dense network")
+        if self.what != "speedup" and not 0 < self.asked < 1:
+            raise ValueError(f"{self.what}={self.asked!r} must be in (0, 1): the fraction that may be left")
+        if not seconds > 0:
+            raise ValueError(f"seconds={seconds!r} must be above 0: the time that a latency is measured for")
+        self.seconds = seconds
+        self.achieved: float | None = None
+        self._limit: float | None = None  # of the budget
+        self._restored = False
+        self._dense: Executable | None = None  # in ONNX Runtime, while it is measured beside others
+
+    # Before training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        pruner = Sparsity.of(trainer).pruner
+        asked = f"target {self.what}={self.asked:g}"
+        if not (isinstance(pruner.structure, Channel) and pruner.structure.coupled):
+            raise ValueError(
+                f"{asked} is met by channels that can be removed, and structure={pruner.structure.label} leaves them "
+                "where they are: use structure=coupled"
+            )
+        unlimited: dict[str, Any] = {_UNITS[self.what]: inf}
+        budget = Budget(final=pruner.schedule.final, **unlimited)
+        given = pruner.allocation
+        if not (isinstance(given, Budget) and getattr(given, budget.what) == inf):
+            if pruner.allocation != ERK():
+                name = type(pruner.allocation).__name__.lower()
+                raise ValueError(
+                    f"{asked} shares channels out by what they cost, and allocation={name} does so otherwise: leave "
+                    "allocation out, or the target"
+                )
+            pruner.allocation = budget
+        if self.what == "speedup" and (advice := missing("export", "onnx", "onnxscript", "onnxruntime")) is not None:
+            raise ValueError(f"{asked} is measured in ONNX Runtime: {advice}")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_parts(pl_module, type(self).__name__)
+        pruner = Sparsity.of(trainer).pruner
+        restored, self._restored = self._restored, False
+        if self._limit is None or not (restored or pruner.num_updates):
+            with agreeing(trainer.world_size > 1):
+                self._limit = agreed(lambda: self._search(trainer, pl_module, pruner))
+        assert isinstance(pruner.allocation, Budget)
+        pruner.allocation.meet(self._limit)
+
+    @torch.no_grad()
+    def _search(self, trainer: Trainer, module: LightningModule, pruner: Pruner) -> float:
+        """The largest budget at which the target is met.
+
+        Raises:
+            ValueError: none meets it.
+        """
+        budget, example = pruner.allocation, example_of(trainer, module)
+        assert isinstance(budget, Budget)
+        params = _params(pruner)
+        before = {param.name: param.mask.clone() for param in params if param.pruned}
+        self._dense = None
+        overrides = [override for _, override in pruner.group_overrides]
+
+        def left(fraction: float) -> tuple[float, float]:
+            """How many times less the network costs at a fraction of the dense one's budget, and how much of it."""
+            for param in params:
+                param.unset_mask()  # scores leave out what an earlier try has cut off
+            budget.meet(fraction * full)
+            units = Units(pruner.groups, pruner.structure, Magnitude().score)
+            choose(units, budget, budget.final, overrides)
+            kept = [int(units.alive(i).sum()) for i in range(len(pruner.groups))]
+            return self._times_less(module, pruner, example), budget.cost(kept)
+
+        full = budget.cost(budget.units)
+        low, high = budget.least / full * (1 + 1e-6), 1.0
+        wanted = self.asked * _MARGIN if self.what == "speedup" else 1 / self.asked
+        try:
+            most, found = left(low)
+            if most < wanted:
+                figure = most if self.what == "speedup" else 1 / most
+                raise ValueError(
+                    f"target {self.what}={self.asked:g} cannot be met: with {budget.multiple} channel"
+                    f"{'s' * (budget.multiple > 1)} in each group that can be pruned, {self.what} is {figure:.3g}"
+                )
+            middle = 1 / wanted
+            while high / low > _NEAR:
+                middle = middle if low < middle < high else sqrt(low * high)
+                times, cost = left(middle)
+                if times >= wanted:
+                    low, found = middle, cost
+                else:
+                    high = middle
+                middle = 0.0
+        finally:
+            for param in params:
+                param.unset_mask()
+                if param.name in before:
+                    param.set_mask(before[param.name])
+        rank_zero_info(f"target {self.what}={self.asked:g}: a budget of {found:.4g} {budget.what} of {full:.4g}")
+        return found * (1 + 1e-9)
+
+    # Costs
+
+    def _times_less(self, module: LightningModule, pruner: Pruner, example: Any) -> float:
+        """How many times less the network costs without the channels that are masked now."""
+        masks = {param.name: param.mask for param in _params(pruner) if param.pruned}
+        dense, smaller = copy.deepcopy(module).eval(), copy.deepcopy(module).eval()
+        for name, mask in masks.items():
+            smaller.get_parameter(name).mul_(mask)
+        shrink(smaller, example, masks)
+        if self.what == "size":
+            return _bytes(dense) / _bytes(smaller)
+        if self.what == "macs":
+            return _macs(dense, example) / _macs(smaller, example)
+        return self._faster(_network(dense.cpu()), _network(smaller.cpu()), example)
+
+    def _faster(self, dense: nn.Module, smaller: nn.Module, example: Any) -> float:
+        """How many times faster one network is than another, in turns in ONNX Runtime."""
+        x = example[0] if isinstance(example, tuple) else example
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"target speedup={self.asked:g} is measured on networks of one tensor, and the inputs are a "
+                f"{type(x).__name__}: use target=macs or target=size"
+            )
+        x = x.cpu()
+        if self._dense is None and (reason := traceable(dense, x)) is not None:
+            raise ValueError(f"target speedup={self.asked:g} is measured in ONNX Runtime: {reason}")
+        if self._dense is None:  # of one try or another: what it costs does not depend on values
+            self._dense = _opened(dense, x)
+        times = latencies({"dense": self._dense, "smaller": _opened(smaller, x)}, x[:1], self.seconds)
+        return ratio(times["dense"], times["smaller"])[0]
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        times = self._times_less(pl_module, Sparsity.of(trainer).pruner, example_of(trainer, pl_module))
+        self._dense = None
+        self.achieved = times if self.what == "speedup" else 1 / times
+        line = f"target {self.what}={self.asked:g}: {self.achieved:.3g}"
+        if times < (self.asked if self.what == "speedup" else 1 / self.asked):
+            rank_zero_warn(f"{line} is what the trained network has, which misses it")
+        else:
+            rank_zero_info(line)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"limit": self._limit}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._limit, self._restored = state_dict["limit"], True
+
+
+_UNITS = {"speedup": "macs", "size": "kb", "macs": "macs"}
+"""What a `Budget` counts for each target. For a speed-up MACs: the milliseconds of small layers are noise."""
+
+
+def _opened(net: nn.Module, x: Tensor) -> Executable:
+    """A network in ONNX Runtime, on one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save_onnx(net, x, path)
+        return open_onnx(path, threads=1)
+
+
+def _params(pruner: Pruner) -> list[MaskedParameter]:
+    """All weights that have masks, biases and norms that go with channels among them."""
+    return [param for group in pruner.groups for param, _ in (*group.members, *group.companions)]
+
+
+def _network(module: LightningModule) -> nn.Module:
+    """What is exported: `net` where there is one, else the module itself."""
+    net = getattr(module, "net", None)
+    return net if isinstance(net, nn.Module) else module
+
+
+def _bytes(net: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
+
+
+def _macs(net: nn.Module, example: Any) -> float:
+    with MacCounter(net) as counter:
+        net(*example) if isinstance(example, tuple) else net(**example) if isinstance(example, dict) else net(example)
+    return macs(net, counter).dense
