@@ -132,12 +132,17 @@ def deploy(
             continue
         try:
             path = _write(name, format, networks, folder, hardware)
-            compared = _compare(name, format, networks, module, data, path, seconds) if measure else []
+            reason = format.unmeasurable() if measure else None
+            compared = []
+            if measure and reason is None:
+                compared = _compare(name, format, networks, module, data, path, seconds)
         except Exception as error:
             failed[name] = _line(error)
             continue
-        results.setdefault("size_bytes.exported", path.stat().st_size)
-        if not measure:
+        results.setdefault("size_bytes.exported", format.size(path))
+        if reason is not None:
+            verdicts[name] = f"{name}: not measured: {reason}"
+        if not compared:
             continue
         comparisons += compared
         verdicts[name] = verdict(compared, device_name("float16" in format.runtime), format.advice)
@@ -149,6 +154,8 @@ def deploy(
     if comparisons:
         device = device_name(any("float16" in format.runtime for format in formats.values()))
         _write_costs(comparisons, verdicts, device, folder)
+    for line in () if comparisons else verdicts.values():
+        Console().print(line, highlight=False, soft_wrap=True)
     for name, reason in failed.items():
         Console().print(f"export={name} failed: {reason}", style="bold red", highlight=False, soft_wrap=True)
     return {**results, "exports_failed": failed} if failed else results
@@ -284,7 +291,7 @@ def _write(name: str, format: Export, networks: _Networks, folder: Path, hardwar
     net, path = networks.of(format), folder / format.file
     with torch.no_grad():
         notes = format.write(net, networks.example, path)
-    size = path.stat().st_size
+    size = format.size(path)
     ratio = _bytes(networks.baseline) / size
     console.print(
         f"{name}: {path}, {size / 1e3:,.1f} kB ({ratio:.1f}x smaller than dense)", highlight=False, soft_wrap=True
@@ -319,7 +326,7 @@ def _compare(
             return format.open(path, networks.sparse)
 
         metrics = {f"{key}_exported": value for key, value in metrics_with(make_exported(), module, data).items()}
-        sizes = {"dense": _bytes(networks.baseline), "exported": path.stat().st_size}
+        sizes = {"dense": _bytes(networks.baseline), "exported": format.size(path)}
         makers = {"dense": make_dense, "exported": make_exported}
         return compare(name, format.runtime, makers, networks.example, _BATCHES, sizes, metrics, seconds)
 

@@ -201,10 +201,10 @@ def _check_types(hardware: Hardware, quantize: Quantize | None, exported: set[st
     """The type of the weights is one that the hardware computes with, and that the exports can have."""
     trained = "float32" if quantize is None else quantize.quantization.dtype
     if "int8" in exported and trained == "int4":
-        raise ConfigError("export=onnx_int8 has 8-bit weights, and quantization=int4_weight trains 4-bit ones")
+        raise ConfigError("an export in int8 has 8-bit weights, and quantization=int4_weight trains 4-bit ones")
     refusal = hardware.refusal("int8" if "int8" in exported else trained)
     if refusal is not None:
-        raise ConfigError(refusal + (", or export=onnx_int8" if "int8" in hardware.dtypes else ""))
+        raise ConfigError(refusal + (", or an export in int8, such as onnx_int8" if "int8" in hardware.dtypes else ""))
 
 
 def _front(cfg: DictConfig, folder: Path, schedule: Schedule) -> Front | None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.upstream import overridden
 from pl_sparse.structure import Structure
 
-__all__ = ["Executable", "Export", "forwarding", "missing"]
+__all__ = ["Executable", "Export", "compared", "forwarding", "missing", "quiet"]
 
 Executable = Callable[[Tensor], Tensor]
 """A loaded model that can be called: from inputs (batch, *shape) to outputs."""
@@ -81,6 +85,14 @@ class Export(ABC):
             net: a model of the same class, which is left as it is.
         """
 
+    def size(self, path: Path) -> int:
+        """Bytes of what `write` wrote."""
+        return path.stat().st_size
+
+    def unmeasurable(self) -> str | None:
+        """Why the file cannot run on this machine, and where it can be measured; None if it can."""
+        return None
+
     def dense(self, net: nn.Module, example: Tensor, folder: Path) -> Executable:
         """A dense model in the same runtime, to measure against.
 
@@ -109,3 +121,43 @@ def forwarding(net: nn.Module, executable: Callable[..., Any]) -> Iterator[None]
     """Within the block, calls of `net` are calls of `executable`; its parameters and names are what they were."""
     with overridden(net, "forward", executable):
         yield
+
+
+@torch.no_grad()
+def compared(run: Executable, net: nn.Module, example: Tensor, tolerance: float, where: str) -> str:
+    """A note that a file computes what the model does.
+
+    Args:
+        run: the file, opened.
+        net: the model.
+        example: inputs of some samples.
+        tolerance: the largest difference of outputs, as a part of their largest absolute value.
+        where: which file it is, and what runs it.
+
+    Raises:
+        ValueError: it computes something else.
+    """
+    expected = net(example)
+    error = float((expected - run(example)).abs().max() / expected.abs().max().clamp(min=1e-12))
+    if not error <= tolerance:
+        raise ValueError(
+            f"the outputs of {where} differ from torch's by {error:.1e} of the largest, more than "
+            f"tolerance={tolerance:g}"
+        )
+    return f"outputs of {where} differ from torch's by at most {error:.1e} of the largest"
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Within the block nothing is printed or warned of, and these loggers say errors alone."""
+    logged = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in logged]
+    for logger in logged:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(logged, levels, strict=True):
+            logger.setLevel(level)

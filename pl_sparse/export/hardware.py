@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pl_sparse.structure import Structure, structure
+from pl_sparse.structure import NM, Structure, structure
 
 __all__ = ["Hardware"]
 
@@ -16,8 +17,9 @@ class Hardware:
 
     Args:
         name: what messages call it.
-        accelerates: structures whose zeros it skips, by name ("nm24", "channel"); None: any.
-        least_sparsity: the sparsity below which skipping zeros costs more than it saves.
+        accelerates: structures whose zeros it skips, by name; "nm24" is that pattern, "n:4" those of four neighbours,
+            "block" all sizes; None: any.
+        least_sparsity: the sparsity below which skipping zeros costs more than it saves; or such by structure.
         multiple: it computes with channels in multiples of this; what a layer keeps is best one.
         dtypes: the types of weights it computes with, best first.
         exports: the formats that it runs, best first.
@@ -39,7 +41,7 @@ structure=nm24, channel
 
     name: str
     accelerates: Sequence[str] | None = None
-    least_sparsity: float = 0.0
+    least_sparsity: float | Mapping[str, float] = 0.0
     multiple: int = 1
     dtypes: Sequence[str] = ("float32", "int8", "int4")
     exports: Sequence[str] = ("onnx",)
@@ -49,8 +51,9 @@ structure=nm24, channel
     macs: float | None = None
 
     def __post_init__(self) -> None:
-        for name in self.accelerates or ():
-            structure(name)
+        by_name = self.least_sparsity if isinstance(self.least_sparsity, Mapping) else {}
+        for name in (*(self.accelerates or ()), *by_name):
+            _is(structure("unstructured"), name)
         if self.multiple < 1:
             raise ValueError(f"multiple={self.multiple!r} must be 1 or more")
         if not self.dtypes or not self.exports:
@@ -67,19 +70,26 @@ structure=nm24, channel
             pruned: what is pruned together.
             sparsity: that training aims at; a structure with a sparsity of its own has that one.
         """
-        if self.accelerates is not None and pruned.label not in {structure(name).label for name in self.accelerates}:
+        if self.accelerates is not None and not any(_is(pruned, name) for name in self.accelerates):
             return (
                 f"hardware={self.name} cannot use zeros of structure={pruned.label}: they make nothing faster. "
                 f"What it accelerates: structure={', '.join(self.accelerates)}"
             )
         reached = sparsity if pruned.fixed is None else pruned.fixed
-        if reached < self.least_sparsity:
+        least = self._least(pruned)
+        if reached < least:
             return (
-                f"hardware={self.name} gains from zeros at a sparsity of {self.least_sparsity:g} or more, and this "
+                f"hardware={self.name} gains from zeros at a sparsity of {least:g} or more, and this "
                 f"will be {reached:g}: raise sparsity"
                 + (f", with a structure other than {pruned.label}" if pruned.fixed is not None else "")
             )
         return None
+
+    def _least(self, pruned: Structure) -> float:
+        """The sparsity from which zeros of a structure pay."""
+        if not isinstance(self.least_sparsity, Mapping):
+            return self.least_sparsity
+        return max((least for name, least in self.least_sparsity.items() if _is(pruned, name)), default=0.0)
 
     def refusal(self, dtype: str) -> str | None:
         """Why weights of this type cannot run here, and which can; None if they can."""
@@ -88,3 +98,11 @@ structure=nm24, channel
         ways = {"int8": "quantization=int8", "int4": "quantization=int4_weight"}
         possible = ", ".join(ways.get(name, "quantization=none") for name in self.dtypes)
         return f"hardware={self.name} does not compute with {dtype} weights: use {possible}"
+
+
+def _is(pruned: Structure, name: str) -> bool:
+    """Whether a structure is what a name stands for: "n:4" for each of four neighbours, "block" for all sizes."""
+    if match := re.fullmatch(r"n:(\d+)", name):
+        return type(pruned) is NM and pruned.m == int(match[1])
+    named = structure(name)
+    return named.label == pruned.label if any(map(str.isdigit, name)) else type(named) is type(pruned)

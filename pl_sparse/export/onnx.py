@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Executable, Export, missing
+from pl_sparse.export.format import Executable, Export, compared, missing, quiet
 from pl_sparse.network.graph import traceable, traced
 from pl_sparse.structure import Structure
 
@@ -38,7 +33,7 @@ def save_onnx(net: nn.Module, example: Tensor, path: Path) -> None:
     if advice is not None:
         raise ImportError(f"export=onnx: {advice}")
     program = traced(net, example)
-    with _quiet():
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"):
         onnx = torch.onnx.export(program, dynamo=True, input_names=["input"], output_names=["output"], verbose=False)
     assert onnx is not None
     for node in onnx.model.graph:  # where each node came from: a third of a small file
@@ -77,22 +72,6 @@ def open_onnx(path: Path, threads: int | None = None) -> Executable:
     return run
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of itself."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 class ONNX(Export):
     """The model in ONNX, checked in ONNX Runtime against torch.
 
@@ -121,16 +100,7 @@ class ONNX(Export):
 
     def write(self, net: nn.Module, example: Tensor, path: Path) -> list[str]:
         save_onnx(net, example, path)
-        with torch.no_grad():
-            expected = net(example)
-        outputs = open_onnx(path)(example)
-        error = float((expected - outputs).abs().max() / expected.abs().max().clamp(min=1e-12))
-        if error > self.tolerance:
-            raise ValueError(
-                f"the outputs of {path} in ONNX Runtime differ from torch's by {error:.1e} of the largest, more than "
-                f"tolerance={self.tolerance:g}"
-            )
-        return [f"outputs in ONNX Runtime differ from torch's by at most {error:.1e} of the largest"]
+        return [compared(open_onnx(path), net, example, self.tolerance, f"{path} in ONNX Runtime")]
 
     def open(self, path: Path, net: nn.Module) -> Executable:
         return open_onnx(path)
