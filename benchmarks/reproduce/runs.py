@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,12 +38,14 @@ class Run:
         arguments: of train.py; {seed} and {out} stand for the seed and the folder of all runs.
         after: whether other runs of the experiment have to be finished before.
         seeds: how many seeds at the most; a long training takes fewer.
+        light: whether weights and checkpoints go once it is finished.
     """
 
     name: str
     arguments: str
     after: bool = False
     seeds: int = 3
+    light: bool = False
 
     def folder(self, seed: int) -> Path:
         return OUT / self.name / f"seed_{seed}"
@@ -84,8 +87,21 @@ class Run:
             command = [sys.executable, str(ROOT / "train.py"), *arguments, f"seed={seed}", f"hydra.run.dir={folder}"]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
+        seconds = time.perf_counter() - began
+        if code == 0:
+            self._note(seed, seconds)
         state = "done" if code == 0 else f"FAILED, see {folder / 'output.txt'}"
-        console.print(f"{self.name} seed {seed}: {state}, {time.perf_counter() - began:.0f} s", highlight=False)
+        console.print(f"{self.name} seed {seed}: {state}, {seconds:.0f} s", highlight=False)
+
+    def _note(self, seed: int, seconds: float) -> None:
+        """A line in runs.csv, before what is large goes."""
+        metrics = self.metrics(seed)
+        with open(OUT / "runs.csv", "a") as rows:
+            rows.write(f"{self.name},{seed},{metrics['sparsity']:.6f},{accuracy(metrics):.6f},{seconds:.0f}\n")
+        if self.light:
+            shutil.rmtree(self.folder(seed) / "checkpoints", ignore_errors=True)
+            for file in self.folder(seed).glob("*.safetensors"):
+                file.unlink()
 
 
 @dataclass(frozen=True)
