@@ -10,14 +10,17 @@ import hydra
 import numpy as np
 import pytest
 import torch
+from omegaconf import DictConfig
 from safetensors.torch import load_file
 
-from pl_sparse.app.hydra_api import composition
+from pl_sparse.app.hydra_api import composition, instantiate
 from pl_sparse.app.settings import CONF, ConfigError
+from pl_sparse.app.sweep.identity import settings
 from pl_sparse.app.training import train
-from pl_sparse.tasks.data import ImageNet
+from pl_sparse.tasks.data import MNIST, ImageNet
 from pl_sparse.tasks.data.streamed import center_crop, random_crop
 from pl_sparse.tasks.language import CausalText, Perplexity, Spans, Squad, causal_lm, question_answering
+from pl_sparse.tasks.models import lenet5, lenet300
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*invalid escape sequence", "ignore:.*num_workers")
 
@@ -105,10 +108,13 @@ def test_each_has_its_number_source_and_command(name: str) -> None:
     assert "arXiv:" in head and "Published" in head and "Not run here" in head
 
 
-def started(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
+def composed(name: str, *overrides: str) -> DictConfig:
     with composition():
-        cfg = hydra.compose("train", [f"experiment={name}", f"output_dir={folder}", *TEN, *overrides])
-    return train(cfg)
+        return hydra.compose("train", [f"experiment={name}", *overrides])
+
+
+def started(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
+    return train(composed(name, f"output_dir={folder}", *TEN, *overrides))
 
 
 @pytest.mark.parametrize("name", IMAGENET)
@@ -246,3 +252,47 @@ def test_what_is_missing_is_said(tmp_path: Path, images: Path, text: Path, quest
         started(
             tmp_path / "run", "imagenet_resnet50_gmp", f"data.root={tmp_path}", "schedule.end=8", "schedule.begin=2"
         )
+
+
+def test_the_protocol_of_rigl_s_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MNIST, "prepare_data", lambda self: None)
+    for name, count in (("train", 30), ("t10k", 20)):
+        pixels = np.arange(count * 784, dtype=np.int64).astype(np.uint8).tobytes()
+        header = np.array([2051, count, 28, 28], dtype=">i4").tobytes()
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(header + pixels)
+        header = np.array([2049, count], dtype=">i4").tobytes()
+        (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(
+            header + (np.arange(count) % 10).astype(np.uint8).tobytes()
+        )
+    train_part, val, test = MNIST(root=tmp_path, validation=0, scale="unit").load()
+    assert len(train_part[0]) == 30 and val is test and (float(test[0].min()), float(test[0].max())) == (0.0, 1.0)
+    assert float(MNIST(root=tmp_path, validation=2).load()[2][0].min()) == pytest.approx(-0.1307 / 0.3081)
+    with pytest.raises(ValueError, match="scale='none' must be 'standard' or 'unit'"):
+        MNIST(root=tmp_path, scale="none")  # type: ignore[arg-type]
+    options = [f"data.root={tmp_path}", "data.batch_size=10", "schedule.end=8", "schedule.every=2"]
+    started(tmp_path / "run", "mnist_rigl_lenet300", *options)
+    kept = {key: int((value != 0).sum()) for key, value in load_file(tmp_path / "run" / "model.safetensors").items()}
+    assert kept["fc1.weight"] <= 2352 and kept["fc2.weight"] <= 3270 and kept["fc3.weight"] == 1000
+    rates = composed("mnist_rigl_lenet300").lr_schedule
+    schedule = instantiate(rates)
+    factors = [schedule.factor(600 * epoch, 120_000) for epoch in (0, 74, 75, 94, 95, 199)]
+    assert factors == pytest.approx([1, 1, 1 / 3, 1 / 3, 1 / 9, 1 / 9], rel=1e-6)
+
+
+@pytest.mark.parametrize("build", [lenet300, lenet5])
+def test_glorot_s_initialization(build: Any) -> None:
+    torch.manual_seed(0)
+    for layer in build(shape=(1, 28, 28), classes=10, init="glorot"):
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            spread = layer.weight[0, 0].numel() if layer.weight.dim() == 4 else 1
+            bound = math.sqrt(6 / ((layer.weight.shape[0] + layer.weight.shape[1]) * spread))
+            assert 0.95 * bound < float(layer.weight.detach().abs().max()) <= bound and not layer.bias.any()
+    with pytest.raises(ValueError, match="init='he' must be null"):
+        build(shape=(1, 28, 28), classes=10, init="he")
+
+
+def test_new_settings_leave_the_hash_of_a_run() -> None:
+    plain = settings(composed("mnist_lenet300"))
+    assert "init" not in plain["model"] and "scale" not in plain["data"]
+    changed = settings(composed("mnist_rigl_lenet300"))
+    assert changed["model"]["init"] == "glorot" and changed["data"]["scale"] == "unit"

@@ -69,10 +69,10 @@ class Run:
     def spread(self, seeds: Sequence[int], value: Callable[[Metrics], float], digits: int = 2) -> str:
         return spread(self.values(seeds, value), digits)
 
-    def last(self, seeds: Sequence[int], model: str, source: str) -> list[float]:
+    def last(self, seeds: Sequence[int], model: str, source: str, scale: str = "standard") -> list[float]:
         """Test accuracy after the last epoch."""
         paths = [self.folder(seed) / "checkpoints" / "last.ckpt" for seed in self.done(seeds)]
-        return [evaluate(model, source, torch.load(path, weights_only=True)["state_dict"]) for path in paths]
+        return [evaluate(model, source, torch.load(path, weights_only=True)["state_dict"], scale) for path in paths]
 
     def start(self, seed: int) -> None:
         """Train, or go on with a training that was interrupted."""
@@ -118,15 +118,15 @@ def accuracy(metrics: Metrics) -> float:
     return float(metrics["test/acc"])
 
 
-def errors(run: Run, seeds: Sequence[int], model: str, source: str = "MNIST") -> list[str]:
+def errors(run: Run, seeds: Sequence[int], model: str, source: str = "MNIST", scale: str = "standard") -> list[str]:
     """Test errors in percent, of the best epoch by validation and of the last, and how many seeds."""
     best = spread((1 - value for value in run.values(seeds, accuracy)), 2)
-    return [best, spread((1 - value for value in run.last(seeds, model, source)), 2), str(len(run.done(seeds)))]
+    return [best, spread((1 - value for value in run.last(seeds, model, source, scale)), 2), str(len(run.done(seeds)))]
 
 
-def evaluate(model: str, source: str, tensors: Mapping[str, Tensor]) -> float:
+def evaluate(model: str, source: str, tensors: Mapping[str, Tensor], scale: str = "standard") -> float:
     """Test accuracy of weights on disk, of a training's state or of a model."""
-    x, y = _test(source)
+    x, y = _test(source, scale)
     net = getattr(models, model)(shape=tuple(x.shape[1:]), classes=10)
     names = set(net.state_dict())
     net.load_state_dict(
@@ -138,8 +138,8 @@ def evaluate(model: str, source: str, tensors: Mapping[str, Tensor]) -> float:
 
 
 @cache
-def _test(source: str) -> tuple[Tensor, Tensor]:
-    module = getattr(data, source)()
+def _test(source: str, scale: str) -> tuple[Tensor, Tensor]:
+    module = getattr(data, source)(scale=scale)
     module.prepare_data()
     found: tuple[Tensor, Tensor] = module.load()[2]
     return found
