@@ -207,6 +207,17 @@ REQUIRED = {
     ("model", "transformer"): ["model.path=somewhere"],
     ("experiment", "movie_reviews_movement"): ["data.root=.", "model.path=somewhere"],
     ("distill", "teacher"): ["distill.teacher=somewhere"],
+    ("data", "imagenet"): ["data.root=."],
+    ("data", "squad"): ["data.root=.", "data.tokenizer=somewhere"],
+    ("data", "causal_text"): ["data.root=.", "data.tokenizer=somewhere"],
+    ("model", "causal_lm"): ["model.name=somewhere"],
+    ("model", "question_answering"): ["model.name=somewhere"],
+    **{
+        ("experiment", path.stem): ["data.root=."]
+        for kind in ("imagenet", "squad", "llama")
+        for path in CONF.glob(f"experiment/{kind}_*.yaml")
+    },
+    ("experiment", "squad_bert_obert"): ["data.root=.", "distill.teacher=somewhere"],
 }
 
 

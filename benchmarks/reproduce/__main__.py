@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 
-from benchmarks.reproduce import at_init, dynamic, lottery, posttraining, structured
+from benchmarks.reproduce import at_init, dynamic, full, lottery, posttraining, structured, text
 from benchmarks.reproduce.runs import ROOT, console, section
 from pl_sparse.core.files import write_text
 
@@ -23,6 +23,8 @@ EXPERIMENTS = {
     **dynamic.EXPERIMENTS,
     **structured.EXPERIMENTS,
     **posttraining.EXPERIMENTS,
+    **text.EXPERIMENTS,
+    **full.EXPERIMENTS,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,12 +38,14 @@ class Run:
         arguments: of train.py; {seed} and {out} stand for the seed and the folder of all runs.
         after: whether other runs of the experiment have to be finished before.
         seeds: how many seeds at the most; a long training takes fewer.
+        light: whether weights and checkpoints go once it is finished.
     """
 
     name: str
     arguments: str
     after: bool = False
     seeds: int = 3
+    light: bool = False
 
     def folder(self, seed: int) -> Path:
         return OUT / self.name / f"seed_{seed}"
@@ -66,10 +69,10 @@ class Run:
     def spread(self, seeds: Sequence[int], value: Callable[[Metrics], float], digits: int = 2) -> str:
         return spread(self.values(seeds, value), digits)
 
-    def last(self, seeds: Sequence[int], model: str, source: str) -> list[float]:
+    def last(self, seeds: Sequence[int], model: str, source: str, scale: str = "standard") -> list[float]:
         """Test accuracy after the last epoch."""
         paths = [self.folder(seed) / "checkpoints" / "last.ckpt" for seed in self.done(seeds)]
-        return [evaluate(model, source, torch.load(path, weights_only=True)["state_dict"]) for path in paths]
+        return [evaluate(model, source, torch.load(path, weights_only=True)["state_dict"], scale) for path in paths]
 
     def start(self, seed: int) -> None:
         """Train, or go on with a training that was interrupted."""
@@ -84,8 +87,21 @@ class Run:
             command = [sys.executable, str(ROOT / "train.py"), *arguments, f"seed={seed}", f"hydra.run.dir={folder}"]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
+        seconds = time.perf_counter() - began
+        if code == 0:
+            self._note(seed, seconds)
         state = "done" if code == 0 else f"FAILED, see {folder / 'output.txt'}"
-        console.print(f"{self.name} seed {seed}: {state}, {time.perf_counter() - began:.0f} s", highlight=False)
+        console.print(f"{self.name} seed {seed}: {state}, {seconds:.0f} s", highlight=False)
+
+    def _note(self, seed: int, seconds: float) -> None:
+        """A line in runs.csv, before what is large goes."""
+        metrics = self.metrics(seed)
+        with open(OUT / "runs.csv", "a") as rows:
+            rows.write(f"{self.name},{seed},{metrics['sparsity']:.6f},{accuracy(metrics):.6f},{seconds:.0f}\n")
+        if self.light:
+            shutil.rmtree(self.folder(seed) / "checkpoints", ignore_errors=True)
+            for file in self.folder(seed).glob("*.safetensors"):
+                file.unlink()
 
 
 @dataclass(frozen=True)
@@ -102,15 +118,15 @@ def accuracy(metrics: Metrics) -> float:
     return float(metrics["test/acc"])
 
 
-def errors(run: Run, seeds: Sequence[int], model: str, source: str = "MNIST") -> list[str]:
+def errors(run: Run, seeds: Sequence[int], model: str, source: str = "MNIST", scale: str = "standard") -> list[str]:
     """Test errors in percent, of the best epoch by validation and of the last, and how many seeds."""
     best = spread((1 - value for value in run.values(seeds, accuracy)), 2)
-    return [best, spread((1 - value for value in run.last(seeds, model, source)), 2), str(len(run.done(seeds)))]
+    return [best, spread((1 - value for value in run.last(seeds, model, source, scale)), 2), str(len(run.done(seeds)))]
 
 
-def evaluate(model: str, source: str, tensors: Mapping[str, Tensor]) -> float:
+def evaluate(model: str, source: str, tensors: Mapping[str, Tensor], scale: str = "standard") -> float:
     """Test accuracy of weights on disk, of a training's state or of a model."""
-    x, y = _test(source)
+    x, y = _test(source, scale)
     net = getattr(models, model)(shape=tuple(x.shape[1:]), classes=10)
     names = set(net.state_dict())
     net.load_state_dict(
@@ -122,8 +138,8 @@ def evaluate(model: str, source: str, tensors: Mapping[str, Tensor]) -> float:
 
 
 @cache
-def _test(source: str) -> tuple[Tensor, Tensor]:
-    module = getattr(data, source)()
+def _test(source: str, scale: str) -> tuple[Tensor, Tensor]:
+    module = getattr(data, source)(scale=scale)
     module.prepare_data()
     found: tuple[Tensor, Tensor] = module.load()[2]
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from benchmarks.reproduce.runs import Experiment, Run, accuracy, errors, section, spread, table
@@ -54,23 +55,33 @@ CHANNELS = {
 
 
 def channels(seeds: Sequence[int]) -> str:
-    rows = [["dense", "0 %", CHANNELS_DENSE.spread(seeds, accuracy), "", str(len(CHANNELS_DENSE.done(seeds)))]]
+    rows = [["dense", "0 %", "0 %", CHANNELS_DENSE.spread(seeds, accuracy), "", str(len(CHANNELS_DENSE.done(seeds)))]]
     for method, run in CHANNELS.items():
         sparsity = run.spread(seeds, lambda metrics: float(metrics["sparsity"]), 1)
         cost = run.spread(seeds, lambda metrics: metrics["macs_sparse"] / metrics["macs_dense"], 1)
-        rows.append([method, f"{sparsity} %", run.spread(seeds, accuracy), f"{cost} %", str(len(run.done(seeds)))])
+        removed = spread((removed_channels(run.saved(seed)) for seed in run.done(seeds)), 1)
+        row = [method, f"{removed} %", f"{sparsity} %", run.spread(seeds, accuracy), f"{cost} %"]
+        rows.append([*row, str(len(run.done(seeds)))])
     return section(
         "Channels by regularization",
         """
-        Claim (Liu et al. 2017, table 1; CIFAR-10): with 40 % of the channels of a ResNet removed by the scales of its
-        batch norms, accuracy is that of the dense network after fine-tuning. ResNet-20 of width 8 on 10,000 images of
-        Fashion-MNIST, half the weights in whole channels, 12 epochs; penalty until 60 %, then removal and
-        fine-tuning. Slimming has a hundred times the paper's penalty, as training is that much shorter, until 40 %
-        (with the paper's, until 60 %, it ends at 78.5). `gmp` removes channels by magnitude without a penalty.
+        Claim (Liu et al. 2017, table 1; CIFAR-10): with 40 % of the channels of a ResNet-164 removed by the scales of
+        its batch norms, which are 15 % of its parameters, accuracy is 0.3 points above the dense network's after
+        fine-tuning; with 60 %, 34.5 % of the parameters, 0.94 below. ResNet-20 of width 8 on 10,000 images of
+        Fashion-MNIST, half the weights in whole channels, which is more than either; 12 epochs; penalty until 60 %,
+        then removal and fine-tuning. Slimming has a hundred times the paper's penalty, as training is that much
+        shorter, until 40 % (with the paper's, until 60 %, it ends at 78.5). `gmp` removes channels by magnitude without
+        a penalty.
         """,
-        table(["method", "sparsity", "test accuracy %", "MACs left", "seeds"], rows),
+        table(["method", "channels removed", "weights removed", "test accuracy %", "MACs left", "seeds"], rows),
         f"`python train.py {_CHANNELS} method=slimming model=resnet20 model.width=8 {_SLIMMING}`",
     )
+
+
+def removed_channels(weights: Mapping[str, Tensor]) -> float:
+    """The share of the filters of all convolutions that are all zero."""
+    zero = torch.cat([(w.flatten(1) == 0).all(1) for w in weights.values() if w.dim() == 4])
+    return float(zero.float().mean())
 
 
 # L0
@@ -92,7 +103,8 @@ def l0(seeds: Sequence[int]) -> str:
         "L0 on LeNet-5",
         """
         Claim (Louizos et al. 2017, table 1): gates on filters and input units leave 20-25-45-462 of LeNet-5's
-        20-50-800-500 at an error of 0.9 %. Filters, and inputs of the two linear layers, that are not all zero:
+        20-50-800-500 at an error of 0.9 %. There 200 epochs of 100 images a step, here 20, 11,000 steps: a tenth, in
+        which no filter's gate closes. Filters, and inputs of the two linear layers, that are not all zero:
         """,
         table(["", "architecture", "error %, best", "last epoch"], rows),
         "`python train.py experiment=mnist_l0_lenet5`",

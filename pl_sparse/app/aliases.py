@@ -17,6 +17,7 @@ from pl_sparse.app.settings import CONF
 
 __all__ = [
     "ADDED",
+    "ADDED_WITHIN",
     "OPTIONS",
     "TARGETS",
     "current_options",
@@ -44,6 +45,8 @@ ADDED: dict[str, Any] = {
     "trust": None,
 }  # fmt: skip
 """Settings that a configuration of 0.1.0 does not have, with their defaults."""
+ADDED_WITHIN: dict[str, dict[str, Any]] = {"model": {"init": None}, "data": {"scale": "standard"}}
+"""Settings of groups that a configuration of 0.1.0 does not have, with their defaults."""
 _HYDRA = ("pl_sparse.hooks.Overview", "pl_sparse.sweep.monitor.Sweep")
 _announced: set[str] = set()
 

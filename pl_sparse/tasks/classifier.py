@@ -22,10 +22,11 @@ __all__ = ["Classifier"]
 class Classifier(LightningModule):
     """Cross-entropy training of `net`.
 
-    Logs train/loss, train/acc, val/loss, val/acc, test/loss, test/acc, as means over the epoch's samples.
+    Logs train/loss, train/acc, val/loss, val/acc, test/loss, test/acc, as means over the epoch's samples, and of
+    val and test what the network's `reported_metrics()` gives, torchmetrics by name.
 
     Args:
-        net: from inputs (batch, *shape) to logits (batch, classes).
+        net: from inputs (batch, *shape) to logits (batch, classes), or (batch, ..., classes) with labels (batch, ...).
         classes: how many classes there are.
         optimizer: makes the optimizer from parameter groups. Biases and norms have no weight decay.
         lr_schedule: the learning rate over training.
@@ -46,8 +47,10 @@ class Classifier(LightningModule):
         self.optimizer = optimizer
         self.lr_schedule = lr_schedule or ConstantLR()
         self.label_smoothing = label_smoothing
-        self.val_acc = MulticlassAccuracy(classes, average="micro")
-        self.test_acc = MulticlassAccuracy(classes, average="micro")
+        self.val_acc = MulticlassAccuracy(classes, average="micro", validate_args=False)
+        self.test_acc = MulticlassAccuracy(classes, average="micro", validate_args=False)
+        own: Any = getattr(net, "reported_metrics", dict)
+        self.own = nn.ModuleDict({split: nn.ModuleDict(own()) for split in ("val", "test")})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -55,8 +58,8 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         logits = self.net(x)
-        loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
-        accuracy = (logits.detach().argmax(1) == y).float().mean()
+        loss = F.cross_entropy(logits.flatten(0, -2), y.flatten(), label_smoothing=self.label_smoothing)
+        accuracy = (logits.detach().argmax(-1) == y).float().mean()
         metrics = {"train/loss": loss.detach(), "train/acc": accuracy}
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(y), sync_dist=False)
         return loss
@@ -70,9 +73,13 @@ class Classifier(LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str, metric: MulticlassAccuracy) -> None:
         x, y = batch
         logits = self.net(x)
-        metric.update(logits, y)
-        self.log(f"{split}/loss", F.cross_entropy(logits, y), batch_size=len(y), prog_bar=True, sync_dist=True)
+        metric.update(logits.argmax(-1), y)
+        loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
+        self.log(f"{split}/loss", loss, batch_size=len(y), prog_bar=True, sync_dist=True)
         self.log(f"{split}/acc", metric, batch_size=len(y), prog_bar=True)
+        for name, own in self.own[split].items():  # type: ignore[operator]
+            own.update(logits, y)
+            self.log(f"{split}/{name}", own, batch_size=len(y))
 
     def configure_optimizers(self) -> Any:
         decayed = [p for p in self.net.parameters() if p.requires_grad and p.dim() > 1]

@@ -20,15 +20,36 @@ def _image(shape: Sequence[int], model: str) -> tuple[int, int, int]:
     return int(shape[0]), int(shape[1]), int(shape[2])
 
 
-def lenet300(*, shape: Sequence[int], classes: int) -> nn.Sequential:
+def _initialized(net: nn.Sequential, init: str | None) -> nn.Sequential:
+    """Weights drawn anew: "glorot" is uniform with variance 2 / (inputs + outputs), biases 0; None leaves torch's own.
+
+    Source: Glorot and Bengio, Understanding the difficulty of training deep feedforward neural networks, 2010,
+    equation 16.
+    """
+    if init not in (None, "glorot"):
+        raise ValueError(f"init={init!r} must be null, for torch's own initialization, or 'glorot'")
+    for layer in net if init else ():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(layer.weight)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+    return net
+
+
+def lenet300(*, shape: Sequence[int], classes: int, init: str | None = None) -> nn.Sequential:
     """LeNet-300-100: two hidden layers of 300 and 100 units; 266,200 weights for 28 x 28 pixels.
 
     Source: LeCun et al., Gradient-based learning applied to document recognition, 1998.
 
+    Args:
+        shape: of an input.
+        classes: outputs.
+        init: "glorot" for Glorot's uniform weights and biases of 0; None for torch's own initialization.
+
     >>> sum(p.numel() for p in lenet300(shape=(1, 28, 28), classes=10).parameters() if p.dim() > 1)
     266200
     """
-    return nn.Sequential(
+    net = nn.Sequential(
         OrderedDict(
             flatten=nn.Flatten(),
             fc1=nn.Linear(math.prod(shape), 300),
@@ -38,12 +59,18 @@ def lenet300(*, shape: Sequence[int], classes: int) -> nn.Sequential:
             fc3=nn.Linear(100, classes),
         )
     )
+    return _initialized(net, init)
 
 
-def lenet5(*, shape: Sequence[int], classes: int) -> nn.Sequential:
+def lenet5(*, shape: Sequence[int], classes: int, init: str | None = None) -> nn.Sequential:
     """LeNet-5 as in Caffe: two 5 x 5 convolutions of 20 and 50 filters, 500 units; 430,500 weights for 28 x 28 pixels.
 
     Images smaller than 28 pixels are padded by 2 in each convolution.
+
+    Args:
+        shape: of an input.
+        classes: outputs.
+        init: "glorot" for Glorot's uniform weights and biases of 0; None for torch's own initialization.
 
     >>> sum(p.numel() for p in lenet5(shape=(1, 28, 28), classes=10).parameters() if p.dim() > 1)
     430500
@@ -53,7 +80,7 @@ def lenet5(*, shape: Sequence[int], classes: int) -> nn.Sequential:
     rows, columns = (((size - 4 + 2 * padding) // 2 - 4 + 2 * padding) // 2 for size in (height, width))
     if min(rows, columns) < 1:
         raise ValueError(f"model=lenet5 needs images of at least 4 x 4 pixels, the data has {height} x {width}")
-    return nn.Sequential(
+    net = nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(channels, 20, 5, padding=padding),
             relu1=nn.ReLU(),
@@ -67,6 +94,7 @@ def lenet5(*, shape: Sequence[int], classes: int) -> nn.Sequential:
             fc2=nn.Linear(500, classes),
         )
     )
+    return _initialized(net, init)
 
 
 def conv4(*, shape: Sequence[int], classes: int) -> nn.Sequential:

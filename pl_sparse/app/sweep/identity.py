@@ -15,7 +15,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from pl_sparse.app.aliases import ADDED, former_targets
+from pl_sparse.app.aliases import ADDED, ADDED_WITHIN, former_targets
 from pl_sparse.app.nodes import strings, targets
 from pl_sparse.callbacks.run.status import read_status
 
@@ -40,6 +40,11 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     for key, default in ADDED.items():  # with its default it is a run of 0.1.0
         if plain.get(key) == default:
             plain.pop(key, None)
+    for group, added in ADDED_WITHIN.items():
+        node = plain.get(group) or {}
+        for key, default in added.items():
+            if key in node and node[key] == default:
+                del node[key]
     plain["trainer"].pop("enable_progress_bar", None)
     return plain
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,7 +52,9 @@ class _Idx(InMemory):
 
     Args:
         root: a folder with the files; with it nothing is downloaded.
-        validation: samples taken off the training set.
+        validation: samples taken off the training set; 0: it is whole, and the test part validates too, so that the
+            best epoch is the best on test, as in papers that report it.
+        scale: "standard" for the mean and deviation of the training set, "unit" for pixels in [0, 1].
 
     Raises:
         FileNotFoundError: the files are nowhere and cannot be downloaded; the message says where they were looked for.
@@ -68,9 +70,17 @@ class _Idx(InMemory):
     std: float
 
     def __init__(
-        self, *args: Any, root: str | os.PathLike[str] | None = None, validation: int = 5000, **kwargs: Any
+        self,
+        *args: Any,
+        root: str | os.PathLike[str] | None = None,
+        validation: int = 5000,
+        scale: Literal["standard", "unit"] = "standard",
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if scale not in ("standard", "unit"):
+            raise ValueError(f"scale={scale!r} must be 'standard' or 'unit'")
+        self.scale = scale
         self.root = None if root is None else Path(root).expanduser()
         self.validation = validation
 
@@ -125,10 +135,14 @@ class _Idx(InMemory):
         train_x, train_y, test_x, test_y = tensors
 
         def split(x: Tensor, y: Tensor) -> Split:
-            return x.unsqueeze(1).float().div_(255).sub_(self.mean).div_(self.std), y.long()
+            pixels = x.unsqueeze(1).float().div_(255)
+            return (pixels if self.scale == "unit" else pixels.sub_(self.mean).div_(self.std)), y.long()
 
+        test = split(test_x, test_y)
+        if self.validation == 0:
+            return split(train_x, train_y), test, test
         train, val = hold_out(train_x, train_y, self.validation)
-        return split(*train), split(*val), split(test_x, test_y)
+        return split(*train), split(*val), test
 
 
 class MNIST(_Idx):

@@ -49,12 +49,7 @@ class ImageFolder(InMemory):
         self.channels = channels
         self.validation = validation
         self.shape = (channels, size, size)
-        train = self.root / "train"
-        if not train.is_dir():
-            raise FileNotFoundError(f"data.root={self.root} has no folder `train`: images are {train}/CLASS/*.png")
-        self.labels = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
-        if not self.labels:
-            raise FileNotFoundError(f"{train} has no folder: each class is one, {train}/CLASS/*.png")
+        self.labels = classes_of(self.root)
         self.classes = len(self.labels)
 
     def load(self) -> tuple[Split, Split, Split]:
@@ -72,19 +67,46 @@ class ImageFolder(InMemory):
         from PIL import Image
 
         images, labels = [], []
-        extra = sorted(f.name for f in (self.root / part).iterdir() if f.is_dir() and f.name not in self.labels)
-        if extra:
-            raise ValueError(f"{self.root / part} has classes that train lacks: {', '.join(extra)}")
-        for label, name in enumerate(self.labels):
-            folder = self.root / part / name
-            for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
-                if path.suffix.lower() not in _IMAGES:
-                    continue
-                with Image.open(path) as image:
-                    scaled = image.convert("L" if self.channels == 1 else "RGB").resize((self.size, self.size))
-                    pixels = np.asarray(scaled, dtype=np.float32).reshape(self.size, self.size, self.channels)
-                images.append(torch.from_numpy(pixels.transpose(2, 0, 1) / 255))
-                labels.append(label)
-        if not images:
-            raise FileNotFoundError(f"{self.root / part} holds no image: they are {self.root / part}/CLASS/*.png")
+        for path, label in images_of(self.root / part, self.labels):
+            with Image.open(path) as image:
+                scaled = image.convert("L" if self.channels == 1 else "RGB").resize((self.size, self.size))
+                pixels = np.asarray(scaled, dtype=np.float32).reshape(self.size, self.size, self.channels)
+            images.append(torch.from_numpy(pixels.transpose(2, 0, 1) / 255))
+            labels.append(label)
         return torch.stack(images), torch.tensor(labels)
+
+
+def classes_of(root: Path) -> list[str]:
+    """The classes of a folder of images: the names of the folders in `root`/train.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    train = root / "train"
+    if not train.is_dir():
+        raise FileNotFoundError(f"data.root={root} has no folder `train`: images are {train}/CLASS/*.png")
+    labels = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
+    if not labels:
+        raise FileNotFoundError(f"{train} has no folder: each class is one, {train}/CLASS/*.png")
+    return labels
+
+
+def images_of(folder: Path, labels: list[str]) -> list[tuple[Path, int]]:
+    """The images of a part, `folder`/CLASS/*, with the numbers of their classes.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are other classes than `labels`.
+    """
+    extra = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name not in labels)
+    if extra:
+        raise ValueError(f"{folder} has classes that train lacks: {', '.join(extra)}")
+    found = [
+        (path, label)
+        for label, name in enumerate(labels)
+        for path in (sorted((folder / name).rglob("*")) if (folder / name).is_dir() else [])
+        if path.suffix.lower() in _IMAGES
+    ]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no image: they are {folder}/CLASS/*.png")
+    return found
