@@ -313,7 +313,7 @@ def test_misspelt_arguments_are_told_in_one_line(tmp_path: Path, argument: str, 
     [
         [],
         pytest.param(["scorer=movement"], marks=pytest.mark.slow),  # test_methods resumes it too
-        ["masking=ste", "model=vit_tiny", "model.dropout=0.1"],
+        pytest.param(["masking=ste", "model=vit_tiny", "model.dropout=0.1"], marks=pytest.mark.slow),
         pytest.param(["target=accuracy_drop", "target.warmup=0.1"], marks=pytest.mark.slow),
         pytest.param(["quantization=int8", "quantization.begin=0.2", "model=lenet5"], marks=pytest.mark.slow),
     ],

@@ -218,6 +218,7 @@ def test_a_network_that_is_not_called_is_told(tmp_path: Path) -> None:
         fit(tmp_path, Other(), Int4Weight(group=32))
 
 
+@pytest.mark.slow
 def test_a_channel_whose_scale_is_masked_stays_finite_and_is_folded() -> None:
     net = network()
     with torch.no_grad():
@@ -259,7 +260,7 @@ def test_ranges_fit_a_network_with_fewer_channels() -> None:
     assert float(error.max()) < 0.02 and float(error.median()) < 1e-6
 
 
-@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("trained", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_every_layer_of_a_residual_network_has_integers_on_both_sides(trained: bool) -> None:
     net, x = resnet20(shape=(1, 8, 8), classes=3, width=4), data()[0]
     x = F.pad(x, (1, 1, 1, 1))
@@ -321,7 +322,7 @@ class Named(Module):
         return self.model(x) if hasattr(self, "model") else self.fc(F.relu(self.norm(self.conv(x))).flatten(1))
 
 
-@pytest.mark.parametrize("kind", ["net", "model", "itself"])
+@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("net", "model")), "itself"])
 def test_a_network_under_any_name_is_converted_in_its_place(kind: str) -> None:
     module: Any = Module() if kind == "net" else Named(kind == "itself")
     if kind == "net":

@@ -60,7 +60,8 @@ def test_every_method_of_two_replicas_is_that_of_one() -> None:
     assert results == dict.fromkeys(methods, "")
 
 
-@pytest.mark.parametrize("kind", ["fsdp", pytest.param("hsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "hsdp"])
 def test_every_structure_and_allocation(kind: str) -> None:
     settings = STRUCTURES | ALLOCATIONS
     results = run(kind, settings, 2 if kind == "fsdp" else 4)
