@@ -156,9 +156,11 @@ class CostTarget(Callback):
             most, found = left(low)
             if most < wanted:
                 figure = most if self.what == "speedup" else 1 / most
+                spare = f"; {wanted:.3g} is aimed at" if self.what == "speedup" else ""
                 raise ValueError(
                     f"target {self.what}={self.asked:g} cannot be met: with {budget.multiple} channel"
                     f"{'s' * (budget.multiple > 1)} in each group that can be pruned, {self.what} is {figure:.3g}"
+                    + spare
                 )
             middle = 1 / wanted
             while high / low > _NEAR:
