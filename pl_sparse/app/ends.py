@@ -33,6 +33,7 @@ __all__ = [
     "signals",
 ]
 
+_STARTED_BY = "PL_SPARSE_STARTED_BY"
 _AGAIN = 3.0  # seconds in which a repeated signal is the same one
 _asked: tuple[int, float] | None = None  # the signal that asked for an end, and when
 
@@ -65,8 +66,10 @@ def end_with_parent() -> None:
 
     It would wait for it otherwise: half an hour if they have not met yet, in code that no other signal ends.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0" and sys.platform == "linux":
-        parent, die_with_parent = os.getppid(), 1  # PR_SET_PDEATHSIG
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.environ[_STARTED_BY] = str(os.getpid())  # of the further ones
+    elif sys.platform == "linux":
+        parent, die_with_parent = int(os.environ.get(_STARTED_BY, os.getppid())), 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(die_with_parent, signal.SIGKILL)
         if os.getppid() != parent:  # it was gone before
             os.kill(os.getpid(), signal.SIGKILL)
