@@ -441,7 +441,7 @@ def test_weights_that_an_optimizer_leaves_at_zero_need_no_mask(optimizer: str, m
         assert masked[-2] < masked[-1] - 5, masked
 
 
-@pytest.mark.parametrize("kind", ["clipping", "step", "callback", "hook", "heir"])
+@pytest.mark.parametrize("kind", ["clipping", "step", "callback", "hook", "later hook", "heir"])
 def test_weights_are_masked_after_steps_that_may_move_any(kind: str) -> None:
     def disturb(optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
@@ -476,13 +476,23 @@ def test_weights_are_masked_after_steps_that_may_move_any(kind: str) -> None:
         def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
             disturb(optimizer)
 
+    class Hooks(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            def move(*args: Any) -> None:
+                torch._foreach_add_([weight.data for weight in pl_module.parameters()], 0.1)
+
+            trainer.optimizers[0].register_step_pre_hook(move)
+
     class Counts(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
             counts.append(zeros(pl_module))
 
     counts: list[float] = []
     module = {"clipping": Disturbed, "step": Stepping, "hook": Hooked, "heir": Hooked}.get(kind, Module)()
-    callbacks = [Sparsity(schedule=OneShot(final=0.5), report=False), *([Late()] if kind == "callback" else [])]
+    callbacks = [
+        Sparsity(schedule=OneShot(final=0.5), report=False),
+        *([Late()] if kind == "callback" else [Hooks()] if kind == "later hook" else []),
+    ]
     fit(module, *callbacks, Counts())
     assert min(counts[1:]) == 0.5, counts
 

@@ -210,7 +210,7 @@ class Sparsity(Callback):
         self._after_module = AfterModule(
             pl_module, "on_before_optimizer_step", lambda optimizer: self._before_step(trainer, optimizer)
         )
-        pruner.trusts_steps = self._sees_last(trainer, pl_module) and self._hooks.alone
+        pruner.trusts_steps = self._sees_last(trainer, pl_module)
         probe = Calibration(trainer, pl_module, self.calibration_batches).probe() if pruner.calibrates else None
         with agreeing(trainer.world_size > 1):
             pruner.prepare(*estimates(trainer, pruner.schedule), probe)
@@ -245,6 +245,7 @@ class Sparsity(Callback):
         self._timekeeper = None
         if self._hooks is not None:
             self._hooks.follow(trainer, *trainer.optimizers)
+            self.pruner.trusts_steps &= self._hooks.alone
         if self._after_module is not None:
             self._after_module.follow()
         self._find_again(trainer, pl_module)
