@@ -21,7 +21,7 @@ from pl_sparse.app.settings import ConfigError
 from pl_sparse.core.files import write_csv, write_json
 from pl_sparse.export.format import Executable, Export, forwarding
 from pl_sparse.export.hardware import Hardware
-from pl_sparse.export.measure import Comparison, compare, cost_table, device_name, plot_costs, verdict
+from pl_sparse.export.measure import Comparison, compare, cost_table, device_name, plot_costs, stored_bytes, verdict
 from pl_sparse.quantize import Int8, Quantization, post_training
 from pl_sparse.surgery.plan import RemovalPlan
 from pl_sparse.surgery.saved import save_shrunk
@@ -292,7 +292,7 @@ def _write(name: str, format: Export, networks: _Networks, folder: Path, hardwar
     with torch.no_grad():
         notes = format.write(net, networks.example, path)
     size = format.size(path)
-    ratio = _bytes(networks.baseline) / size
+    ratio = stored_bytes(networks.baseline) / size
     console.print(
         f"{name}: {path}, {size / 1e3:,.1f} kB ({ratio:.1f}x smaller than dense)", highlight=False, soft_wrap=True
     )
@@ -301,10 +301,6 @@ def _write(name: str, format: Export, networks: _Networks, folder: Path, hardwar
     if hardware.budget_kb is not None and size > 1000 * hardware.budget_kb:
         console.print(f"  LARGER than hardware.budget_kb={hardware.budget_kb:g}", style="bold red")
     return path
-
-
-def _bytes(net: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
 
 
 def _compare(
@@ -326,7 +322,7 @@ def _compare(
             return format.open(path, networks.sparse)
 
         metrics = {f"{key}_exported": value for key, value in metrics_with(make_exported(), module, data).items()}
-        sizes = {"dense": _bytes(networks.baseline), "exported": format.size(path)}
+        sizes = {"dense": stored_bytes(networks.baseline), "exported": format.size(path)}
         makers = {"dense": make_dense, "exported": make_exported}
         return compare(name, format.runtime, makers, networks.example, _BATCHES, sizes, metrics, seconds)
 

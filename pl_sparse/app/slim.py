@@ -28,8 +28,8 @@ from pl_sparse.core.files import write_json
 from pl_sparse.export import ONNX, ONNXInt8
 from pl_sparse.export.format import Export
 from pl_sparse.export.hardware import Hardware
-from pl_sparse.export.measure import device_name
-from pl_sparse.network.macs import MacCounter, macs
+from pl_sparse.export.measure import device_name, stored_bytes
+from pl_sparse.network.macs import counted
 from pl_sparse.results.direction import direction
 from pl_sparse.results.judged import judged
 from pl_sparse.results.style import BLUE, GREY, remove_frame, save
@@ -201,17 +201,12 @@ def _quality(module: LightningModule, data: LightningDataModule | None, metric: 
     return name, logged[name]
 
 
-@torch.no_grad()
 def _size(net: nn.Module, example: Tensor) -> dict[str, float]:
     """Parameters, MACs of a sample, bytes."""
-    training = net.training
-    with MacCounter(net.eval()) as counter:
-        net(example.to(next(net.parameters()).device))
-    net.train(training)
     return {
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
-        "macs": macs(net, counter, batch_size=len(example)).dense,
-        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values()),
+        "macs": counted(net, example.to(next(net.parameters()).device), len(example)).dense,
+        "bytes": stored_bytes(net),
     }
 
 

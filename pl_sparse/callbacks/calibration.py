@@ -11,16 +11,22 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
+from torch import Tensor, nn
 
 from pl_sparse.core.upstream import forgets_metrics, overridden, passed_on, training_loader
 from pl_sparse.network.hooks import undisturbed
 from pl_sparse.network.probe import Probe
 
-__all__ = ["Calibration", "example_of", "first_batches"]
+__all__ = ["Calibration", "example_of", "first_batches", "network_of"]
 
 
 _TRIES = 20
+
+
+def network_of(module: LightningModule) -> nn.Module:
+    """The network of a module: its `net` where there is one, else the module itself."""
+    net = getattr(module, "net", None)
+    return net if isinstance(net, nn.Module) else module
 
 
 def first_batches(trainer: Trainer, count: int) -> list[Any]:

@@ -15,16 +15,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from pl_sparse.allocation import ERK, Budget, Units, choose
-from pl_sparse.callbacks.calibration import example_of
+from pl_sparse.callbacks.calibration import example_of, network_of
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.callbacks.strategies import refuse_parts
 from pl_sparse.core.agreement import agreed, agreeing
-from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.export.format import Executable, missing
-from pl_sparse.export.measure import latencies, ratio
+from pl_sparse.export.measure import latencies, ratio, stored_bytes
 from pl_sparse.export.onnx import open_onnx, save_onnx
 from pl_sparse.network.graph import traceable
-from pl_sparse.network.macs import MacCounter, macs
+from pl_sparse.network.macs import counted
 from pl_sparse.pruner import Pruner
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import Channel
@@ -134,7 +133,7 @@ class CostTarget(Callback):
         """
         budget, example = pruner.allocation, example_of(trainer, module)
         assert isinstance(budget, Budget)
-        params = _params(pruner)
+        params = pruner.masked
         before = {param.name: param.mask.clone() for param in params if param.pruned}
         self._dense = None
         overrides = [override for _, override in pruner.group_overrides]
@@ -183,16 +182,16 @@ class CostTarget(Callback):
 
     def _times_less(self, module: LightningModule, pruner: Pruner, example: Any) -> float:
         """How many times less the network costs without the channels that are masked now."""
-        masks = {param.name: param.mask for param in _params(pruner) if param.pruned}
+        masks = {param.name: param.mask for param in pruner.masked if param.pruned}
         dense, smaller = copy.deepcopy(module).eval(), copy.deepcopy(module).eval()
         for name, mask in masks.items():
             smaller.get_parameter(name).mul_(mask)
         shrink(smaller, example, masks)
         if self.what == "size":
-            return _bytes(dense) / _bytes(smaller)
+            return stored_bytes(dense) / stored_bytes(smaller)
         if self.what == "macs":
-            return _macs(dense, example) / _macs(smaller, example)
-        return self._faster(_network(dense.cpu()), _network(smaller.cpu()), example)
+            return counted(dense, example).dense / counted(smaller, example).dense
+        return self._faster(network_of(dense.cpu()), network_of(smaller.cpu()), example)
 
     def _faster(self, dense: nn.Module, smaller: nn.Module, example: Any) -> float:
         """How many times faster one network is than another, in turns in ONNX Runtime."""
@@ -242,24 +241,3 @@ def _opened(net: nn.Module, x: Tensor) -> Executable:
         path = Path(folder) / "model.onnx"
         save_onnx(net, x, path)
         return open_onnx(path, threads=1)
-
-
-def _params(pruner: Pruner) -> list[MaskedParameter]:
-    """All weights that have masks, biases and norms that go with channels among them."""
-    return [param for group in pruner.groups for param, _ in (*group.members, *group.companions)]
-
-
-def _network(module: LightningModule) -> nn.Module:
-    """What is exported: `net` where there is one, else the module itself."""
-    net = getattr(module, "net", None)
-    return net if isinstance(net, nn.Module) else module
-
-
-def _bytes(net: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
-
-
-def _macs(net: nn.Module, example: Any) -> float:
-    with MacCounter(net) as counter:
-        net(*example) if isinstance(example, tuple) else net(**example) if isinstance(example, dict) else net(example)
-    return macs(net, counter).dense

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.callbacks.best_at_target import BestAtTarget
-from pl_sparse.callbacks.calibration import first_batches
+from pl_sparse.callbacks.calibration import first_batches, network_of
 from pl_sparse.callbacks.clock import Timetable, total_steps
 from pl_sparse.quantize import Quantization
 from pl_sparse.schedule import Time
@@ -59,8 +59,7 @@ class Quantize(Callback):
         """The part of a module that is quantized, or the module itself."""
         if self.network is not None:
             return module.get_submodule(self.network)
-        net = getattr(module, "net", None)
-        return net if isinstance(net, nn.Module) else module
+        return network_of(module)
 
     # Before training
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
 
@@ -36,6 +36,7 @@ __all__ = [
     "percentile",
     "plot_costs",
     "ratio",
+    "stored_bytes",
     "verdict",
 ]
 
@@ -128,6 +129,11 @@ def device_name(gpu: bool = False) -> str:
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' * (threads > 1)} of {os.cpu_count()}"
+
+
+def stored_bytes(net: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, as they are."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.network.attention import keeps_inputs_first
+from pl_sparse.network.hooks import called, evaluated
 
-__all__ = ["MacCounter", "Macs", "macs"]
+__all__ = ["MacCounter", "Macs", "counted", "macs"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -260,3 +261,15 @@ def macs(
         sparse=other + sum(sparse for _, sparse in layers.values()),
         layers=layers,
     )
+
+
+@torch.no_grad()
+def counted(model: nn.Module, example: Any, batch_size: int = 1) -> Macs:
+    """MACs per sample of a call in evaluation mode, without masks.
+
+    Args:
+        example: inputs of `batch_size` samples: a tensor, a tuple of arguments or a dict of keywords.
+    """
+    with evaluated(model), MacCounter(model) as counter:
+        called(model, example)
+    return macs(model, counter, batch_size=batch_size)
