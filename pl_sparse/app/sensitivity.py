@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from pl_sparse.app.subcommand import guarded, parser_of
 from pl_sparse.core.files import write_csv
 from pl_sparse.core.group import Group
 from pl_sparse.core.targets import find
-from pl_sparse.results.direction import direction
+from pl_sparse.results.direction import lost
 from pl_sparse.results.judged import judged
 from pl_sparse.results.style import PALETTE, remove_frame, save
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import Structure
 
-__all__ = ["main", "sensitivity"]
+__all__ = ["QUIET", "is_validated", "main", "metric_of", "sensitivity", "validated", "validator"]
 
 _LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -52,7 +53,7 @@ def _sensitivity(options: argparse.Namespace) -> None:
     if options.batches is not None and options.batches < 1:
         raise ConfigError(f"--batches {options.batches} must be 1 or more")
     module, data, cfg = load_run(options.run, options.trust)
-    if not implements(module, "validation_step") or (data is None and not implements(module, "val_dataloader")):
+    if not is_validated(module, data):
         raise ConfigError(f"{options.run}: its module has no validation_step, or there are no validation data")
     structure: Structure = built(cfg, "structure")
     rows, key = sensitivity(
@@ -64,6 +65,49 @@ def _sensitivity(options: argparse.Namespace) -> None:
         table.add_row(str(name), f"{of_layer[0]['weights']:,}", *[f"{row['drop']:+.4f}" for row in of_layer])
     Console().print(table)
     print(f"written: {options.run / 'sensitivity.csv'}, sensitivity.png")
+
+
+QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+"""Of a Trainer that says nothing."""
+
+
+def is_validated(module: LightningModule, data: LightningDataModule | None) -> bool:
+    """Whether a module has a validation, and data for it."""
+    return implements(module, "validation_step") and (data is not None or implements(module, "val_dataloader"))
+
+
+def validator(batches: int | None = None) -> Trainer:
+    """A Trainer that validates.
+
+    Args:
+        batches: of the validation data; None for all.
+    """
+    return Trainer(
+        devices=1, enable_checkpointing=False, limit_val_batches=1.0 if batches is None else batches, **QUIET
+    )
+
+
+def validated(trainer: Trainer, module: LightningModule, data: LightningDataModule | None) -> dict[str, float]:
+    """What the validation of a module logs."""
+    return {str(name): float(value) for name, value in trainer.validate(module, data, verbose=False)[0].items()}
+
+
+def metric_of(logged: Mapping[str, float], objective: str | None = None) -> str:
+    """The metric that models are judged by.
+
+    Args:
+        logged: what validation logs.
+        objective: the metric, if it is among it.
+
+    Raises:
+        ConfigError: nothing that is logged says how good a model is.
+    """
+    name = objective if objective in logged else judged(logged)
+    if name is None:
+        raise ConfigError(
+            f"validation logs {', '.join(logged) or 'nothing'}, and none of it says how good the model is"
+        )
+    return name
 
 
 @torch.no_grad()
@@ -93,19 +137,9 @@ def sensitivity(
     Raises:
         ConfigError: nothing that is logged says how good the model is, or the structure joins layers.
     """
-    options: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
-    trainer = Trainer(devices=1, limit_val_batches=1.0 if batches is None else batches, **options)
-
-    def measure() -> dict[str, float]:
-        return {str(name): float(value) for name, value in trainer.validate(module, data, verbose=False)[0].items()}
-
+    measure = partial(validated, validator(batches), module, data)
     whole = measure()
-    key = objective if objective in whole else judged(whole)
-    if key is None:
-        raise ConfigError(f"validation logs {', '.join(whole) or 'nothing'}, and none of it says how good the model is")
-    sign = -1.0 if direction(key) == "min" else 1.0
+    key = metric_of(whole, objective)
     if structure.needs_example:
         raise ConfigError(
             f"structure={structure.label} joins channels of several layers: layers are pruned alone here, by "
@@ -119,7 +153,7 @@ def sensitivity(
         rows.append({**row, "sparsity": 0.0, key: whole[key], "drop": 0.0})
         for level in levels if structure.fixed is None else (structure.fixed,):
             value = _pruned(group, structure, level, measure)[key]
-            rows.append({**row, "sparsity": level, key: value, "drop": sign * (whole[key] - value)})
+            rows.append({**row, "sparsity": level, key: value, "drop": lost(key, whole[key], value)})
     write_csv(folder / "sensitivity.csv", rows)
     _plot(rows, folder / "sensitivity.png", key)
     return rows, key

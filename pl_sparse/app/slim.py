@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -19,8 +18,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from pl_sparse.app.deploy import deploy, training_inputs
-from pl_sparse.app.instantiate import implements, network, refuse_other_outputs
-from pl_sparse.app.sensitivity import sensitivity
+from pl_sparse.app.instantiate import network, refuse_other_outputs
+from pl_sparse.app.sensitivity import QUIET, is_validated, metric_of, sensitivity, validated, validator
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.callbacks import CostTarget, Distill, History, Sparsity
 from pl_sparse.callbacks.run.progress import ProgressLines
@@ -30,8 +29,7 @@ from pl_sparse.export.format import Export
 from pl_sparse.export.hardware import Hardware
 from pl_sparse.export.measure import device_name, stored_bytes
 from pl_sparse.network.macs import counted
-from pl_sparse.results.direction import direction
-from pl_sparse.results.judged import judged
+from pl_sparse.results.direction import direction, lost
 from pl_sparse.results.style import BLUE, GREY, remove_frame, save
 from pl_sparse.schedule import Cubic
 from pl_sparse.structure import Channel
@@ -47,7 +45,6 @@ _BATCHES = 8
 """Batches of validation that they are judged by."""
 _SECONDS = 1.0
 """Of measuring a file, for each batch size."""
-_QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 @dataclass(frozen=True)
@@ -130,27 +127,27 @@ def slim(
         ) is not None:
             raise ConfigError(f"export={name}: {reason}")
     folder.mkdir(parents=True, exist_ok=True)
-    metric, quality = _quality(module, data)
-    before = {metric: quality, **_size(network(module), example)}
+    logged = validated(validator(), module, data)
+    metric = metric_of(logged)
+    before = {metric: logged[metric], **_size(network(module), example)}
     if sensitive:
         sensitivity(module, data, Channel(), _LEVELS, _BATCHES, metric, folder)
     _fine_tune(module, data, target, metric, epochs, folder)
-    after = {metric: _quality(module, data, metric)[1]}
+    after = {metric: validated(validator(), module, data)[metric]}
     costs = _exported(module, data, formats, folder)
     smaller = copy.deepcopy(network(module)).cpu().eval()
     shrink(smaller, example)
     after |= _size(smaller, example)
-    sign = -1.0 if direction(metric) == "min" else 1.0
-    lost = sign * (before[metric] - after[metric])
+    loss = lost(metric, before[metric], after[metric])
     reached = costs["onnx"]["speedup"]
     misses = []
     if reached < speedup:
         misses.append(f"{reached:.2f}x faster, and {speedup:g}x was asked for: ask for more than you need")
-    if drop is not None and lost > drop:
+    if drop is not None and loss > drop:
         misses.append(
-            f"{metric} lost {lost:.4f}, more than drop={drop:g}: train for more epochs, or ask for a smaller speedup"
+            f"{metric} lost {loss:.4f}, more than drop={drop:g}: train for more epochs, or ask for a smaller speedup"
         )
-    result = Slimmed(metric, before, after, costs, lost, reached, misses, folder)
+    result = Slimmed(metric, before, after, costs, loss, reached, misses, folder)
     write_json(
         folder / "slim.json", {**asdict(result), "folder": str(folder), "asked": speedup, "device": device_name()}
     )
@@ -182,23 +179,11 @@ def _module(model: nn.Module, data: LightningDataModule | None, lr: float) -> Li
         module = classifier
     for parameter in module.parameters():  # a network for inference is often frozen
         parameter.requires_grad_(parameter.is_floating_point())
-    if not implements(module, "validation_step") or (data is None and not implements(module, "val_dataloader")):
+    if not is_validated(module, data):
         raise ConfigError(
             f"{type(module).__name__} has no validation_step, or there are no validation data to judge by"
         )
     return module.train()
-
-
-def _quality(module: LightningModule, data: LightningDataModule | None, metric: str | None = None) -> tuple[str, float]:
-    """The metric of validation that a module is judged by."""
-    trainer = Trainer(devices=1, enable_checkpointing=False, **_QUIET)
-    logged = {str(name): float(value) for name, value in trainer.validate(module, data, verbose=False)[0].items()}
-    name = metric or judged(logged)
-    if name is None or name not in logged:
-        raise ConfigError(
-            f"validation logs {', '.join(logged) or 'nothing'}, and none of it says how good the model is"
-        )
-    return name, logged[name]
 
 
 def _size(net: nn.Module, example: Tensor) -> dict[str, float]:
@@ -236,7 +221,7 @@ def _fine_tune(
         best,
     ]
     trainer = Trainer(
-        max_epochs=epochs, devices=1, callbacks=callbacks, default_root_dir=folder, num_sanity_val_steps=0, **_QUIET
+        max_epochs=epochs, devices=1, callbacks=callbacks, default_root_dir=folder, num_sanity_val_steps=0, **QUIET
     )
     try:
         trainer.fit(module, data)

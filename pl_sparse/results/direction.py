@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-__all__ = ["direction", "is_accuracy"]
+__all__ = ["direction", "is_accuracy", "lost"]
 
 _ACCURACIES = frozenset(("acc", "accuracy", "top1", "top5", "acc1", "acc5"))
 _MORE = _ACCURACIES | {
@@ -28,6 +28,15 @@ def direction(metric: str) -> Literal["max", "min"] | None:
         if word in _MORE or word in _LESS:
             return "max" if word in _MORE else "min"
     return None
+
+
+def lost(metric: str, before: float, after: float) -> float:
+    """How much worse a metric has become, more being better where its name does not say it.
+
+    >>> lost("val/acc", 0.75, 0.5), lost("val/loss", 0.75, 0.5)
+    (0.25, -0.25)
+    """
+    return after - before if direction(metric) == "min" else before - after
 
 
 def is_accuracy(metric: str) -> bool:
