@@ -15,9 +15,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Executable, Export, missing, quiet
-from pl_sparse.network.graph import traceable, traced
-from pl_sparse.structure import Structure
+from pl_sparse.export.format import Executable, Traced, quiet, require
+from pl_sparse.network.graph import traced
 
 __all__ = ["CoreML", "read_coreml"]
 
@@ -27,7 +26,7 @@ _ROUNDING = 2.0**-10
 """Relative error of a float16 that was rounded once for a factor and once for itself."""
 
 
-class CoreML(Export):
+class CoreML(Traced):
     """An ML program of float16 weights, in which sparse ones are a mask of bits and the values that are not zero.
 
     coremltools converts on Linux, and predicts on macOS alone. So the saved program is read back: its weights,
@@ -44,26 +43,23 @@ class CoreML(Export):
 
     file = "model.mlpackage.zip"
     runtime = "Core ML"
-    whole = True
+    extra = "coreml"
+    packages = ("coremltools",)
 
     def __init__(self, least: float = 0.1) -> None:
         if not 0 < least <= 1:
             raise ValueError(f"least={least!r} must be above 0 and at most 1: the fraction of zeros of a sparse weight")
         self.least = least
 
-    def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
-        advice = missing("coreml", "coremltools")
-        if advice is not None or example is None:
-            return advice
-        return traceable(copy.deepcopy(net).eval(), example, largest=1)
+    @property
+    def largest(self) -> int:
+        return 1
 
     def unmeasurable(self) -> str | None:
         return "Core ML runs on Apple's systems; Xcode's performance report of the package measures it there"
 
     def write(self, net: nn.Module, example: Tensor, path: Path) -> list[str]:
-        advice = missing("coreml", "coremltools")
-        if advice is not None:
-            raise ImportError(f"export=coreml: {advice}")
+        require("coreml", self.extra, *self.packages)
         with _silent():
             dense = _converted(net, example)
             with tempfile.TemporaryDirectory() as folder, replacing(path) as temporary:

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Executable, Export, compared, missing, quiet
-from pl_sparse.network.graph import traceable, traced
-from pl_sparse.structure import Structure
+from pl_sparse.export.format import Executable, Traced, compared, quiet, require
+from pl_sparse.network.graph import traced
 
 __all__ = ["ExecuTorch"]
 
 
-class ExecuTorch(Export):
+class ExecuTorch(Traced):
     """The model as an ExecuTorch program, delegated to XNNPACK and checked there against torch.
 
     XNNPACK multiplies zeros like other numbers here: what makes it faster are channels and heads that are gone.
@@ -32,7 +31,8 @@ class ExecuTorch(Export):
 
     file = "model.pte"
     runtime = "ExecuTorch"
-    whole = True
+    extra = "executorch"
+    packages = ("executorch",)
     advice = "channels that are gone (structure=channel, structure=head): XNNPACK multiplies zeros like other numbers"
 
     def __init__(self, tolerance: float = 1e-4, batch: int = 32) -> None:
@@ -41,20 +41,16 @@ class ExecuTorch(Export):
         self.tolerance = tolerance
         self.batch = batch
 
-    def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
-        advice = missing("executorch", "executorch")
-        if advice is not None or example is None:
-            return advice
-        return traceable(copy.deepcopy(net).eval(), example, self.batch)
+    @property
+    def largest(self) -> int:
+        return self.batch
 
     def write(self, net: nn.Module, example: Tensor, path: Path) -> list[str]:
         self._save(net, example, path)
         return [compared(self.open(path, net), net, example, self.tolerance, f"{path} in ExecuTorch")]
 
     def _save(self, net: nn.Module, example: Tensor, path: Path) -> None:
-        advice = missing("executorch", "executorch")
-        if advice is not None:
-            raise ImportError(f"export=executorch: {advice}")
+        require("executorch", self.extra, *self.packages)
         with quiet("executorch"):
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower

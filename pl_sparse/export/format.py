@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import warnings
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.upstream import overridden
+from pl_sparse.network.graph import traceable
 from pl_sparse.structure import Structure
 
-__all__ = ["Executable", "Export", "compared", "forwarding", "missing", "quiet"]
+__all__ = ["Executable", "Export", "Traced", "compared", "forwarding", "missing", "quiet", "require"]
 
 Executable = Callable[[Tensor], Tensor]
 """A loaded model that can be called: from inputs (batch, *shape) to outputs."""
@@ -104,6 +106,30 @@ class Export(ABC):
         return net
 
 
+class Traced(Export):
+    """A format that is made of the graph that torch.export traces.
+
+    Attributes:
+        extra: of pl_sparse, that brings what it needs.
+        packages: that it needs.
+    """
+
+    whole = True
+    extra: ClassVar[str] = ""
+    packages: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def largest(self) -> int | None:
+        """The most samples of a call; None: any number."""
+        return None
+
+    def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
+        advice = missing(self.extra, *self.packages)
+        if advice is not None or example is None:
+            return advice
+        return traceable(copy.deepcopy(net).eval(), example, self.largest)
+
+
 def missing(extra: str, *packages: str) -> str | None:
     """What to install, if one of the packages is not there; None if all are.
 
@@ -114,6 +140,13 @@ def missing(extra: str, *packages: str) -> str | None:
     if any(find_spec(package) is None for package in packages):
         return f"it needs {' and '.join(packages)}: pip install 'pl_sparse[{extra}]'"
     return None
+
+
+def require(format: str, extra: str, *packages: str) -> None:
+    """Raise an ImportError, with what to install, if a format lacks one of the packages that it needs."""
+    advice = missing(extra, *packages)
+    if advice is not None:
+        raise ImportError(f"export={format}: {advice}")
 
 
 @contextmanager

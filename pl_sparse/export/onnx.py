@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Executable, Export, compared, missing, quiet
-from pl_sparse.network.graph import traceable, traced
+from pl_sparse.export.format import Executable, Traced, compared, missing, quiet, require
+from pl_sparse.network.graph import traced
 from pl_sparse.structure import Structure
 
 __all__ = ["ONNX", "ONNXInt8", "open_onnx", "save_onnx"]
@@ -29,9 +28,7 @@ def save_onnx(net: nn.Module, example: Tensor, path: Path) -> None:
         ValueError: torch.export cannot trace the model.
         ImportError: onnx or onnxscript is missing.
     """
-    advice = missing("export", "onnx", "onnxscript")
-    if advice is not None:
-        raise ImportError(f"export=onnx: {advice}")
+    require("onnx", "export", "onnx", "onnxscript")
     program = traced(net, example)
     with quiet("torch.onnx", "onnxscript", "onnx_ir"):
         onnx = torch.onnx.export(program, dynamo=True, input_names=["input"], output_names=["output"], verbose=False)
@@ -72,7 +69,7 @@ def open_onnx(path: Path, threads: int | None = None) -> Executable:
     return run
 
 
-class ONNX(Export):
+class ONNX(Traced):
     """The model in ONNX, checked in ONNX Runtime against torch.
 
     ONNX Runtime multiplies zeros like other numbers: what makes it faster are channels and heads that are gone.
@@ -83,7 +80,8 @@ class ONNX(Export):
 
     file = "model.onnx"
     runtime = "ONNX Runtime"
-    whole = True
+    extra = "export"
+    packages = "onnx", "onnxscript", "onnxruntime"
     advice = (
         "channels that are gone (structure=channel, structure=head), or sparse kernels (export=csr): ONNX Runtime "
         "multiplies zeros like other numbers"
@@ -91,12 +89,6 @@ class ONNX(Export):
 
     def __init__(self, tolerance: float = 1e-4) -> None:
         self.tolerance = tolerance
-
-    def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
-        advice = missing("export", "onnx", "onnxscript", "onnxruntime")
-        if advice is not None or example is None:
-            return advice
-        return traceable(copy.deepcopy(net).eval(), example)
 
     def write(self, net: nn.Module, example: Tensor, path: Path) -> list[str]:
         save_onnx(net, example, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Executable, Export, compared, missing
+from pl_sparse.export.format import Executable, Traced, compared, missing, require
 from pl_sparse.export.onnx import save_onnx
-from pl_sparse.network.graph import traceable
 from pl_sparse.structure import Structure
 
 __all__ = ["OpenVINO", "OpenVINOInt8", "open_openvino", "save_openvino"]
@@ -36,9 +34,7 @@ def save_openvino(net: nn.Module, example: Tensor, path: Path) -> None:
         ValueError: torch.export cannot trace the model.
         ImportError: openvino, onnx or onnxscript is missing.
     """
-    advice = _missing()
-    if advice is not None:
-        raise ImportError(f"export=openvino: {advice}")
+    require("openvino", OpenVINO.extra, *OpenVINO.packages)
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
@@ -83,10 +79,6 @@ def open_openvino(path: Path, decompression: float | None = None, threads: int |
     return run
 
 
-def _missing() -> str | None:
-    return missing("openvino", "openvino", "onnx", "onnxscript")
-
-
 def _unpackable() -> str | None:
     """Why this processor multiplies zeros like other numbers in OpenVINO; None if it need not, or nothing is known."""
     if _CPUINFO.is_file() and "amx_int8" not in _CPUINFO.read_text():
@@ -94,7 +86,7 @@ def _unpackable() -> str | None:
     return None
 
 
-class OpenVINO(Export):
+class OpenVINO(Traced):
     """The model for OpenVINO, checked there against torch.
 
     Its kernels multiply zeros like other numbers, with one exception, that of `OpenVINOInt8`: what makes it faster are
@@ -111,7 +103,8 @@ class OpenVINO(Export):
 
     file = "model_openvino.xml"
     runtime = "OpenVINO"
-    whole = True
+    extra = "openvino"
+    packages = "openvino", "onnx", "onnxscript"
     advice = "channels that are gone (structure=channel, structure=head), or export=openvino_int8"
 
     def __init__(self, tolerance: float = 1e-4, decompression: float = 0.6) -> None:
@@ -119,12 +112,6 @@ class OpenVINO(Export):
             raise ValueError(f"decompression={decompression!r} must be above 0 and at most 1: a fraction of zeros")
         self.tolerance = tolerance
         self.decompression = decompression
-
-    def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
-        advice = _missing()
-        if advice is not None or example is None:
-            return advice
-        return traceable(copy.deepcopy(net).eval(), example)
 
     def write(self, net: nn.Module, example: Tensor, path: Path) -> list[str]:
         save_openvino(net, example, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Executable, Export
-from pl_sparse.network.graph import traceable, traced
-from pl_sparse.structure import Structure
+from pl_sparse.export.format import Executable, Traced
+from pl_sparse.network.graph import traced
 
 __all__ = ["TorchExport"]
 
 
-class TorchExport(Export):
+class TorchExport(Traced):
     """The model as a graph of torch operators (.pt2), which loads without the code of its class."""
 
     file = "model.pt2"
-    whole = True
-
-    def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
-        return None if example is None else traceable(copy.deepcopy(net).eval(), example)
 
     def write(self, net: nn.Module, example: Tensor, path: Path) -> list[str]:
         program = traced(net, example)

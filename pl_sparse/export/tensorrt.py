@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from pl_sparse.export.format import missing
+from pl_sparse.export.format import require
 from pl_sparse.export.onnx import ONNX
 from pl_sparse.structure import Structure
 
@@ -37,9 +37,7 @@ def two_four(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
     Raises:
         ImportError: onnx is missing.
     """
-    advice = missing("export", "onnx")
-    if advice is not None:
-        raise ImportError(f"export=tensorrt: {advice}")
+    require("tensorrt", "export", "onnx")
     fit, unfit = [], {}
     for name, rows in _matrices(path):
         reason = _unfit(rows)
