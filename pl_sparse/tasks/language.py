@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from pl_sparse.tasks.data import InMemory, Split
+from pl_sparse.tasks.data import InMemory, Split, shuffled
 from pl_sparse.tasks.hugging_face import pretrained_from, transformers_library
 from pl_sparse.tasks.text import freeze_embeddings_of
 
@@ -56,8 +56,7 @@ class CausalText(InMemory):
     def load(self) -> tuple[Split, Split, Split]:
         train, test = self._read("train.txt"), self._read("test.txt")
         val = self._read("valid.txt") if (self.root / "valid.txt").is_file() else test
-        order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
-        return (train[0][order], train[1][order]), val, test
+        return shuffled(train), val, test
 
     def _read(self, name: str) -> Split:
         text = (self.root / name).read_text(encoding="utf-8")
@@ -116,8 +115,7 @@ class Squad(InMemory):
 
     def load(self) -> tuple[Split, Split, Split]:
         train, dev = (self._read(file) for file in self.files)
-        order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
-        return (train[0][order], train[1][order]), dev, dev
+        return shuffled(train), dev, dev
 
     def _read(self, file: Path) -> Split:
         try:

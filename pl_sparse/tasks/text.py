@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.tasks.data import InMemory, Split, hold_out
+from pl_sparse.tasks.data import InMemory, Split, hold_out, shuffled
 from pl_sparse.tasks.hugging_face import pretrained_from, transformers_library
 
 __all__ = ["MovieReviews", "freeze_embeddings_of", "sentences", "transformer"]
@@ -68,11 +68,8 @@ class MovieReviews(InMemory):
             train, val = hold_out(*rest, tenth)
             for part, split in zip(parts, (train, val, test), strict=True):
                 part.append(split)
-        (train_x, train_y), val, test = (
-            (torch.cat([x for x, _ in part]), torch.cat([y for _, y in part])) for part in parts
-        )
-        order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0))  # for `limit`
-        return (train_x[order], train_y[order]), val, test
+        train, val, test = ((torch.cat([x for x, _ in part]), torch.cat([y for _, y in part])) for part in parts)
+        return shuffled(train), val, test
 
     def encode(self, sentences: list[str]) -> Tensor:
         """The tokens of sentences, (sentences, max_length)."""

@@ -4,7 +4,7 @@ Every data module has `shape`, the shape of one input, and `classes`. In memory,
 function of the seed and the epoch alone, and a checkpoint in the middle of an epoch resumes there.
 """
 
-from pl_sparse.tasks.data.batches import Batches, InMemory, Split, hold_out
+from pl_sparse.tasks.data.batches import Batches, InMemory, Split, hold_out, shuffled
 from pl_sparse.tasks.data.hub import HuggingFace, Torchvision
 from pl_sparse.tasks.data.idx import MNIST, FashionMNIST, read_idx
 from pl_sparse.tasks.data.images import ImageFolder
@@ -25,4 +25,5 @@ __all__ = [
     "Torchvision",
     "hold_out",
     "read_idx",
+    "shuffled",
 ]

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-__all__ = ["Batches", "InMemory", "Split", "hold_out", "standardized"]
+__all__ = ["Batches", "InMemory", "Split", "hold_out", "shuffled", "standardized"]
 
 Split = tuple[Tensor, Tensor]
 
@@ -171,6 +171,13 @@ def hold_out(x: Tensor, y: Tensor, count: int) -> tuple[Split, Split]:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held, rest = order[:count].sort().values, order[count:].sort().values
     return (x[rest], y[rest]), (x[held], y[held])
+
+
+def shuffled(split: Split) -> Split:
+    """Training samples in an order that is always the same, so that `limit` takes a sample of them."""
+    x, y = split
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return x[order], y[order]
 
 
 def standardized(splits: Sequence[Split], scale: tuple[Tensor, Tensor] | None = None) -> tuple[Split, Split, Split]:
