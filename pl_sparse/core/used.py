@@ -81,13 +81,23 @@ def _inputs(module: nn.Module, weight: Tensor, known: bool) -> Iterator[tuple[Te
             yield x, torch.zeros(batch, dtype=torch.long, device=weight.device)  # what the classes of a margin loss are
 
 
+def _drawn(module: nn.Module, generator: torch.Generator, least: float = 0.0) -> Any:
+    """A copy of a layer with random numbers for parameters: a gain that is zero yet would hide what it scales.
+
+    Args:
+        generator: not the one that training draws from.
+        least: of the numbers, which are in a range of 1.
+    """
+    twin: Any = twin_of(module)
+    twin._modules = copy.deepcopy(module._modules)
+    for parameter in twin.parameters():
+        parameter.data.copy_(torch.rand(parameter.shape, generator=generator) + least)
+    return twin
+
+
 def _trial(module: nn.Module, short: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Callable[[], Any]]:
     """A copy of the weight, and what gives what is multiplied with inputs in its place."""
-    twin = twin_of(module)
-    twin._modules = copy.deepcopy(module._modules)
-    generator = torch.Generator().manual_seed(0)  # not the one that training draws from
-    for parameter in twin.parameters():  # a gain that is zero yet would hide what it scales
-        parameter.data.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    twin = _drawn(module, torch.Generator().manual_seed(0), 0.5)
     tensor = twin._parameters[short].data
 
     def compute() -> Tensor:
@@ -147,10 +157,7 @@ def _rescaled(module: nn.Module) -> bool:
         return torch.rand(shape, generator=generator).to(weight)
 
     try:
-        twin = twin_of(module)
-        twin._modules = copy.deepcopy(module._modules)
-        for parameter in twin.parameters():  # a gain that is zero yet would hide what it scales
-            parameter.copy_(drawn(*parameter.shape))
+        twin = _drawn(module, generator)
         kernel = zip(getattr(module, "kernel_size", ()), getattr(module, "dilation", ()), strict=True)
         groups = getattr(module, "groups", 1)
         channels = weight.shape[0] if transposed else weight.shape[1] * groups

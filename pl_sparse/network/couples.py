@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.network.origins import Origins
+from pl_sparse.network.origins import Origins, varies
 from pl_sparse.network.units import Units
 
 __all__ = ["NONE", "RULES", "Call", "Rule", "Track", "couples"]
@@ -179,6 +179,15 @@ class Call:
             if len(channels) < len(together):
                 self.units.block(channels, f"its channels are joined with no channels by {self.name}")
 
+    def pass_to(self, track: Track, path: str, side: str) -> None:
+        """Join the channels of a track with those of a layer at the same places.
+
+        Args:
+            side: of the layer, "in" or "out".
+        """
+        known = [index for index, slot in enumerate(track.slots) if slot != NONE]
+        self.join([track.slots[index] for index in known], self.units.port(path, side, known))
+
     def keep(self, track: Track | None, reason: str) -> None:
         """Note why the channels of a track cannot be removed."""
         if track is not None:
@@ -238,8 +247,4 @@ class Call:
 
 def _varied(labels: Tensor) -> list[int]:
     """The dimensions along which labels differ."""
-    return [
-        dim
-        for dim in range(labels.dim())
-        if labels.stride(dim) and labels.shape[dim] > 1 and bool((labels != labels.narrow(dim, 0, 1)).any())
-    ]
+    return [dim for dim in range(labels.dim()) if varies(labels, dim)]

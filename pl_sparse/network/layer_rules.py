@@ -36,8 +36,7 @@ def weighted(call: Call, source: Tensor, weight: Tensor, dim: int, inputs: int, 
     if track is not None and track.dim != dim:
         call.keep(track, f"its channels are not those that {path} ({type(layer).__name__}) takes in")
     elif track is not None:
-        known = [index for index, slot in enumerate(track.slots) if slot != NONE]
-        call.join([track.slots[i] for i in known], call.units.port(path, "out" if depthwise else "in", known))
+        call.pass_to(track, path, "out" if depthwise else "in")
     slots = call.units.port(path, "out", range(outputs))
     if call.owner(weight) is None:  # by code that is in no module of its own
         call.units.block(slots, f"the weight of {path} is computed from other tensors")
@@ -108,8 +107,7 @@ def channel_norm(call: Call) -> Track | None:
     if track.dim != 1 or not isinstance(layer, CHANNEL_NORMS):
         call.need(track, path, layer)
         return None
-    known = [index for index, slot in enumerate(track.slots) if slot != NONE]
-    call.join([track.slots[i] for i in known], call.units.port(path, "out", known))
+    call.pass_to(track, path, "out")
     return track
 
 

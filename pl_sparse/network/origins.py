@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Origins"]
+__all__ = ["Origins", "varies"]
 
 
 class _Step(NamedTuple):
@@ -72,9 +72,9 @@ class Origins:
             dims = []
             for axis, size in enumerate(root.shape):
                 places = self._places(tensor, root, axis) if size > 1 else None
-                if places is None or not _varies(places, dim):
+                if places is None or not varies(places, dim):
                     continue
-                if any(_varies(places, other) for other in range(tensor.dim()) if other != dim):
+                if any(varies(places, other) for other in range(tensor.dim()) if other != dim):
                     return None
                 line = places[tuple(slice(None) if at == dim else 0 for at in range(tensor.dim()))]
                 dims.append((root, axis, line.tolist()))
@@ -99,7 +99,7 @@ class Origins:
         return step.move(known)
 
 
-def _varies(places: Tensor, dim: int) -> bool:
+def varies(places: Tensor, dim: int) -> bool:
     """Whether the elements of a tensor differ along a dimension."""
     if places.shape[dim] < 2 or not places.stride(dim):
         return False

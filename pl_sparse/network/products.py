@@ -182,8 +182,7 @@ def _hidden(call: Call, path: str, layer: Any, source: Tensor) -> tuple[tuple[in
     if track is not None and track.dim != source.dim() - 1:
         call.need(track, path, layer)
     elif track is not None:
-        known = [index for index, slot in enumerate(track.slots) if slot != NONE]
-        call.join([track.slots[i] for i in known], call.units.port(path, "in", known))
+        call.pass_to(track, path, "in")
     projected = getattr(layer, "proj_size", 0)
     slots = call.units.port(path, "out", range(projected or layer.hidden_size))
     call.join(slots, call.units.port(path, "in", range(len(slots)), "hidden"))
