@@ -286,8 +286,8 @@ class Pruner(MaskedModel):
         if updater.grows or updater.needs_training or not updater.targets_sparsity or not self.schedule.final:
             return
         with whole(self.masked):
-            found_zeros = mask_zeros(self.groups, self.structure)
-        if found_zeros:
+            masked = mask_zeros(self.groups, self.structure)
+        if masked:
             self.masking.changed([param for param in self.masked if param.pruned], self.groups)
             self._floor = self.level = self.sparsity
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
+from references.movement import Straight
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -291,7 +292,7 @@ def test_soft_movement_is_the_papers() -> None:
         sparsities.append(pruner.sparsity)
         for param, mask in zip(pruner.params, masks, strict=True):
             assert torch.equal(param.mask, mask)
-        weights = {f"{i}.weight": _Straight.apply(reference[i].weight, s, m) for i, s, m in _three(scores, masks)}
+        weights = {f"{i}.weight": Straight.apply(reference[i].weight, s, m) for i, s, m in _three(scores, masks)}
         reference.zero_grad()
         inner.zero_grad()
         price = sum(score.sigmoid().mean() for score in scores) / 2
@@ -308,18 +309,6 @@ def test_soft_movement_is_the_papers() -> None:
 
 def _three(scores: list[Tensor], masks: list[Tensor]) -> list[tuple[int, Tensor, Tensor]]:
     return list(zip((0, 2), scores, masks, strict=True))
-
-
-class _Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, mask)  # type: ignore[attr-defined]
-        return weight * mask
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        weight, mask = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad * mask, grad * weight, None
 
 
 # The updater

@@ -18,7 +18,7 @@ from pl_sparse.app.deploy import RANGES, FailedExportsError, deploy, integers_in
 from pl_sparse.app.finished import load_run
 from pl_sparse.app.formats import refuse
 from pl_sparse.app.instantiate import built, network
-from pl_sparse.app.settings import CONF, ConfigError
+from pl_sparse.app.settings import CONF, ConfigError, options_of
 from pl_sparse.app.subcommand import guarded, parser_of
 from pl_sparse.core.files import write_json
 from pl_sparse.core.registry import suggestion
@@ -40,7 +40,7 @@ def bench(arguments: Sequence[str] | None = None) -> None:
 
 
 def _command(name: str, arguments: Sequence[str] | None) -> None:
-    formats = sorted(path.stem for path in (CONF / "export").glob("*.yaml"))
+    formats = options_of("export")
     measure = name == "bench"
     parser = parser_of(name, (bench if measure else export).__doc__)
     parser.add_argument(

@@ -23,7 +23,7 @@ from pydantic import (
 from pl_sparse.app.idle import idle, misdirected, unread
 from pl_sparse.core.registry import near_misses, suggestion
 
-__all__ = ["CONF", "ConfigError", "check", "parameters_of", "signature_of", "target"]
+__all__ = ["CONF", "ConfigError", "check", "options_of", "parameters_of", "signature_of", "target"]
 
 _PACKAGE = Path(__file__).parents[1]
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -62,6 +62,11 @@ _TOP: dict[str, Any] = {
     "output_dir": str | None,
 }
 _SPECIAL = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a group of the configuration, in order."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 class ConfigError(ValueError):

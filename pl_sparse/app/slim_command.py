@@ -18,7 +18,7 @@ from torch import nn
 
 from pl_sparse.app.finished import load_run
 from pl_sparse.app.instantiate import make_module, network, optional
-from pl_sparse.app.settings import CONF, ConfigError
+from pl_sparse.app.settings import CONF, ConfigError, options_of
 from pl_sparse.app.slim import Slimmed, slim
 from pl_sparse.app.subcommand import guarded
 from pl_sparse.core.optional import beginning, library
@@ -146,7 +146,7 @@ def _data(name: str, *settings: str) -> Any:
     if ":" in name:
         node: Any = OmegaConf.create({"_target_": name.replace(":", ".")})
     else:
-        known = [path.stem for path in (CONF / "data").glob("*.yaml")]
+        known = options_of("data")
         if name not in known:
             raise ConfigError(f"--data {name}: there is no such data. {suggestion(name, known)}")
         node = OmegaConf.load(CONF / "data" / f"{name}.yaml")

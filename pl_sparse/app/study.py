@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pl_sparse.app.hydra_api import quoted
-from pl_sparse.app.settings import CONF
+from pl_sparse.app.settings import options_of
 from pl_sparse.core.registry import suggestion
 from pl_sparse.results.runs import key_of
 from pl_sparse.results.study import report
@@ -62,7 +62,7 @@ def _trained(settings: Sequence[str]) -> tuple[Path, int]:
         if plural not in given and plural != "levels":
             raise ValueError(f"{plural}=... is missing: pl-sparse study methods=gmp,rigl seeds=0,1,2 levels=0.8,0.9")
     methods = given["methods"].split(",")
-    known = {path.stem for path in (CONF / "method").glob("*.yaml")}
+    known = options_of("method")
     for method in methods:
         if method not in known:
             raise ValueError(f"methods={method}: there is no such method. {suggestion(method, known)}")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from pl_sparse.allocation import ERK, Budget, Units, choose
 from pl_sparse.callbacks.calibration import example_of, network_of
 from pl_sparse.callbacks.sparsity import Sparsity
-from pl_sparse.callbacks.strategies import refuse_parts
-from pl_sparse.core.agreement import agreed, agreeing
+from pl_sparse.callbacks.strategies import refuse_parts, together
+from pl_sparse.core.agreement import agreed
 from pl_sparse.export.format import Executable, missing
 from pl_sparse.export.measure import latencies, ratio, stored_bytes
 from pl_sparse.export.onnx import open_onnx, save_onnx
@@ -119,7 +119,7 @@ class CostTarget(Callback):
         pruner = Sparsity.of(trainer).pruner
         restored, self._restored = self._restored, False
         if self._limit is None or not (restored or pruner.num_updates):
-            with agreeing(trainer.world_size > 1):
+            with together(trainer):
                 self._limit = agreed(lambda: self._search(trainer, pl_module, pruner))
         assert isinstance(pruner.allocation, Budget)
         pruner.allocation.meet(self._limit)

@@ -13,8 +13,7 @@ from pl_sparse.callbacks.calibration import Calibration, example_of
 from pl_sparse.callbacks.clock import Timetable
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.callbacks.steps import StepHooks
-from pl_sparse.callbacks.strategies import refuse_parts
-from pl_sparse.core.agreement import agreeing
+from pl_sparse.callbacks.strategies import refuse_parts, together
 from pl_sparse.core.group import Group
 from pl_sparse.core.places import Places
 from pl_sparse.core.targets import Patterns, find
@@ -89,7 +88,7 @@ class Regularize(Callback):
             )
         example = example_of(trainer, pl_module) if self.regularizer.needs_example else None
         weights = find(pl_module, self.include, self.exclude, self.first, self.last)
-        with agreeing(trainer.world_size > 1):
+        with together(trainer):
             self.groups = self.regularizer.groups(weights, pl_module, example)
         if not any(self._of(optimizer) for optimizer in trainer.optimizers):
             raise ValueError(
@@ -98,7 +97,7 @@ class Regularize(Callback):
                 + ". Unfreeze them, or choose others by `include`"
             )
         probe = Calibration(trainer, pl_module, 1).probe() if pl_module.automatic_optimization else None
-        with agreeing(trainer.world_size > 1):
+        with together(trainer):
             self.regularizer.prepare(self.groups, pl_module, probe)
         self._started = self._marked is not None
         for group in self.groups:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from pl_sparse.callbacks.clock import total_steps
 from pl_sparse.callbacks.sparsity import Sparsity
-from pl_sparse.callbacks.strategies import refuse_parts
-from pl_sparse.core.agreement import agreeing
+from pl_sparse.callbacks.strategies import refuse_parts, together
 from pl_sparse.core.files import replacing, write_csv, write_json
 from pl_sparse.core.upstream import averaged_models, restart_average
 from pl_sparse.results.judged import is_loss
@@ -130,7 +129,7 @@ class Rewind(Callback):
             module.load_state_dict(self._saved["module"])
             pruner.written()
         elif self.weights == "reinit":
-            with agreeing(trainer.world_size > 1):
+            with together(trainer):
                 pruner.reinitialize()
         if self.weights != "keep":
             self._average_anew(trainer, module)

@@ -22,8 +22,7 @@ from pl_sparse.callbacks.coverage import report_coverage
 from pl_sparse.callbacks.mac_count import MacCount
 from pl_sparse.callbacks.several import log_names, shared_weight
 from pl_sparse.callbacks.steps import StepHooks, refuse_optimizers
-from pl_sparse.callbacks.strategies import refuse_difference, refuse_strategy
-from pl_sparse.core.agreement import agreeing
+from pl_sparse.callbacks.strategies import refuse_difference, refuse_strategy, together
 from pl_sparse.core.dtensor import local, reshard
 from pl_sparse.core.optional import nice_to_have
 from pl_sparse.core.registry import Axis, names
@@ -164,7 +163,7 @@ class Sparsity(Callback):
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bind to the module's weights; a structure that looks at how layers are joined sees a training batch."""
-        with agreeing(trainer.world_size > 1):
+        with together(trainer):
             self.pruner.attach(pl_module, self._example(trainer, pl_module))
 
     def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
@@ -212,7 +211,7 @@ class Sparsity(Callback):
         )
         pruner.trusts_steps = self._sees_last(trainer, pl_module)
         probe = Calibration(trainer, pl_module, self.calibration_batches).probe() if pruner.calibrates else None
-        with agreeing(trainer.world_size > 1):
+        with together(trainer):
             pruner.prepare(*estimates(trainer, pruner.schedule), probe)
         self._seen = -1
         self.look(trainer)
@@ -253,7 +252,7 @@ class Sparsity(Callback):
             names = self.pruner.thaw(self._example(trainer, pl_module))
             rank_zero_info(f"{', '.join(names)}: no longer frozen, pruned from here on")
         judge(self.pruner, trainer, pl_module, batch)
-        with agreeing(trainer.world_size > 1):
+        with together(trainer):
             self.pruner.before_forward()
         self._macs.start(pl_module)
 
@@ -287,7 +286,7 @@ class Sparsity(Callback):
             self._timekeeper = optimizer
         skipped = found_infinite_gradients(trainer, optimizer)
         step = self.pruner.step if optimizer is self._timekeeper else None
-        with agreeing(trainer.world_size > 1):
+        with together(trainer):
             self.pruner.before_step(step, optimizer=optimizer, observe=not skipped)
         if skipped:
             self.pruner.after_step(optimizer)  # the scaler leaves the step out, and its hook with it
@@ -319,7 +318,7 @@ class Sparsity(Callback):
         if behind is None or behind < 1:
             return
         sparsity, planned = self.pruner.sparsity, self.pruner.ends_last
-        with agreeing(trainer.world_size > 1):
+        with together(trainer):
             caught_up = self.pruner.catch_up()
         if caught_up and not planned:
             rank_zero_warn(

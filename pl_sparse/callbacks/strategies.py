@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 
+from pl_sparse.core.agreement import agreeing
 from pl_sparse.core.dtensor import is_sharded
 from pl_sparse.core.upstream import of_kind, starts_from_here
 from pl_sparse.pruner import Pruner
 
-__all__ = ["refuse_difference", "refuse_parts", "refuse_strategy"]
+__all__ = ["refuse_difference", "refuse_parts", "refuse_strategy", "together"]
 
 _REFUSED = {
     FSDPStrategy: "flattens the weights of a module into one tensor, which has no rows or columns any more",
@@ -32,6 +35,11 @@ def refuse_strategy(trainer: Trainer) -> None:
             f"{type(trainer.strategy).__name__} trains in spawned or forked processes, from which this one gets the "
             "weights alone: masks, sparsity and summary would stay there. Use strategy=ddp, from a script"
         )
+
+
+def together(trainer: Trainer) -> AbstractContextManager[None]:
+    """Within the block rank 0 of a trainer decides (`core.agreement`), where it has several; all of them enter it."""
+    return agreeing(trainer.world_size > 1)
 
 
 def refuse_difference(pruner: Pruner, trainer: Trainer) -> None:
