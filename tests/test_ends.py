@@ -41,7 +41,8 @@ def test_each_signal_ends_a_run_that_goes_on_to_the_same_end(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process of another system does not hear of its parent")
-def test_a_further_process_ends_with_the_one_that_started_it() -> None:
+def test_a_further_process_ends_with_the_one_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_SPARSE_STARTED_BY", str(os.getpid()))  # of a training around it, which started another
     waits = "import time; from pl_sparse.app.ends import end_with_parent; end_with_parent(); print(1, flush=True)"
     child = f"[sys.executable, '-c', {waits + '; time.sleep(90)'!r}], env={{**os.environ, 'LOCAL_RANK': '1'}}"
     code = f"import os, subprocess, sys; child = subprocess.Popen({child}); print(child.pid, flush=True); child.wait()"

@@ -69,10 +69,20 @@ def end_with_parent() -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.environ[_STARTED_BY] = str(os.getpid())  # of the further ones
     elif sys.platform == "linux":
-        parent, die_with_parent = int(os.environ.get(_STARTED_BY, os.getppid())), 1  # PR_SET_PDEATHSIG
+        starter, die_with_parent = int(os.environ.get(_STARTED_BY, os.getppid())), 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(die_with_parent, signal.SIGKILL)
-        if os.getppid() != parent:  # it was gone before
+        if os.getppid() != starter and not _is_there(starter):  # gone before; one that is there started something else
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_there(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager
