@@ -145,6 +145,16 @@ def test_a_finished_run_or_sweep_that_is_resumed_has_nothing_to_do(
         assert "nothing was to be done" in capsys.readouterr().out
 
 
+def test_runs_of_a_sweep_do_not_replace_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["-m", "sparsity=0.5,0.9", "data.limit=64", "trainer.max_epochs=1", f"hydra.sweep.dir={tmp_path}"]
+    assert command(*asked, "hydra.sweep.subdir=one") == 1
+    told = capsys.readouterr()
+    assert "holds another run of this sweep" in told.out + told.err
+    assert json.loads((tmp_path / "one" / "metrics.json").read_text())["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    again = [argument.replace("0.5,0.9", "0.9") for argument in asked]
+    assert command(*again, "hydra.sweep.subdir=one", "overwrite=true") == 0  # another sweep may have the folder
+
+
 def test_rounds_of_lottery_tickets_are_trained_once_bit_for_bit(tmp_path: Path) -> None:
     levels = [round(1 - 0.8**k, 12) for k in range(1, 9)]
     asked = ["method=lth", "allocation=uniform", "schedule.epochs=1", "data.limit=64"]

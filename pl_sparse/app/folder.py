@@ -107,6 +107,11 @@ class RunFolder:
             )  # it may have been killed before it was noted
             self._before = {path: path.read_bytes() for name in _SAVED if (path := self.path / name).is_file()}
             return
+        if _is_of_this_sweep(cfg, self.path, status):
+            raise FolderError(
+                f"{self.path} holds another run of this sweep\n  hydra.sweep.subdir is to name a folder of its own for "
+                "each run: leave it out, or name what differs, as in hydra.sweep.subdir='${hydra:job.num}'"
+            )
         allowed = cfg.get("overwrite") is True or _is_sweep() or _starts_again(cfg, self.path, status)
         if not allowed and any(any(self.path.glob(name)) for name in _RESULTS):
             raise FolderError(_refusal(self.path, status, bool(cfg.get("resume"))))
@@ -316,6 +321,17 @@ def _refusal(path: Path, status: dict[str, Any] | None, resume: bool) -> str:
 
 def _is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _is_of_this_sweep(cfg: DictConfig, path: Path, status: dict[str, Any] | None) -> bool:
+    """Whether a folder holds another run that this sweep has trained: one whose status is newer than its start."""
+    if status is None or not _is_sweep() or status.get("config") == run_fingerprint(cfg, path):
+        return False
+    try:
+        begun = (Path(HydraConfig.get().sweep.dir) / "multirun.yaml").stat().st_mtime
+        return (path / "status.json").stat().st_mtime > begun
+    except OSError:
+        return False
 
 
 def _strings(value: Any) -> list[str]:

@@ -177,6 +177,9 @@ def check(cfg: DictConfig) -> None:
         _check_value(key, values[key], kind)
     if values["output_dir"] == "":
         raise ConfigError("output_dir is empty: output_dir=. is the current folder")
+    cache = values["prefix_cache"]
+    if cache not in ("auto", "off") and Path(cache).exists() and not Path(cache).is_dir():
+        raise ConfigError(f"prefix_cache={cache} is a file: it is a folder, auto or off")
     reason = unread(cfg, {*_TOP, *(path.name for path in CONF.iterdir() if path.is_dir())})
     reason = reason or misdirected(values["objective"], values["mode"])
     if reason is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ from pl_sparse.integrations.servers import obstacle
 
 __all__ = ["make_trainer"]
 
+_FEW = 4
+"""So many processes are started on fewer cores, too: to try how a training is spread."""
+
 
 def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
     """The trainer with its loggers and the callbacks of the configuration.
@@ -48,6 +52,7 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
         )
     if node.get("enable_progress_bar") is None:
         node.enable_progress_bar = sys.stderr.isatty()
+    _refuse_more_processes_than_cores(node)
     configured = list(each(cfg, "callbacks", Callback).values())
     lines: list[Callback] = [] if node.enable_progress_bar else [ProgressLines()]
     if node.enable_progress_bar and not any(isinstance(callback, Bar) for callback in configured):
@@ -77,6 +82,18 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
             "has whole ones: use the Sparsity callback in a script of your own (docs/clusters.md), or strategy=ddp"
         )
     return trainer
+
+
+def _refuse_more_processes_than_cores(node: DictConfig) -> None:
+    """A process of a training on a CPU keeps a core busy, and has a model of its own in memory."""
+    on_cpu = node.get("accelerator") == "cpu" or not torch.accelerator.is_available()
+    devices, cores = node.get("devices"), os.cpu_count() or 1
+    processes = int(devices) if isinstance(devices, int) or str(devices).isdecimal() else 1
+    if on_cpu and processes > max(cores, _FEW):
+        raise ConfigError(
+            f"trainer.devices={devices} starts {processes} processes, and this machine has {cores} cores: "
+            f"trainer.devices={cores} is the most that pays"
+        )
 
 
 def _loggers(cfg: DictConfig) -> list[Any]:

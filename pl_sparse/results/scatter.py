@@ -81,6 +81,8 @@ def _plot_method(ax: Axes, of_label: Sequence[Series], axis: CostAxis, key: str,
 def _scale(ax: Axes, axis: CostAxis, costs: Sequence[float]) -> None:
     """Scale the cost logarithmically where it spans a wide range; sparsity rises from left to right, in percent."""
     if costs and min(costs) > 0 and (axis.sparsity or max(costs) > 8 * min(costs)):
+        if min(costs) == max(costs):
+            ax.set_xlim(costs[0] / 2, 2 * costs[0])  # one place alone sets no limits
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(NullFormatter())
         if axis.sparsity:

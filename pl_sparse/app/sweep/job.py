@@ -25,12 +25,14 @@ from pl_sparse.app.hydra_api import as_typed, given, quoted, register_resolver
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.sweep.identity import digest, run_fingerprint
 from pl_sparse.callbacks.run.status import Status, read_status
-from pl_sparse.core.files import read_yaml, write_json
+from pl_sparse.core.files import read_yaml, write_json, write_text
 from pl_sparse.core.registry import suggestion
 from pl_sparse.results.runs import key_of
 
-__all__ = ["Train", "metric", "objective", "plain_overrides", "run", "subdir", "threads"]
+__all__ = ["REFUSED", "Train", "metric", "objective", "plain_overrides", "run", "subdir", "threads"]
 
+REFUSED = ".refused"
+"""The folder of a sweep with the reasons of runs that were given a folder that is not theirs, by their number."""
 _HOW = (
     "resume", "resume_with", "overwrite", "ckpt_path", "prefix_cache", "threads", "output_dir", "print_config",
     "trust",
@@ -82,6 +84,7 @@ def run(cfg: DictConfig, train: Train) -> float | tuple[float, ...] | None:
         place = take(cfg)
     except FolderError as error:  # what is there stays as it is
         print(f"error: {error}", file=sys.stderr, flush=True)
+        write_text(Path(hydra.sweep.dir) / REFUSED / str(hydra.job.num), str(error))
         return None
     apart = _has_processes(cfg)
     if apart:

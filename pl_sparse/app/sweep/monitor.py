@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import shlex
+import shutil
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ from pl_sparse.app.aliases import current_targets
 from pl_sparse.app.folder import lock, of_hydra, take, unlock
 from pl_sparse.app.hydra_api import as_typed, quoted
 from pl_sparse.app.settings import ConfigError
-from pl_sparse.app.sweep.job import plain_overrides
+from pl_sparse.app.sweep.job import REFUSED, plain_overrides
 from pl_sparse.callbacks.run.status import read_status
 from pl_sparse.core.files import read_yaml, remove_temporaries, write_json
 
@@ -93,6 +94,7 @@ class Sweep(Callback):
         except OSError as error:
             _refuse(f"hydra.sweep.dir={folder} cannot be written into: {error.strerror}")
         remove_temporaries(folder)
+        shutil.rmtree(folder / REFUSED, ignore_errors=True)
         write_json(folder / "sweep.json", {"overrides": overrides, "started": time.time()})
         if "direction" in hydra.sweeper:
             _prepare_study(config)
@@ -105,7 +107,7 @@ class Sweep(Callback):
         self._watch.stop()
         folder = Path(str(config.hydra.sweep.dir))
         by_run = statuses(folder)
-        by_run |= _lost(folder, by_run)
+        by_run |= _lost(folder, by_run) | _refused(folder)
         _print_end(folder, by_run, self._watch.since)
         if self._lock is not None:
             unlock(self._lock)
@@ -130,6 +132,12 @@ def _lost(folder: Path, by_run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Runs that were begun and left no status."""
     begun = {path.parent.parent.name for path in folder.glob("*/.hydra/overrides.yaml")}
     return {name: dict(_LOST) for name in sorted(begun - set(by_run))}
+
+
+def _refused(folder: Path) -> dict[str, dict[str, Any]]:
+    """Runs that were given a folder that is not theirs."""
+    told = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"{REFUSED}/*"))}
+    return {f"run {number}": {**_LOST, "state": "refused", "error": error} for number, error in told.items()}
 
 
 def _is_searched(override: str) -> bool:
