@@ -122,6 +122,14 @@ def resnext() -> nn.Module:
     return Net(call, stem=conv(1, 8), block=block, fc=nn.Linear(8, 5))
 
 
+def grouped_up() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        return net.fc(net.tail(F.relu(net.norm(net.up(net.stem(x))))).mean((2, 3)))
+
+    up = nn.ConvTranspose2d(8, 12, 4, 2, 1, groups=2)
+    return Net(call, stem=conv(1, 8), up=up, norm=nn.BatchNorm2d(12), tail=conv(12, 8), fc=nn.Linear(8, 5))
+
+
 def mobilenet() -> nn.Module:
     def call(net: Any, x: Tensor) -> Tensor:
         x = net.stem(x)
@@ -303,6 +311,7 @@ ZOO: dict[Callable[[], nn.Module], tuple[float, dict[str, str]]] = {
     inception: (1.0, {}),
     squeeze_excite: (1.0, {}),
     resnext: (1.0, {}),
+    grouped_up: (1.0, {}),
     mobilenet: (1.0, {}),
     convnext: (4 / 7, dict.fromkeys(("stem.weight", "depthwise.weight", "down.weight"), "norm (LayerNorm)")),
     glu_mlp: (1.0, {}),

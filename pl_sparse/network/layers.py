@@ -105,8 +105,6 @@ def sides(module: nn.Module) -> tuple[str, ...]:
         return ("out",) if module.num_parameters > 1 else ()
     if isinstance(module, (*BARE, *TABLES)) or is_depthwise(module):
         return ("out",)
-    if isinstance(module, TRANSPOSED):
-        return ("out", "in") if module.groups == 1 else ()
     return ("out", "in") if is_weighted(module) or isinstance(module, RECURRENT) else ()
 
 
@@ -126,12 +124,16 @@ def held(module: nn.Module, end: End) -> list[Held]:
     if isinstance(module, (*BARE, nn.PReLU)) or is_depthwise(module) or (is_weighted(module) and end.side == "out"):
         first = int(isinstance(module, TRANSPOSED) or keeps_inputs_first(module))
         tensors = [name for name, tensor in own_tensors(module).items() if tensor.dim() > 0]
-        return [Held(name, first if name == "weight" else 0) for name in tensors]
+        shared = _width_of_a_group(module, "out") if isinstance(module, TRANSPOSED) else 0
+        return [Held(name, first, shared) if name == "weight" else Held(name, 0) for name in tensors]
     if isinstance(module, TRANSPOSED) or keeps_inputs_first(module):
         return [Held("weight", 0)]
-    grouped = isinstance(module, CONVS) and module.groups > 1
-    period: Any = module.in_channels // module.groups if grouped else 0  # type: ignore[operator]
-    return [Held("weight", 1, period)]
+    return [Held("weight", 1, _width_of_a_group(module, "in") if isinstance(module, CONVS) else 0)]
+
+
+def _width_of_a_group(module: Any, side: str) -> int:
+    """How many channels each group of a convolution has; 0 where there is one group."""
+    return int(getattr(module, f"{side}_channels") // module.groups) if module.groups > 1 else 0
 
 
 def _recurrent(module: Any, end: End) -> Iterable[Held]:

@@ -149,7 +149,8 @@ def _units_as_rows(param: MaskedParameter, each: Held, places: tuple[tuple[int, 
     layout = param.layout
     if isinstance(layout, Unoriented) or (each.dim != layout.output_dim and layout.output_dim == 0):
         layout = Along(each.dim)
-    rows = tuple(tuple(each.indices(of)) for of in places)
+    # outputs that groups of a transposed convolution share an index for are rows of their own
+    rows = tuple(tuple(of if each.period else each.indices(of)) for of in places)
     if rows == tuple((index,) for index in range(layout.shape_of(param.shape)[0])):
         return layout
     return Rows(rows, layout)
@@ -159,7 +160,7 @@ def _unit_of_input(param: MaskedParameter, each: Held, places: tuple[tuple[int, 
     """The unit that each input of a weight takes in, (in,), -1 for none; inputs that groups share count once."""
     units = torch.full((param.layout.shape_of(param.shape)[1],), -1)
     for unit, of in enumerate(places):
-        units[each.indices(of)] = unit
+        units[[index % len(units) for index in each.indices(of)]] = unit
     return units
 
 

@@ -289,7 +289,7 @@ def _attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dic
     if isinstance(module, nn.Linear):
         return {"out_features": shapes["weight"][0], "in_features": shapes["weight"][1]}
     if isinstance(module, TRANSPOSED):
-        return {"in_channels": shapes["weight"][0], "out_channels": shapes["weight"][1]}
+        return {"in_channels": shapes["weight"][0], "out_channels": shapes["weight"][1] * module.groups}
     if isinstance(module, CONVS):
         out = shapes["weight"][0]
         if is_depthwise(module):
