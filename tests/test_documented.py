@@ -27,7 +27,10 @@ from pl_sparse.app import cli
 from pl_sparse.app.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+FOLDERS = ("", "start", "howto", "migrate")  # of docs; others have tests of their own
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(p for f in FOLDERS for p in (ROOT / "docs" / f).glob("*.md"))]
+)
 SHORT = {"data.limit": "300", "trainer.max_epochs": "3", "trainer.enable_progress_bar": "false"}
 PLACEHOLDERS = (
     "NAME",
@@ -86,7 +89,10 @@ def commands_of(page: Path) -> list[Command]:
                 texts.append(text)
         else:
             texts += [code for code in re.findall(r"`([^`]+)`", line) if START.match(code) and "..." not in code]
-        commands += [Command(page.name, index + 1, text, notes["shortened"], notes["not run"]) for text in texts]
+        commands += [
+            Command(str(page.relative_to(ROOT)), index + 1, text, notes["shortened"], notes["not run"])
+            for text in texts
+        ]
         if not fence and not line.strip():  # a note is of the paragraph, or the block, that follows
             notes = {"shortened": None, "not run": None}
     return commands
