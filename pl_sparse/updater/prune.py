@@ -110,7 +110,7 @@ class Threshold(Updater):
     Args:
         tau: the threshold.
         minimum: the fraction of the units of each tensor that is kept in any case, the best of them.
-        at_least: a sparsity that the last update makes sure of, by removing the lowest scores of all tensors; None to
+        at_least: a sparsity that the last update ensures, by removing the lowest scores of all tensors; None to
             take what comes. It cannot bring weights back: a model that is sparser already stays so.
     """
 
