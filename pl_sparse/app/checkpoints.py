@@ -116,7 +116,7 @@ def refuse_other_settings(cfg: DictConfig) -> None:
     if saved is None:
         if not _is_of_its_run(path, cfg):
             raise ConfigError(
-                f"ckpt_path={path} does not hold the settings that it was trained with, as checkpoints of pl_sparse do\n"
+                f"ckpt_path={path} does not hold the settings it was trained with, as checkpoints of pl_sparse do\n"
                 "  resume_with=changed resumes with the settings that are given here"
             )
         return
