@@ -25,7 +25,8 @@ class Quantize(Callback):
     From `begin` on the module's network computes with rounded weights; optimizer, masks and checkpoints keep its
     floating-point parameters. Validation sees the rounded network too, and checkpoints and early stopping that
     monitor a metric judge only from then on. The network stays rounded after training; `quantization.convert()` returns
-    it with integers, `quantization.release()` restores floating point. A resumed training ends as the uninterrupted one.
+    it with integers, `quantization.release()` restores floating point. A resumed training ends as the uninterrupted
+    one.
 
     Args:
         quantization: `Int8()` or `Int4Weight()`.
