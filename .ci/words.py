@@ -17,7 +17,7 @@ FILES = (
 COUNTED = (
     r"(?:rows?|bits?|bytes|lines?|values?|weights?|steps?|runs?|epochs?|points?|numbers?|milliseconds|ms|kilobytes|MACs|"
     r"GPUs?|seconds|updates|rounds?|passes|products|iterations|samples?|removed|multiply-accumulates|gradients|threads?|"
-    r"process(?:es)?|jobs?|masks?|one folder|\d %)"
+    r"process(?:es)?|jobs?|masks?|one folder|\d+ %|images?|tokens?)"
 )
 UNIT = (
     r"(?:weight|model|epoch|layer|run|sample|step|unit|seed|batch|round|second|bit|level|method|instruction|machine|"

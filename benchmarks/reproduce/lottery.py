@@ -115,11 +115,11 @@ def lth(seeds: Sequence[int]) -> str:
     return section(
         "Lottery tickets of LeNet-300-100",
         """
-        Claim (Frankle and Carbin 2018, figures 1 and 5): pruned by 20 % a round layer by layer, the output layer at
+        Claim (Frankle and Carbin 2018, figures 1 and 5): pruned by 20 % per round layer by layer, the output layer at
         half the rate, so that 51.3, 21.1, 13.5, 7.0, 3.6, 1.9 % of the weights remain; tickets are at least as
         accurate as the dense network until 3.6 %, peak at 13.5 %, and lose ground when they are re-initialized. There
         50,000 iterations per round, here five epochs (4,585 iterations). The last column is the accuracy before any
-        training of a round: far from trained, so the weights were really taken back.
+        training of a round: far from trained, which shows that the weights were rewound.
         """,
         table(
             [
