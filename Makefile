@@ -32,7 +32,7 @@ demo: $(STAMP) ## Train on digits to 90 % sparsity, and say where the plots are
 test: install ## Run the tests (the slow ones excepted)
 	$(BIN)/pytest
 
-test-docs: install ## Run the commands of the documentation, and compare the README's figures
+test-docs: install ## Run the commands of the documentation, and compare its table of figures
 	$(BIN)/pytest -m docs --timeout 1800 tests/test_documented.py
 
 test-slow: install ## Run the slow tests
@@ -59,9 +59,10 @@ $(ZOO)/.installed: pyproject.toml constraints.txt tests/zoo/requirements.txt
 test-zoo: $(ZOO)/.installed ## Train modules of other packages to be sparse, remove channels, and write docs/zoo.md and docs/zoo_removal.md
 	$(ZOO)/bin/pytest tests/zoo -m "" --zoo-table docs/zoo.md --removal-table docs/zoo_removal.md
 
-lint: install ## Check format, lint, types, the order of imports and the declared dependencies
+lint: install ## Check format, lint, words, types, the order of imports and the declared dependencies
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python .ci/words.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry pl_sparse

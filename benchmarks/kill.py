@@ -5,7 +5,7 @@
 A kill is a SIGINT, SIGTERM, SIGHUP or SIGKILL to a process that trains, or (as root) a file system that is full. The
 run goes on by `ckpt_path=...`, `resume=true` or the same command, and may be killed again. At its end all of its files
 have to be those of the undisturbed run: weights, masks, optimizer, tables and figures to the bit, times and paths
-apart. What was done is in outputs/kill/<seed>/kills.jsonl, which the script goes on with, and the table in kills.md
+apart. What was done is in outputs/kill/<seed>/kills.jsonl, which the script continues, and the table in kills.md
 beside it.
 
 Runs are real processes, forked from one that has imported everything.
@@ -263,7 +263,7 @@ def killed(
     if not (rows[-1]["late"] and rows[-1]["code"] == 0):
         code = trained(folder, command, log)
         if code:
-            rows[-1]["differs"] += [f"it went on with exit code {code}: {_tail(log)}"]
+            rows[-1]["differs"] += [f"it resumed with exit code {code}: {_tail(log)}"]
     rows[-1]["differs"] += compared(whole, folder)
     return rows
 
@@ -308,7 +308,7 @@ def filled(name: str, draw: random.Random, work: Path, whole: Path) -> dict[str,
         if code:
             command = [f"ckpt_path={folder / _LAST}"] if (folder / _LAST).is_file() else asked
             again = trained(folder, command, log)
-            row["differs"] += [] if again == 0 else [f"it went on with exit code {again}: {_tail(log)}"]
+            row["differs"] += [] if again == 0 else [f"it resumed with exit code {again}: {_tail(log)}"]
         row["differs"] += compared(whole, folder)
     return row
 

@@ -92,7 +92,7 @@ def main() -> None:
             for name, options in VARIANTS.items():
                 medians[name].append(statistics.median(run(model, options, steps)))
         title = f"{model}, batch 128, {torch.get_num_threads()} threads, {arguments.rounds} x {steps} steps"
-        table = Table("variant", "ms a step", "ratio to dense", "over rounds", "limit", title=title)
+        table = Table("variant", "ms per step", "ratio to dense", "over rounds", "limit", title=title)
         for name, times in medians.items():
             ratios = sorted(time / dense for time, dense in zip(times, medians["dense"], strict=True))
             ratio = statistics.median(ratios)

@@ -788,7 +788,7 @@ class Pruner(MaskedModel):
     def target(self) -> float | None:
         """The sparsity asked for at the end: of the pattern (N:M), else of the schedule, overrides included.
 
-        None where none is asked for, as it comes out of training.
+        None where it is not set but comes out of training.
         """
         if not self.updater.targets_sparsity:
             return self.updater.target(self.schedule.final)

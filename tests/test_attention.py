@@ -266,7 +266,7 @@ def test_what_is_not_understood_is_named() -> None:
     (found,) = attentions(layer)
     assert isinstance(found, Unknown) and "more than one layer" in found.reason
     model = nn.ModuleDict({"first": Wrong(num_heads=4), "second": Wrong()})
-    with pytest.raises(ValueError, match=r"cannot tell the heads of second: .*exclude=\['second'\]"):
+    with pytest.raises(ValueError, match=r"cannot find the heads of second: .*exclude=\['second'\]"):
         Head().groups(find(model), model)
     assert [g.name for g in Head().groups(find(model, exclude=["second"]), model)] == ["first"]
     with pytest.raises(ValueError, match="1 of the 4 weights of first dense"):

@@ -109,7 +109,7 @@ def test_damaged_checkpoints_are_two_lines(run: Path, tmp_path: Path, damage: An
 def test_foreign_checkpoints_are_two_lines(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
     torch.save({"state_dict": {}, "loops": {}, "optimizer_states": []}, tmp_path / "plain.ckpt")
-    for name, message in (("weights", "it lacks loops, optimizer_states"), ("plain", "does not say which settings")):
+    for name, message in (("weights", "it lacks loops, optimizer_states"), ("plain", "does not hold the settings it")):
         with pytest.raises(ConfigError, match=message) as refused:
             train(config(tmp_path / "new", f"ckpt_path={tmp_path / name}.ckpt"))
         assert len(str(refused.value).splitlines()) == 2

@@ -268,7 +268,7 @@ def test_slimming_is_a_subgradient_on_the_scales_alone() -> None:
 def test_slimming_prunes_by_one_threshold_and_spares_a_channel_of_each_layer(sparsity: float, guarded: bool) -> None:
     net = normed()
     net[3] = nn.Conv2d(6, 6, 1)
-    net[0] = nn.Conv2d(1, 6, 3, padding=1)  # 9 weights a channel; the other has 6
+    net[0] = nn.Conv2d(1, 6, 3, padding=1)  # 9 weights per channel; the other has 6
     with torch.no_grad():
         net[1].weight.copy_(torch.tensor([0.9, -0.8, 0.7, 0.05, 0.6, 0.5]))
         net[4].weight.copy_(torch.tensor([0.01, 0.02, -0.4, 0.03, 0.3, 0.04]))
@@ -342,7 +342,7 @@ def soft(values: torch.Tensor, amount: float) -> torch.Tensor:
 def test_once_an_optimizer_step_with_its_learning_rate_while_it_lasts() -> None:
     module = Net(weight=0.0)
     before = [module.net[i].weight.detach().clone() for i in (0, 3)]
-    # 6 batches make 3 steps an epoch, 12 in all; the penalty acts from step 3 to step 8, the rate falls at step 6
+    # 6 batches make 3 steps per epoch, 12 in all; the penalty acts from step 3 to step 8, the rate falls at step 6
     penalty = Regularize(L1(strength=0.02), begin="1 epoch", until="9 steps", exclude=["net.3"])
     trainer = fit(module, penalty, accumulate_grad_batches=2)
     assert torch.allclose(module.net[0].weight, soft(before[0], 0.02 * (3 * 0.1 + 3 * 0.07)), atol=1e-6)

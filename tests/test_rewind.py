@@ -172,7 +172,7 @@ def test_the_control_starts_elsewhere(tmp_path: Path) -> None:
 
 
 def test_the_sequence_of_the_paper() -> None:
-    """LeNet-300-100: 20 % a round, the output layer 10 %, as the labels of the paper's figures have it."""
+    """LeNet-300-100: 20 % per round, the output layer 10 %, as the labels of the paper's figures have it."""
     rounds = 19
     schedule = Tickets(final=1 - 0.8**rounds, rate=0.2)
     pruner = Pruner("magnitude", schedule, allocation="uniform", overrides={"fc3": 1 - 0.9**rounds})

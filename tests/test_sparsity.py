@@ -109,7 +109,7 @@ def test_it_trains_somebody_elses_module(capsys: pytest.CaptureFixture[str]) -> 
     assert zeros(module) == pytest.approx(callback.sparsity) and callback.sparsity == 1 - 64 / 640
     assert Sparsity.of(trainer) is callback and callback.pruner.at_target
     table = capsys.readouterr().out
-    for part in ("l1.weight", "32x16", "unstructured", "requested 90.00%, actual 90.00%", "MACs a sample", "size:"):
+    for part in ("l1.weight", "32x16", "unstructured", "requested 90.00%, actual 90.00%", "MACs per sample", "size:"):
         assert part in table
     assert callback.summary is not None and callback.summary.macs_dense == 640 and callback.summary.macs_sparse == 64
     with pytest.raises(ValueError, match="has no Sparsity callback"):

@@ -43,7 +43,7 @@ def test_a_shift_of_all_seeds_is_no_noise_and_a_mean_of_some_is() -> None:
     assert found[0].mean == pytest.approx(mean) and found[0].interval == pytest.approx(2.5706 * error, rel=1e-4)
     assert found[0].p == pytest.approx(3 * two_sided(mean / error, 5))
     (lone,) = compare(0.9, [series("a", [0.5, 0.6]), series("b", [0.7], first=1)], "test/acc")
-    assert lone.seeds == 1 and lone.verdict == "one seed says nothing" and lone.mean == pytest.approx(-0.1)
+    assert lone.seeds == 1 and lone.verdict == "one seed allows no comparison" and lone.mean == pytest.approx(-0.1)
 
 
 def test_unequal_budgets_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,7 @@ def test_a_failure_ends_one_run_alone_and_the_sweep_goes_on(
     # the same settings find the same sweep; what is done is not touched, whatever its number is now
     times = {run: (sweep / run / "metrics.json").stat().st_mtime_ns for run in ("0", "2")}
     assert command("-m", "sparsity=0.5,1.7,0.9", "trainer.max_epochs=2", "resume=true") == 1
-    assert "going on with the sweep" in capsys.readouterr().out
+    assert "continuing the sweep" in capsys.readouterr().out
     assert (
         command("-m", "sparsity=0.9,0.5,0.8", "trainer.max_epochs=2", "resume=true", f"hydra.sweep.dir={sweep}") == 1
     )  # the failed one is still listed
@@ -126,7 +126,7 @@ def test_a_damaged_start_is_trained_anew(tmp_path: Path, capsys: pytest.CaptureF
     data[middle] ^= 1
     state.write_bytes(data[:middle] if damage == "cut" else data)
     assert command(*asked, "sparsity=0.5", f"hydra.run.dir={tmp_path / 'second'}") == 0
-    assert "state.ckpt is damaged: its 1 epochs are trained anew" in capsys.readouterr().out
+    assert "state.ckpt is damaged: its 1 epochs are trained again" in capsys.readouterr().out
     assert command(*asked, "sparsity=0.8", f"hydra.run.dir={tmp_path / 'third'}") == 0
     assert (read_status(tmp_path / "third") or {})["steps_shared"] > 0
     assert command(*asked[:2], "sparsity=0.8", f"hydra.run.dir={tmp_path / 'alone'}") == 0

@@ -486,7 +486,7 @@ def test_a_small_file_does_not_fill_the_memory(tmp_path: Path) -> None:
     assert load_compressed(path)["w"].numel() == 1 << 20
     stream = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(100))
     bomb.write_bytes(stream)
-    with pytest.raises(DamagedFileError, match="does not say its size"):
+    with pytest.raises(DamagedFileError, match="does not hold its size"):
         load_compressed(bomb)
 
 

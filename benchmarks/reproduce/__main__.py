@@ -57,8 +57,8 @@ def main() -> None:
         "Reproductions",
         """
         Published claims, and what this library makes of them: mean ± standard deviation over seeds. `make reproduce`
-        runs all of it and writes this page; it goes on where it was interrupted. "Best" is the epoch that is best by
-        validation, from the target sparsity on; where nothing is said, that is the figure.
+        runs all of it and writes this page; an interrupted run continues where it stopped. "Best" is the epoch that is
+        best by validation, from the target sparsity on; unless a table names another, that is the figure.
         """,
     )
     write_text(ROOT / "docs" / "reproductions.md", "\n\n".join([head.removeprefix("#"), *sections]) + "\n")

@@ -55,7 +55,7 @@ def mnist1d(seeds: Sequence[int]) -> str:
         """
         Claim (Greydanus and Kobak 2020, their notebook): dense 64.8 to 66.4, the ticket at 90 to 92 % sparsity 74 to
         76, a random mask there 61 to 66. Random re-initialization keeps a part of the gain. Ours: test accuracy after
-        the last step, 1,482 Adam steps a round. Biases are pruned there and not here, which helps every control.
+        the last step, 1,482 Adam steps per round. Biases are pruned there and not here, which helps every control.
         """,
         "![tickets](mnist1d_lottery.png)",
         table(
@@ -63,6 +63,7 @@ def mnist1d(seeds: Sequence[int]) -> str:
             [[f"{sparsity:.0%}", spread(values)] for sparsity, values in rows.items()],
         ),
         table(["control at 90 %", "test accuracy"], [[label, spread(values)] for label, values in controls.items()]),
+        "<!-- shortened: trainer.max_epochs=17 data.batch_size=50 -->\n"
         "`python train.py experiment=mnist1d_lottery`, and with the controls "
         "`python -m benchmarks.reproduce --only mnist1d_lottery`",
     )
@@ -114,11 +115,11 @@ def lth(seeds: Sequence[int]) -> str:
     return section(
         "Lottery tickets of LeNet-300-100",
         """
-        Claim (Frankle and Carbin 2018, figures 1 and 5): pruned by 20 % a round layer by layer, the output layer at
+        Claim (Frankle and Carbin 2018, figures 1 and 5): pruned by 20 % per round layer by layer, the output layer at
         half the rate, so that 51.3, 21.1, 13.5, 7.0, 3.6, 1.9 % of the weights remain; tickets are at least as
         accurate as the dense network until 3.6 %, peak at 13.5 %, and lose ground when they are re-initialized. There
-        50,000 iterations a round, here five epochs (4,585 iterations). The last column is the accuracy before any
-        training of a round: far from trained, so the weights were really taken back.
+        50,000 iterations per round, here five epochs (4,585 iterations). The last column is the accuracy before any
+        training of a round: far from trained, which shows that the weights were rewound.
         """,
         table(
             [

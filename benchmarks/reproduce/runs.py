@@ -75,7 +75,7 @@ class Run:
         return [evaluate(model, source, torch.load(path, weights_only=True)["state_dict"], scale) for path in paths]
 
     def start(self, seed: int) -> None:
-        """Train, or go on with a training that was interrupted."""
+        """Train, or resume a training that was interrupted."""
         folder = self.folder(seed)
         arguments = [part.replace("{seed}", str(seed)).replace("{out}", str(OUT)) for part in self.arguments.split()]
         last = folder / "checkpoints" / "last.ckpt"

@@ -103,8 +103,8 @@ def l0(seeds: Sequence[int]) -> str:
         "L0 on LeNet-5",
         """
         Claim (Louizos et al. 2017, table 1): gates on filters and input units leave 20-25-45-462 of LeNet-5's
-        20-50-800-500 at an error of 0.9 %. There 200 epochs of 100 images a step, here 20, 11,000 steps: a tenth, in
-        which no filter's gate closes. Filters, and inputs of the two linear layers, that are not all zero:
+        20-50-800-500 at an error of 0.9 %. There training takes 200 epochs with 100 images per step, here 20 (11,000
+        steps), in which no filter's gate closes. Filters, and inputs of the two linear layers, that are not all zero:
         """,
         table(["", "architecture", "error %, best", "last epoch"], rows),
         "`python train.py experiment=mnist_l0_lenet5`",

@@ -21,7 +21,7 @@ __all__ = ["Budget"]
 @register
 @dataclass(frozen=True)
 class Budget(Allocation):
-    """The least important channels for what they cost go, until the network costs no more than the budget.
+    """The channels with the least importance per cost are removed until the network meets the budget.
 
     What is kept is worth sum over groups log(sum of the scores of its kept units), so that what counts is the share of
     a group's importance and no group is emptied. Blocks of `multiple` channels, the least important of a group, are

@@ -63,9 +63,9 @@ def _raised(scores: Tensor, count: int) -> Tensor:
 @register
 @dataclass(frozen=True)
 class Global(_Ranked):
-    """One threshold over the scores of all tensors: those of little importance give most.
+    """One threshold over the scores of all tensors: the less important ones lose most.
 
-    It can remove a tensor whole, which the report says.
+    It can remove a whole tensor; the report shows it.
     """
 
     def comparable(self, units: Units) -> Sequence[Tensor]:

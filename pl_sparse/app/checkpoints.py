@@ -21,7 +21,7 @@ from pl_sparse.results.runs import flat
 __all__ = ["differences", "is_plain", "refuse_other_settings"]
 
 _FREE = ("trainer", "logger", "callbacks", "export", "export_measure", "test", "objective", "objectives", "mode")
-"""Settings that a run may go on with in other values: how long, on what, and what is made of it."""
+"""Settings that may change when a run is resumed: how long, on what, and what is made of it."""
 _SHOWN = 4
 
 
@@ -82,8 +82,8 @@ def _unreadable(path: str | os.PathLike[str], reason: str) -> str:
     """The lines for a checkpoint that cannot be used, with the others that are beside it."""
     path = Path(path)
     others = sorted(other for other in path.parent.glob("*.ckpt") if other != path)
-    instead = f"ckpt_path={others[0]} is beside it" if others else "there is no other one beside it: train anew"
-    return f"ckpt_path={path} cannot be gone on from: {reason}\n  {instead}"
+    instead = f"ckpt_path={others[0]} is beside it" if others else "there is no other one beside it: train again"
+    return f"ckpt_path={path} cannot be resumed from: {reason}\n  {instead}"
 
 
 def _is_damaged(path: str | os.PathLike[str]) -> bool:
@@ -116,8 +116,8 @@ def refuse_other_settings(cfg: DictConfig) -> None:
     if saved is None:
         if not _is_of_its_run(path, cfg):
             raise ConfigError(
-                f"ckpt_path={path} does not say which settings it was trained with, as those of pl_sparse do\n"
-                "  resume_with=changed goes on with the settings that are given here"
+                f"ckpt_path={path} does not hold the settings it was trained with, as checkpoints of pl_sparse do\n"
+                "  resume_with=changed resumes with the settings that are given here"
             )
         return
     changed = differences(saved, settings(cfg))
@@ -125,7 +125,7 @@ def refuse_other_settings(cfg: DictConfig) -> None:
         shown = "; ".join(changed[:_SHOWN]) + (f"; {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
         raise ConfigError(
             f"ckpt_path={path} was trained with other settings: {shown}\n"
-            "  without them the run's own are taken over; resume_with=changed goes on with those given here"
+            "  without them the run's own are taken over; resume_with=changed resumes with those given here"
         )
 
 
@@ -139,7 +139,7 @@ def _is_of_its_run(path: Path, cfg: DictConfig) -> bool:
 
 
 def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """What differs between the settings of a run and those that it would go on with, a phrase for each.
+    """What differs between the settings of a run and those that it would be resumed with, a phrase for each.
 
     >>> differences({"seed": 0, "trainer": {"max_epochs": 2}}, {"seed": 1, "trainer": {"max_epochs": 4}})
     ['seed=0 there, 1 here']

@@ -22,18 +22,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("pl_sparse.app.command:sweep", "train several: train with -m"),
     "init": ("pl_sparse.app.init:main", "make a project of your own: a module, data, settings and a test"),
     "test": ("pl_sparse.app.evaluate:scored", "test the model of a finished run"),
-    "predict": ("pl_sparse.app.evaluate:predicted", "write what the model of a finished run says of inputs"),
+    "predict": ("pl_sparse.app.evaluate:predicted", "write the predictions of a finished run's model"),
     "pareto": (
         "pl_sparse.results.overview:main",
         "compare runs: fronts of accuracy and cost, the best under a constraint",
     ),
-    "study": ("pl_sparse.app.study:main", "train methods against each other, and say which differences are noise"),
+    "study": ("pl_sparse.app.study:main", "compare methods over seeds, and find which differences are noise"),
     "sensitivity": ("pl_sparse.app.sensitivity:main", "prune each layer of a finished run alone, at several levels"),
-    "slim": ("pl_sparse.app.slim_command:main", "make a trained network so many times faster, and tell what it costs"),
+    "slim": ("pl_sparse.app.slim_command:main", "make a trained network faster, and report what accuracy it costs"),
     "report": ("pl_sparse.integrations.wandb_report:main", "build a Weights & Biases report of runs"),
-    "show": ("pl_sparse.results.inspection:show", "tell what a run left, and draw its masks"),
-    "compare": ("pl_sparse.results.inspection:compare", "tell how two runs differ"),
-    "doctor": ("pl_sparse.app.doctor:main", "tell versions, extras, devices, and which hardware targets work"),
+    "show": ("pl_sparse.results.inspection:show", "show settings, figures and layers of a run, and draw its masks"),
+    "compare": ("pl_sparse.results.inspection:compare", "compare settings, figures and masks of two runs"),
+    "doctor": ("pl_sparse.app.doctor:main", "show versions, extras, devices, and which hardware targets work"),
     "export": ("pl_sparse.app.export_command:export", "write the model of a finished run in other formats"),
     "bench": (
         "pl_sparse.app.export_command:bench",
@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """What each subcommand calls, imported when it is asked for, and a line of help."""
 _MORE = (
-    "pl-sparse COMMAND --help tells more, pl-sparse --version the versions.",
+    "pl-sparse COMMAND --help has the options of a command, pl-sparse --version the versions.",
     "Completion of settings in the shell, as Hydra has it:",
     '  eval "$(pl-sparse train -sc install=bash)"    (or install=zsh, install=fish)',
 )

@@ -1,4 +1,4 @@
-"""The settings of a run that a training goes on with: what its folder says is less trusted than what was typed."""
+"""The settings of a run that is resumed: what its folder says is less trusted than what was typed."""
 
 from __future__ import annotations
 

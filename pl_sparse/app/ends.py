@@ -216,11 +216,11 @@ def how_to_go_on(end: KeyboardInterrupt, command: Sequence[str], sweep: bool) ->
     last = None if folder is None else folder / "checkpoints" / "last.ckpt"
     if sweep:
         given = [argument for argument in command if not argument.startswith("resume=")]
-        return f"interrupted by {name}\n  it goes on with: {_program()} {shlex.join([*given, 'resume=true'])}"
+        return f"interrupted by {name}\n  resume it by: {_program()} {shlex.join([*given, 'resume=true'])}"
     if last is None or not last.is_file():
         return f"interrupted by {name} before the first checkpoint\n  it starts again with the same command"
     go_on = shlex.join([f"ckpt_path={last}"])
-    return f"interrupted by {name}; the last checkpoint is {last}\n  it goes on with: {_program()} {go_on}"
+    return f"interrupted by {name}; the last checkpoint is {last}\n  resume it by: {_program()} {go_on}"
 
 
 def _program() -> str:

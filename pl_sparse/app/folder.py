@@ -312,9 +312,9 @@ def _refusal(path: Path, status: dict[str, Any] | None, resume: bool) -> str:
     if status is not None and resume:
         what = f"a run with other settings ({status.get('state')})"
     last = path / "checkpoints" / "last.ckpt"
-    goes_on = f"ckpt_path={last} goes on with it, " if status is not None and last.is_file() else ""
+    goes_on = f"ckpt_path={last} resumes it, " if status is not None and last.is_file() else ""
     return (
-        f"{path} holds {what}\n  {goes_on}overwrite=true clears what it wrote and trains anew, output_dir=... is "
+        f"{path} holds {what}\n  {goes_on}overwrite=true clears what it wrote and trains again, output_dir=... is "
         "another folder"
     )
 

@@ -105,7 +105,7 @@ def metric_of(logged: Mapping[str, float], objective: str | None = None) -> str:
     name = objective if objective in logged else judged(logged)
     if name is None:
         raise ConfigError(
-            f"validation logs {', '.join(logged) or 'nothing'}, and none of it says how good the model is"
+            f"validation logs {', '.join(logged) or 'nothing'}, and none of these measures how good the model is"
         )
     return name
 

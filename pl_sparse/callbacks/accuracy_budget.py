@@ -21,13 +21,13 @@ __all__ = ["AccuracyBudget"]
 
 
 class AccuracyBudget(Callback):
-    """Raises the sparsity while a metric of validation stays within a budget; ends with the sparsest model that did.
+    """Raises the sparsity while a validation metric stays within a budget; ends with the sparsest model within it.
 
     It needs a `Sparsity(schedule=Paced(final=0.99))` callback before it. After a dense warm-up each level removes the
     fraction `rate` of the weights that are left, s' = 1 - (1 - s)(1 - rate), and is trained until an epoch's metric
-    holds: m >= reference - drop (mode "max"). One that does not hold within `patience` epochs is taken back, weights,
-    masks and optimizer included, and the next one removes half as much. The schedule's `final` is the most that is
-    tried. A resumed training is the uninterrupted one.
+    holds: m >= reference - drop (mode "max"). A level that does not hold within `patience` epochs is undone, with
+    weights, masks and optimizer, and the next level removes half as much. The schedule's `final` is the highest level
+    tried. A resumed training ends as the uninterrupted one.
 
     Args:
         drop: what the metric may lose, in its own unit.

@@ -41,9 +41,9 @@ class CostTarget(Callback):
     """Prunes coupled channels until the network, with them removed, costs what is asked for, and no further.
 
     It needs a `Sparsity(structure="coupled", sparsity=0.9)` callback before it, whose allocation it makes a `Budget`;
-    `sparsity` is the pace alone. Before training it prunes a copy by magnitude to budgets between the dense network's
-    cost and the least that there is, removes the channels, and measures: the largest budget at which the measured
-    figure is met is the one that training goes by. What the trained network costs is measured again at the end.
+    `sparsity` is only the pace. Before training it prunes a copy by magnitude to budgets between the cost of the dense
+    network and the lowest possible one, removes the channels, and measures. Training uses the largest budget that
+    meets the target. The trained network is measured again at the end.
 
     Args:
         speedup: how many times faster than the dense network: ONNX Runtime on the CPU, batch 1, one thread, both in

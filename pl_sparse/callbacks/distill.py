@@ -47,8 +47,8 @@ class Distill(Callback):
     (1 - hardness) loss + hardness T^2 KL(p_teacher || p_student)
 
     loss is what `training_step` returns, label smoothing included. Each time the student network is called in it, the
-    teacher gets the same inputs, in evaluation mode and without gradients. It stands beside the module: optimizers,
-    checkpoints and pruning do not find it. The divergence is logged as "train/distillation".
+    teacher gets the same inputs, in evaluation mode and without gradients. It is no part of the module: optimizers,
+    checkpoints and pruning do not contain it. The divergence is logged as "train/distillation".
 
     Source: Sanh, Wolf, Rush, Movement pruning, 2020, arXiv:2005.07683, section 6, with hardness 0.5 and temperature 2.
 

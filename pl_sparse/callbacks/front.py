@@ -15,8 +15,8 @@ __all__ = ["Front"]
 
 class Front(Callback):
     """Saves `levels/level_00/level.ckpt`, `level_01`, ... below `folder`: the training just before each step at which
-    the schedule makes the masks sparser, and its end. So a level is saved when all steps it gets have been taken, not
-    when it is first reached. Levels come from a schedule that rests on them: Staircase, Iterative, Tickets. With steps
+    the schedule makes the masks sparser, and its end. So a level is saved after all its steps, not when it is first
+    reached. The schedule has to stay on its levels: Staircase, Iterative, Tickets. With steps
     before the first pruning, level 0 is dense.
 
     It comes before `Sparsity` and `Rewind`, which change the weights as a batch begins.

@@ -22,15 +22,16 @@ __all__ = ["Quantize"]
 class Quantize(Callback):
     """Trains for integers: `Trainer(callbacks=[Sparsity(sparsity=0.9), Quantize(Int8())])`.
 
-    From `begin` on the module's network computes with rounded weights, while its parameters stay what the optimizer,
-    masks and checkpoints know. Validation sees the rounded network too, and checkpoints and early stopping that
-    monitor a metric judge only from then on. After training it stays so; `quantization.convert()` gives the network
-    with integers, `quantization.release()` goes back to floating point. A resumed training is the uninterrupted one.
+    From `begin` on the module's network computes with rounded weights; optimizer, masks and checkpoints keep its
+    floating-point parameters. Validation sees the rounded network too, and checkpoints and early stopping that
+    monitor a metric judge only from then on. The network stays rounded after training; `quantization.convert()` returns
+    it with integers, `quantization.release()` restores floating point. A resumed training ends as the uninterrupted
+    one.
 
     Args:
         quantization: `Int8()` or `Int4Weight()`.
         begin: when integers are simulated for the first time, best after the last pruning.
-        freeze: when ranges and BatchNorm's statistics stay what they are.
+        freeze: from when on ranges and BatchNorm's statistics are fixed.
         network: the name of the submodule that is quantized; None for `net` where there is one, else the module itself,
             whose `forward` its `training_step` must then call.
 

@@ -28,10 +28,10 @@ class Regularize(Callback):
     """Adds a penalty to the loss of any LightningModule: `Trainer(callbacks=[Regularize(L1(strength=1e-4)),
     Sparsity(...)])`.
 
-    It comes before `Sparsity`, if there is one, so that a proximal step acts on the values that the optimizer wrote:
-    latent ones, where masking trains them. Gradients that scorers observe are those with the penalty's. A proximal step
-    is done once for each optimizer step, with the learning rate of that step; a step that a gradient scaler leaves
-    out has none. Weights that it makes zero are zero in checkpoints.
+    It comes before `Sparsity`, if there is one, so that a proximal step acts on the values that the optimizer wrote,
+    latent ones if the masking trains them. Scorers observe gradients that include the penalty's. Each optimizer step
+    has one proximal step, with its learning rate; a step that a gradient scaler skips has none. Weights that it makes
+    zero are zero in checkpoints.
 
     The value of the penalty is logged as "penalty" at the end of each epoch.
 

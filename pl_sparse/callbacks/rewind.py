@@ -28,14 +28,14 @@ class Rewind(Callback):
 
     It needs a `Sparsity(schedule=Tickets(...))` callback before it:
     `Trainer(max_epochs=120, callbacks=[Sparsity(schedule=Tickets(final=0.9)), Rewind()])` trains 12
-    rounds of 10 epochs. Before each round but the first the masks are made sparser by the weights that were trained,
-    and then all parameters, buffers, the optimizer and the learning-rate schedule are what they were at the rewinding
-    point, but for the masks. So are averaged weights (Lightning's `WeightAveraging`, EMA), or validation would see a
-    mix of rounds. The order of the data and all other random numbers go on: each round draws its own.
+    rounds of 10 epochs. Before each round but the first the trained weights make the masks sparser. Then all
+    parameters, buffers, the optimizer and the learning-rate schedule are set back to the rewinding point, under the new
+    masks. So are averaged weights (Lightning's `WeightAveraging`, EMA), or validation would see a mix of rounds. The
+    order of the data and all other random numbers are not set back: each round draws its own.
 
     Each round leaves `levels/level_00/`, ...: `ticket.safetensors` (the masks, and the trained sparse weights),
-    `metrics.json`; `levels/rewind.safetensors` holds the weights that the rounds go back to; `tickets.csv`,
-    `tickets.png` have all rounds. A training that was interrupted goes on from its last checkpoint.
+    `metrics.json`; `levels/rewind.safetensors` holds the weights of the rewinding point; `tickets.csv`,
+    `tickets.png` have all rounds. An interrupted training resumes from its last checkpoint.
 
     Args:
         weights: "rewind" to those at the rewinding point (`Tickets.to`: 0 is the initialization); "keep" the trained

@@ -27,19 +27,19 @@ class Shrink(Callback):
     """Takes masked channels and heads out of the model, the optimizers' state and the averaged weights, so that later
     epochs run faster: `Trainer(callbacks=[Sparsity(structure=Channel(coupled=True), ...), Shrink(every=2)])`.
 
-    It is done at the end of an epoch, before checkpoints are written. The losses are those that masking alone gives, up
-    to rounding (dropout draws other numbers for smaller layers); sparsity goes on being that of the model there was. A
-    checkpoint holds the shrunk weights, and here the plan of what was removed, with which a resumed training starts.
+    Removals happen at the end of an epoch, before checkpoints are written. The losses are those of masking alone, up
+    to rounding (dropout draws other numbers for smaller layers); the sparsity remains that of the original model. A
+    checkpoint holds the shrunk weights, and in this callback's state the plan of what was removed, for resuming.
 
     Args:
         every: epochs between two removals.
 
     Attributes:
-        plan: what was taken out so far.
+        plan: what was removed so far.
         left: masked layers that could not be shrunk, with the reason.
 
     Raises:
-        ValueError: the pruning gives nothing that may be removed for good: weights that can return, a structure other
+        ValueError: nothing that is pruned may be removed for good: weights that can return, a structure other
             than coupled channels or heads, rewinding; or there are several processes.
     """
 

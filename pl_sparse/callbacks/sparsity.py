@@ -41,20 +41,20 @@ class Sparsity(Callback):
     """Trains the model to be sparse: `Trainer(callbacks=[Sparsity(sparsity=0.9)])`.
 
     Between two optimizer steps the parameters are the sparse weights under their own names, so that validation,
-    checkpoints and `load_from_checkpoint` need nothing of this callback. Masks, latent values, what the scorer gathered
-    and counters are in the callback's part of a checkpoint: a resumed training is the uninterrupted one.
+    checkpoints and `load_from_checkpoint` need nothing of this callback. Masks, latent values, the state of the scorer
+    and counters are in the callback's part of a checkpoint: a resumed training ends as the uninterrupted one.
 
-    A network through which nothing passes any more is a RuntimeError, at the update that cut it.
+    If nothing passes through the network any more, training ends with a RuntimeError at that update.
 
     Checkpoints and early stopping that monitor a metric judge only once the sparsity is reached. Averaged weights (EMA,
-    SWA) are masked like the model's. The sparsity is logged as "sparsity", at each update and each epoch. At the end a
-    table tells what is left of each layer.
+    SWA) are masked like the model's. The sparsity is logged as "sparsity", at each update and each epoch. A
+    table at the end has what is left of each layer.
 
     Args:
         pruner: what prunes; None to make it of the other arguments.
-        calibration_batches: how many training batches scorers and updaters see that look at the whole
+        calibration_batches: how many training batches are seen by scorers and updaters that look at the whole
             model (SNIP, GraSP, Wanda, SparseGPT).
-            Their loss is that of the module's own `training_step`; what it logs is not.
+            Their loss is that of the module's own `training_step`, whose logging is ignored.
         report: whether to print the table at the end of training.
 
     All other arguments are those of `Pruner`, by keyword: `Sparsity(scorer="movement", structure="nm24")`.
@@ -139,14 +139,14 @@ class Sparsity(Callback):
         self._judging = BestAtTarget(trainer, lambda: self.pruner.at_target)
 
     def _start_anew(self, pl_module: LightningModule) -> None:
-        """Forget the model of an earlier fit, unless this one goes on with it or with a state that was loaded."""
+        """Forget the model of an earlier fit, unless this one continues it or a state that was loaded."""
         restored, self._restored = self._restored, False
         if not self.pruner.attached or restored or self.pruner.carries_on(pl_module):
             return
         self.pruner.reset()
         self.summary, self._macs, self._audit = None, MacCount(), Audit()
         rank_zero_info(
-            "the Sparsity callback has pruned another model before: it starts anew, with this one's own masks. To "
+            "the Sparsity callback has pruned another model before: it forgets those masks, and starts with none. To "
             "carry masks over: sparsity.load_state_dict(sparsity.state_dict()) before fit"
         )
 
@@ -391,7 +391,7 @@ class Sparsity(Callback):
             self._judging = None
         self._macs.release()
 
-    # What is told
+    # What is logged
 
     def summarize(self, model: nn.Module, prefix: str = "") -> Summary:
         """What is left of each layer.

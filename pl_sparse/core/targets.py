@@ -152,7 +152,7 @@ def _spared(weights: Sequence[Candidate], first: bool, last: bool) -> set[str]:
 
 @dataclass(frozen=True)
 class Targets:
-    """Which weights of a model are pruned, and how sparse single ones become.
+    """Which weights of a model are pruned, and the sparsity of single ones.
 
     Args:
         include: patterns of the weights to prune; None for all that are pruned by default (see `find`).
@@ -169,7 +169,7 @@ class Targets:
             Structures that tell outputs from inputs ask for it.
 
     Raises:
-        ValueError: a value that makes no sense.
+        ValueError: a value is out of range or unknown.
     """
 
     include: Patterns | None = None

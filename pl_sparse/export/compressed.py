@@ -86,10 +86,10 @@ def load_compressed(path: str | os.PathLike[str], limit: int = 1 << 32) -> dict[
         frame, unpacked, size = _checked(content)
         declared = zstandard.frame_content_size(frame)
         if unpacked is None:
-            warnings.warn(f"{path} has no checksum: it was written by version 0.1.0. Write it anew", stacklevel=2)
+            warnings.warn(f"{path} has no checksum: it was written by version 0.1.0. Write it again", stacklevel=2)
             unpacked = declared
         if declared < 0 or declared != unpacked:
-            raise DamagedFileError("it does not say its size")
+            raise DamagedFileError("it does not hold its size")
         if max(unpacked - _OVERHEAD, size or 0) > limit:
             raise DamagedFileError(f"it would unpack to {max(unpacked, size or 0):,} bytes, and limit={limit:,}")
         return _tensors(load(zstandard.ZstdDecompressor().decompress(frame)), limit)

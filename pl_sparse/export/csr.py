@@ -261,7 +261,7 @@ def load_csr(path: str | os.PathLike[str], net: nn.Module) -> nn.Module:
         if "csr" not in metadata or metadata.keys() - {"csr", "sha256"}:
             raise DamagedFileError("it has no layers in compressed sparse rows: write it with export=csr")
         if "sha256" not in metadata:
-            warnings.warn(f"{path} has no checksum: it was written by version 0.1.0. Write it anew", stacklevel=2)
+            warnings.warn(f"{path} has no checksum: it was written by version 0.1.0. Write it again", stacklevel=2)
         elif metadata["sha256"] != _digest(metadata["csr"], tensors):
             raise DamagedFileError("its checksum is of other contents")
         layers = dict(_layers(net))

@@ -143,7 +143,7 @@ class Cost:
     Attributes:
         median_ms: the median of the times of a call.
         p95_ms: 19 of 20 calls took no longer.
-        throughput: samples a second, by the median.
+        throughput: samples per second, by the median.
         bytes: size of the file.
         memory: bytes that loading and running it adds, at their peak; None if not known.
     """

@@ -133,7 +133,7 @@ class Call:
         return self.is_constant(tensor) and all(isinstance(t, nn.Parameter) for t in self._origins.roots(tensor))
 
     def claim(self, tensor: Tensor, dim: int, side: str) -> tuple[int, ...] | None:
-        """The slots of a parameter or buffer along a dimension; None of what is none, or where they cannot be told.
+        """The slots of a parameter or buffer along a dimension; None of what is none, or where they are not known.
 
         Args:
             tensor: it, or what is made of it by moving elements or one by one: `gamma.view(1, -1, 1, 1)`, `1 + gamma`.

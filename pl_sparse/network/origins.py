@@ -65,7 +65,7 @@ class Origins:
 
         Returns:
             For each parameter or buffer that it is made of and that differs along that dimension: the dimension of it,
-            and its index there by the index in the tensor. None where they cannot be told.
+            and its index there by the index in the tensor. None where they are not known.
         """
         found = []
         for root in self.roots(tensor):

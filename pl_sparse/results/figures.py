@@ -21,7 +21,7 @@ __all__ = ["plot_layers", "plot_masks", "plot_tickets", "plot_training"]
 
 
 def plot_training(history: Sequence[Mapping[str, float | None]], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw loss above accuracy over the epochs, the sparsity as an area behind both, and write it to `path`.
+    """Draw loss above accuracy against epochs, the sparsity as an area behind both, and write it to `path`.
 
     Args:
         history: rows with any of the keys epoch, sparsity, train/loss, val/loss, train/acc and val/acc, in whatever

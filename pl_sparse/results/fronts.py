@@ -76,7 +76,7 @@ AXES = {
     for axis in (
         CostAxis("sparsity", "sparsity of the prunable weights", ("sparsity",), sparsity=True),
         CostAxis("size", "size, compressed", ("size_bytes", "compressed"), ("size_bytes", "dense"), "B"),
-        CostAxis("macs", "multiply-accumulates a sample", ("macs_sparse",), ("macs_dense",), "MAC"),
+        CostAxis("macs", "multiply-accumulates per sample", ("macs_sparse",), ("macs_dense",), "MAC"),
         CostAxis("latency", "latency, one sample", ("latency_ms",), ("latency_dense_ms",), "ms"),
         CostAxis("exported", "size of the exported file", ("size_bytes", "exported"), ("size_bytes", "dense"), "B"),
     )

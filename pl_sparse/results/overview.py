@@ -111,7 +111,7 @@ def _print(contents: Mapping[str, Any], out: Path, others: bool) -> None:
     for name, text in (
         ("pareto.html", "to look at, in a browser"),
         ("pareto.png", "the picture"),
-        ("pareto.csv", "a row a model"),
+        ("pareto.csv", "one row per model"),
         ("pareto.json", "all of it"),
     ):
         console.print(f"  {name:<12} {text}", highlight=False)
@@ -135,9 +135,9 @@ def main() -> None:
         "--dense", type=float, metavar="ACC", help="the dense accuracy, where no dense run is among them"
     )
     parser.add_argument(
-        "--kb", type=float, metavar="N", help="tell the most accurate model of at most N kB (1000 bytes)"
+        "--kb", type=float, metavar="N", help="name the most accurate model of at most N kB (1000 bytes)"
     )
-    parser.add_argument("--ms", type=float, metavar="N", help="tell the most accurate model of at most N ms a sample")
+    parser.add_argument("--ms", type=float, metavar="N", help="name the most accurate model of at most N ms per sample")
     parser.add_argument("--unfinished", action="store_true", help="list the runs that run, failed or were cut off")
     parser.add_argument("--out", type=Path, help="where to write (the first DIR)")
     arguments = parser.parse_args()

@@ -95,7 +95,7 @@ class Difference:
     def verdict(self) -> str:
         """What may be said of it."""
         if self.seeds < 2:
-            return "one seed says nothing"
+            return "one seed allows no comparison"
         return "noise" if not self.p < 0.05 else f"{self.first if self.mean > 0 else self.second} is larger"
 
 

@@ -284,7 +284,7 @@ def _totals(summary: Summary) -> str:
         )
     if summary.macs_dense:
         share = percent(summary.macs_sparse / summary.macs_dense)
-        lines.append(f"MACs a sample: {_scaled(summary.macs_dense)} -> {_scaled(summary.macs_sparse)} ({share})")
+        lines.append(f"MACs per sample: {_scaled(summary.macs_dense)} -> {_scaled(summary.macs_sparse)} ({share})")
     if summary.bytes_dense and summary.bytes_compressed is not None:
         share = percent(summary.bytes_compressed / summary.bytes_dense)
         sizes = [_scaled(size, "B", 1024) for size in (summary.bytes_dense, summary.bytes_compressed)]

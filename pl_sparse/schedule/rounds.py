@@ -106,7 +106,7 @@ class RateRounds(Schedule):
         super().__post_init__()
         if not 0 < self.rate < 1:
             raise ValueError(
-                f"rate={self.rate!r} must be between 0 and 1: the part of the remaining weights removed a round"
+                f"rate={self.rate!r} must be between 0 and 1: the part of the remaining weights that each round removes"
             )
         if self.final == 1:
             raise ValueError("final=1.0 is never reached by removing a part of what remains: choose final below 1")

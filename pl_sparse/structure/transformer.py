@@ -64,7 +64,7 @@ class Head(Structure):
                 continue
             if isinstance(attention, Unknown):
                 raise ValueError(
-                    f"structure=head cannot tell the heads of {attention.name}: {attention.reason}. Leave it dense by "
+                    f"structure=head cannot find the heads of {attention.name}: {attention.reason}. Leave it dense by "
                     f"exclude=[{attention.name!r}]"
                 )
             if None in members:

@@ -36,7 +36,7 @@ class Prune(Updater):
 @register
 @dataclass(frozen=True)
 class Lagrangian(Prune):
-    """Learned masks at a sparsity that is asked for: a penalty whose factors are learned against it.
+    """Learned masks at a given sparsity: a penalty whose factors are learned.
 
     With s the expected sparsity of the gates and t that of the schedule the loss has
 
@@ -98,7 +98,7 @@ class Lagrangian(Prune):
 @register
 @dataclass(frozen=True)
 class Threshold(Updater):
-    """Keep what scores above a threshold: how much that is comes out of training.
+    """Keep what scores above a threshold: the sparsity follows from training.
 
     The schedule's level is no sparsity here but the part of the threshold, and of the penalty of a learned score,
     that is in force: with `final=1` it ends at all of it. The masks are those of the scores when it ends.
@@ -110,7 +110,7 @@ class Threshold(Updater):
     Args:
         tau: the threshold.
         minimum: the fraction of the units of each tensor that is kept in any case, the best of them.
-        at_least: a sparsity that the last update makes sure of, by removing the lowest scores of all tensors; None to
+        at_least: a sparsity that the last update ensures, by removing the lowest scores of all tensors; None to
             take what comes. It cannot bring weights back: a model that is sparser already stays so.
     """
 

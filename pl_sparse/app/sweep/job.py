@@ -45,7 +45,7 @@ Train = Callable[[DictConfig], dict[str, Any]]
 
 
 def run(cfg: DictConfig, train: Train) -> float | tuple[float, ...] | None:
-    """Train as configured, or go on with `resume=true`.
+    """Train as configured, or resume with `resume=true`.
 
     With `resume`, a run that has its metrics is not trained again, and one that was interrupted goes on from its last
     checkpoint. In a sweep an error ends this run alone: it is in status.json, and the sweeper gets None; what a run
@@ -152,8 +152,8 @@ def metric(metrics: Mapping[str, Any], name: str) -> float:
 
 
 def threads(cfg: DictConfig) -> int | None:
-    """Threads of one run, so that those that run at once share the cores: `threads`, or the cores over the jobs of the
-    launcher. None leaves torch as it is.
+    """Threads of one run, so that those that run at once share the cores: `threads`, or the cores divided by the jobs
+    of the launcher. None leaves torch as it is.
     """
     if cfg.threads is not None:
         return int(cfg.threads)

@@ -80,10 +80,10 @@ class Sweep(Callback):
             if not any(str(override).startswith("hydra.sweep.dir=") for override in hydra.overrides.hydra):
                 folder = _latest(folder, overrides) or folder
                 _set(config, "sweep.dir", str(folder))
-            print(f"going on with the sweep in {folder}" if folder.is_dir() else f"no such sweep yet: {folder} is new")
+            print(f"continuing the sweep in {folder}" if folder.is_dir() else f"no such sweep yet: {folder} is new")
         elif not config.get("overwrite") and any(folder.glob("*/status.json")):
             _refuse(
-                f"{folder} holds a sweep\n  resume=true goes on with it, overwrite=true trains its runs anew, "
+                f"{folder} holds a sweep\n  resume=true continues it, overwrite=true trains its runs again, "
                 "hydra.sweep.dir=... is another folder"
             )
         try:
@@ -320,7 +320,7 @@ def _print_end(folder: Path, by_run: dict[str, dict[str, Any]], since: float) ->
     for run, status in failed:
         print(f"  {folder / run} {status['state']}: {status['error'] or 'its process was killed'}")
     if failed:
-        print("  resume=true tries them again, and goes on with what was begun")
+        print("  resume=true tries them again, and continues what was begun")
     shared = sum(status["steps_shared"] for status in by_run.values())
     if shared:
         trained = sum(status["steps_trained"] for status in by_run.values())

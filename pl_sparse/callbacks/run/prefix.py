@@ -108,7 +108,7 @@ class Prefix(Callback):
         except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, zlib.error):
             damaged = True
         if damaged:
-            print(f"{state} is damaged: its {epochs} epochs are trained anew", flush=True)
+            print(f"{state} is damaged: its {epochs} epochs are trained again", flush=True)
             state.unlink(missing_ok=True)
 
     def _claim(self, epochs: int, wait: bool = True) -> None:

@@ -1,0 +1,99 @@
+"""The Python of docs/start and docs/howto runs, block after block of a page in one namespace."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from lightning.pytorch import LightningModule, Trainer
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pl_sparse import Sparsity
+from pl_sparse.core.registry import name_of
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted([*(DOCS / "start").glob("*.md"), *(DOCS / "howto").glob("*.md")])
+BUILT = {"_build", "generated", "tutorials"}
+BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>.+) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+
+
+class Net(LightningModule):
+    """What the pages call one's own module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2))
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The blocks of a language that are not marked as not run."""
+    found = BLOCK.finditer(page.read_text())
+    return [textwrap.dedent(m["code"]) for m in found if m["language"] == language and not m["why"]]
+
+
+def given(page: Path, folder: Path) -> dict[str, Any]:
+    """What the pages leave to the reader."""
+    inputs = torch.randn(64, 20, generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(inputs, (inputs.sum(1) > 0).long()), 16)
+    names: dict[str, Any] = {"Net": Net, "model": Net(), "data": data, "Trainer": Trainer, "Sparsity": Sparsity}
+    for number, text in reversed([*enumerate(blocks(page, "yaml"))]):  # the page's Python is of the first
+        (folder / f"config{number}.yaml").write_text(text)
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(str(folder), version_base=None):
+            names["cfg"] = hydra.compose(f"config{number}")
+        (node,) = (value for value in names["cfg"].values() if OmegaConf.is_dict(value) and "_target_" in value)
+        names[f"callback{number}"] = hydra.utils.instantiate(node)
+    return names | {"hydra": hydra}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "transformers" in "".join(blocks(page, "python")) or "hugging_face" in "".join(blocks(page, "python")):
+        pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = given(page, tmp_path)
+    for code in blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), names)
+    callbacks = [value for name, value in names.items() if isinstance(value, Sparsity)]
+    assert page.stem != "hydra_project" or {name_of(c.pruner.scorer) for c in callbacks} == {"movement", "random"}
+
+
+def test_links_lead_to_pages() -> None:
+    """Also those to a heading; what `make docs` builds is left to it."""
+    for page in [*DOCS.rglob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+            path, _, heading = link.partition("#")
+            target = page if not path else page.parent / path
+            if BUILT & {*page.parts, *target.parts}:
+                continue
+            assert target.exists(), f"{page.relative_to(DOCS.parent)} links to {link}"
+            text = target.read_text() if heading else ""
+            headings = {
+                re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)
+            }
+            assert not heading or heading in headings | {*re.findall(r"^\((.+)\)=$", text, re.M)}, link
+
+
+def test_each_word_of_the_glossary_is_there_once() -> None:
+    text = (DOCS / "start" / "glossary.md").read_text()
+    words = [w.strip() for row in re.findall(r"^\| ([^|]+) \|", text, re.M) for w in row.split(",")]
+    words = [w for w in words if w != "word" and set(w) != {"-"}]
+    assert len(words) == len(set(words)) > 60
+    assert "start/glossary.md" in (DOCS / "architecture.md").read_text()
+    assert {"mask", "unit", "group", "level", "gate", "ERK", "coverage"} <= set(words)
