@@ -77,6 +77,22 @@ def test_a_speed_up_is_that_of_the_network_without_its_channels(
     assert 1.9 < target.achieved < 2.5
 
 
+def test_time_that_is_not_that_of_channels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that costs a third of the dense network's time, as in networks of 0.05 ms: a target just below is met by
+    cutting nearly all, and is no target."""
+
+    def faster(self: CostTarget, dense: nn.Module, smaller: nn.Module, example: Any) -> float:
+        fixed = counted(dense)["macs"] / 2
+        return (counted(dense)["macs"] + fixed) / (counted(smaller)["macs"] + fixed)
+
+    monkeypatch.setattr(CostTarget, "_faster", faster)
+    with pytest.raises(ValueError, match=r"speedup=2.75 would take 9\d\.\d% .* is not that of its channels"):
+        fit(CostTarget(speedup=2.75), small(), tmp_path)
+    target = CostTarget(speedup=1.5)
+    fit(target, small(), tmp_path)
+    assert target.achieved is not None and 1.45 < target.achieved < 1.8
+
+
 def test_a_resumed_training_goes_by_the_budget_that_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = CostTarget(macs=0.3)
     fit(first, small(), tmp_path)

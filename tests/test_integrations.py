@@ -82,7 +82,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner, st
 @pytest.mark.parametrize("begin", [0.0, 0.5])
 def test_nothing_passes_in_hugging_face_s_trainer(tmp_path: Path, begin: float) -> None:
     pytest.importorskip("accelerate")
-    hugging_face = example("hugging_face")
+    hugging_face = example("bert_hugging_face")
     trainer, sparsity = hugging_face.make_trainer(str(tmp_path))
     sparsity.pruner = Pruner(schedule=OneShot(final=0.5, begin=begin), allocation="global")
     model = trainer.model
@@ -105,7 +105,7 @@ def test_fabric_has_the_model_s_own_names(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_hugging_face_s_trainer(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    hugging_face = example("hugging_face")
+    hugging_face = example("bert_hugging_face")
     trainer, sparsity = hugging_face.make_trainer(str(tmp_path))
     trainer.train()
     names = [param.name for param in sparsity.pruner.params]

@@ -1,5 +1,6 @@
 """A trained network made faster by one command, and by one function."""
 
+import copy
 import csv
 import json
 import shlex
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import load_file
 from test_app import config
 from torch import nn
@@ -22,7 +23,7 @@ from pl_sparse.app.instantiate import network
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.slim_command import _found, _parser, main
 from pl_sparse.app.training import train
-from pl_sparse.callbacks import CostTarget
+from pl_sparse.callbacks import CostTarget, Distill
 from pl_sparse.export import load_shrunk
 from pl_sparse.export.onnx import open_onnx
 from pl_sparse.tasks.classifier import Classifier
@@ -101,6 +102,46 @@ def test_one_function_leaves_the_network_alone(tmp_path: Path, monkeypatch: pyte
     assert any("val/acc lost" in line for line in result.misses) == (result.lost > 0)
     with pytest.raises(ConfigError, match="holds a network that was slimmed"):
         pl_sparse.slim(model, Digits(limit=300), folder=tmp_path)
+
+
+class Own(LightningModule):
+    """A module with a loss of its own, whose logits are those of a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = trained()
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val/acc", (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def test_a_module_imitates_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CostTarget, "_faster", lambda self, a, b, x: parameters(a) / parameters(b))
+    monkeypatch.setattr("pl_sparse.app.slim._SECONDS", 0.01)
+    teachers, start = [], Distill.on_fit_start
+
+    def started(self: Distill, trainer: Trainer, module: LightningModule) -> None:
+        start(self, trainer, module)
+        teachers.append((self.student, copy.deepcopy(self._net)))
+
+    monkeypatch.setattr(Distill, "on_fit_start", started)
+    module = Own()
+    options: dict[str, Any] = {"epochs": 2, "sensitive": False}
+    smaller, _ = pl_sparse.slim(module, Digits(limit=300), 1.5, folder=tmp_path / "a", student="model", **options)
+    ((student, teacher),) = teachers
+    assert student == "model" and parameters(smaller) < parameters(module)
+    same = zip(teacher.parameters(), module.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+    with pytest.raises(ConfigError, match="student='net' is no part of Own: give one of model"):
+        pl_sparse.slim(module, Digits(limit=300), 1.5, folder=tmp_path / "b", student="net", **options)
+    with pytest.raises(ConfigError, match="a classifier imitates its outputs; leave it out"):
+        pl_sparse.slim(trained(), Digits(limit=300), 1.5, folder=tmp_path / "b", student="0", **options)
 
 
 @pytest.mark.slow

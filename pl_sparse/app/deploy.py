@@ -146,6 +146,7 @@ def deploy(
             continue
         comparisons += compared
         verdicts[name] = verdict(compared, device_name("float16" in format.runtime), format.advice)
+        format.conclude(path, verdicts[name])
         single = compared[0]  # batch 1
         results.setdefault("latency_ms", single.exported.median_ms)
         results.setdefault("latency_dense_ms", single.dense.median_ms)

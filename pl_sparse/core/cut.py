@@ -34,6 +34,11 @@ class Cut:
         gone = set(self.removed.get(dim, ()))
         return [i for i in range(self.shape[dim]) if i not in gone]
 
+    @property
+    def left(self) -> tuple[int, ...]:
+        """What the shape is now."""
+        return tuple(size - len(self.removed.get(dim, ())) for dim, size in enumerate(self.shape))
+
     def take(self, tensor: Tensor) -> Tensor:
         """What is left of a tensor; dimensions of size 1, where that of the cut one was more, are left alone."""
         for dim, gone in self.removed.items():

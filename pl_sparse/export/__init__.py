@@ -8,6 +8,7 @@ from pl_sparse.export.executorch import ExecuTorch
 from pl_sparse.export.format import Export
 from pl_sparse.export.onnx import ONNX, ONNXInt8
 from pl_sparse.export.openvino import OpenVINO, OpenVINOInt8
+from pl_sparse.export.pretrained import HuggingFace, from_pretrained, save_pretrained
 from pl_sparse.export.pt2 import TorchExport
 from pl_sparse.export.semi_structured import SemiStructured, load_semi_structured, to_semi_structured
 from pl_sparse.export.tensorrt import TensorRT, two_four
@@ -25,6 +26,7 @@ __all__ = [
     "DamagedFileError",
     "ExecuTorch",
     "Export",
+    "HuggingFace",
     "ONNXInt8",
     "OpenVINO",
     "OpenVINOInt8",
@@ -33,11 +35,13 @@ __all__ = [
     "Shrunk",
     "TensorRT",
     "TorchExport",
+    "from_pretrained",
     "load_compressed",
     "load_csr",
     "load_semi_structured",
     "load_shrunk",
     "save_compressed",
+    "save_pretrained",
     "save_shrunk",
     "shrink",
     "to_csr",

@@ -95,6 +95,9 @@ class Export(ABC):
         """Why the file cannot run on this machine, and where it can be measured; None if it can."""
         return None
 
+    def conclude(self, path: Path, verdict: str) -> None:  # noqa: B027  # most have no page
+        """Add what was measured to the page of the file, if it has one."""
+
     def dense(self, net: nn.Module, example: Tensor, folder: Path) -> Executable:
         """A dense model in the same runtime, to measure against.
 

@@ -15,7 +15,16 @@ from torch import nn
 from pl_sparse.core.layouts import Heads
 from pl_sparse.core.parametrized import behind
 
-__all__ = ["LOOKED_FOR", "Attention", "FeedForward", "Unknown", "attentions", "feed_forwards", "keeps_inputs_first"]
+__all__ = [
+    "HEAD_COUNTS",
+    "LOOKED_FOR",
+    "Attention",
+    "FeedForward",
+    "Unknown",
+    "attentions",
+    "feed_forwards",
+    "keeps_inputs_first",
+]
 
 _SEPARATE = (
     ("query", "key", "value"),
@@ -30,7 +39,8 @@ _STACKED = ("qkv", "in_proj", "c_attn", "Wqkv", "qkv_proj")
 _INTERLEAVED = ("query_key_value",)
 _OUTPUT = {"out_proj", "o_proj", "proj", "dense", "c_proj", "out_lin", "to_out", "wo", "o", "out", "fc_out"}
 _COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "heads", "nhead")
-_SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+HEAD_COUNTS = (*_COUNTS, "num_key_value_heads", "num_kv_heads", "n_kv_heads")
+"""Names of the numbers of heads, those that queries share included."""
 _SIZES = ("head_dim", "attention_head_size", "head_size", "dim_head", "key_value_proj_dim", "d_kv")
 _FEED_FORWARD = (
     (("intermediate.dense",), "output.dense"),
@@ -84,11 +94,7 @@ class Attention:
         changes: dict[str, dict[str, tuple[int, int]]] = {}
         for path, part in self._others(module):
             for key, value in vars(part).items():
-                if (
-                    isinstance(value, int)
-                    and not isinstance(value, bool)
-                    and (key in _COUNTS + _SHARED or value == width)
-                ):
+                if isinstance(value, int) and not isinstance(value, bool) and (key in HEAD_COUNTS or value == width):
                     changes.setdefault(path, {})[key] = (value, value * left // self.heads)
         return changes
 
