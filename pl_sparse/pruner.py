@@ -28,6 +28,7 @@ from pl_sparse.allocation.zeros import mask_zeros
 from pl_sparse.core.agreement import agree_on
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.dtensor import local
+from pl_sparse.core.exposed import conceal
 from pl_sparse.core.group import Group
 from pl_sparse.core.masked_model import MaskedModel
 from pl_sparse.core.optimizers import begin_anew, clear_state, leaves_zeros, pace, skip_step
@@ -469,7 +470,6 @@ class Pruner(MaskedModel):
         self._require_attached()
         return not self._open and self._update(self.step)
 
-    @torch.no_grad()
     def before_forward(self) -> None:
         """Call before each forward pass of training if masks or gates are learned or follow the values
         (`updater=threshold`, `masking=gated`, `sste`): sets the masks that are due, and draws the sample that the model
@@ -491,7 +491,8 @@ class Pruner(MaskedModel):
         if self.masking.samples and self.step <= self._clock.span[1]:
             self._sampled = True
             if pruned := [param for param in self.params if param.pruned]:
-                self.masking.before_forward(pruned, self.groups, self.step)
+                with torch.no_grad():
+                    self.masking.before_forward(pruned, self.groups, self.step)
 
     @torch.no_grad()
     def before_step(
@@ -539,16 +540,7 @@ class Pruner(MaskedModel):
                 raise ValueError(
                     f"masking={name_of(self.masking)} samples its gates: call before_forward() before each forward pass"
                 )
-            for param in live:
-                self.scorer.observe(param)
-                self.updater.observe(param)
-            learning = [g for g in self.groups if g.gate is not None and any(p is g.members[-1][0] for p in live)]
-            with whole(live):
-                pace([group.gate for group in learning if group.gate is not None], live, optimizer)
-                if step is not None:
-                    self.updater.guide(self.groups, self.scorer)
-                for group in learning:
-                    self.scorer.learn(group)
+            self._observe(live, optimizer, guided=step is not None)
         if step is not None:
             self.step = step
             started = self.num_updates > 0
@@ -575,6 +567,29 @@ class Pruner(MaskedModel):
         self.masking.shape_gradients(pruned, self.groups)
         self.masking.before_step(pruned)
 
+    def _observe(self, live: Sequence[MaskedParameter], optimizer: Optimizer | None, guided: bool) -> None:
+        """Let scorer and updater see the gradients of these weights, and gates learn from them."""
+        observing: list[Scorer | Updater] = []
+        if type(self.scorer).observe is not Scorer.observe:
+            observing.append(self.scorer)
+        if type(self.updater).observe is not Updater.observe:
+            observing.append(self.updater)
+        if observing:
+            for param in live:
+                for axis in observing:
+                    axis.observe(param)
+        learning = [group for group in self.groups if group.gate is not None]
+        if not learning and type(self.updater).guide is Updater.guide:
+            return
+        trained = {id(param) for param in live}
+        learning = [group for group in learning if id(group.members[-1][0]) in trained]
+        with whole(live):
+            pace([group.gate for group in learning if group.gate is not None], live, optimizer)
+            if guided:
+                self.updater.guide(self.groups, self.scorer)
+            for group in learning:
+                self.scorer.learn(group)
+
     def _rest(self, optimizer: Optimizer, pruned: Sequence[MaskedParameter]) -> None:
         """Find out whether pruned weights stay at zero in this step: in each after the first with these masks."""
         rested = optimizer, self.num_updates, self.groups
@@ -585,7 +600,6 @@ class Pruner(MaskedModel):
             for param in pruned:  # as after an update, should the optimizer have come from elsewhere
                 clear_state(optimizer, param)
 
-    @torch.no_grad()
     def after_step(self, optimizer: Optimizer | None = None) -> None:
         """Call after `optimizer.step`. Without a `before_step` since the last call it does nothing.
 
@@ -593,6 +607,11 @@ class Pruner(MaskedModel):
             optimizer: the one that stepped; None closes every open one, and ends a sample that no step followed.
         """
         keys = list(self._open) if optimizer is None else [id(optimizer)] * (id(optimizer) in self._open)
+        if keys or (optimizer is None and self._sampled):
+            with torch.no_grad():
+                self._close(keys, ended=optimizer is None)
+
+    def _close(self, keys: Sequence[int], ended: bool) -> None:
         for key in keys:
             pruned, rest = self._open.pop(key), key in self._resting
             self._resting.discard(key)
@@ -603,7 +622,7 @@ class Pruner(MaskedModel):
                 self.step += 1
                 if self.step == self._clock.total:  # a level due at the very end
                     self._update(self.step)
-        if optimizer is None and self._sampled:
+        if ended and self._sampled:
             self._sampled = False
             if pruned := [param for param in self.params if param.pruned]:
                 self.masking.after_forward(pruned, self.groups)
@@ -758,6 +777,9 @@ class Pruner(MaskedModel):
         self._require_attached()
         self._owned = {}
         self._open = {}
+        conceal(exposed := [param for param in self.masked if param.aside is not None])
+        for param in exposed:
+            param.write(param.values)
         self._counted = None
         self._hold(self.masked)
 

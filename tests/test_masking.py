@@ -1,5 +1,7 @@
 """Maskings against autograd and against loops."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch.nn import functional as F
 
 from pl_sparse import Pruner
 from pl_sparse.core import parameter
-from pl_sparse.masking import SRSTE, TopKAST
+from pl_sparse.masking import SRSTE, Masking, TopKAST
 from pl_sparse.schedule import Constant, Cyclic, OneShot
 
 OPTIMIZERS = {
@@ -230,7 +232,7 @@ def test_topkast_trains_more_than_it_uses() -> None:
     assert moved
 
 
-@pytest.mark.parametrize("masking", ["hard", "ste"])
+@pytest.mark.parametrize("masking", ["hard", "ste", "frozen"])
 def test_large_masks_are_applied_without_a_copy_in_numbers(masking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit what small masks come to, infinite and NaN gradients too, and a byte a weight is all that stays."""
 
@@ -267,3 +269,77 @@ def test_the_lowest_number_stands_where_nothing_is_kept(dtype: torch.dtype, monk
         expected = torch.where(kept, values, torch.finfo(dtype).min).contiguous()
         found = parameter.where_kept(values, kept).contiguous()
         assert found.dtype == dtype and torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+class Reallocating(torch.optim.SGD):
+    """Gives weights other memory, as some optimizers do."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.data = weight.data.clone()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, Reallocating])
+@pytest.mark.parametrize("large", [30, 1 << 18])
+@pytest.mark.parametrize("masking", ["ste", SRSTE(decay=0.1)])
+def test_stepping_latent_values_in_their_place_is_copying_them(
+    masking: Any, large: int, optimizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parameter, "_LARGE", large)
+    options = {"momentum": 0.9, "weight_decay": 0.01} if issubclass(optimizer, torch.optim.SGD) else {"lr": 0.01}
+
+    def trained(copies: bool) -> list[torch.Tensor]:
+        with monkeypatch.context() as patch:
+            if copies:
+                patch.setattr(Masking, "_in_place", False)
+            model = net()
+            pruner = Pruner(schedule=Constant(final=0.5, every=2), masking=masking)
+            pruner.attach(model)
+            inner = optimizer(model.parameters(), **{"lr": 0.1, **options})
+            places = [weight.data_ptr() for weight in model.parameters()]
+            for step, x in enumerate(batches(5)):
+                inner.zero_grad()
+                loss(model(x)).backward()
+                pruner.before_step(step, 5, inner)
+                exposed = [param.weight.data_ptr() == param.latent.data_ptr() for param in pruner.params]
+                assert exposed == [not copies] * len(exposed)
+                inner.step()
+                pruner.after_step()
+                assert all(param.weight.data_ptr() != param.latent.data_ptr() for param in pruner.params)
+            if optimizer is not Reallocating:
+                assert places == [weight.data_ptr() for weight in model.parameters()]
+            return [tensor for param in pruner.params for tensor in (param.weight.detach(), param.latent)]
+
+    for exchanged, copied in zip(trained(False), trained(True), strict=True):
+        assert torch.equal(exchanged.view(torch.int32), copied.view(torch.int32))
+
+
+def test_a_step_that_never_ends_leaves_no_latent_values_behind() -> None:
+    model = net()
+    pruner = Pruner(schedule=Constant(final=0.5), masking="ste")
+    pruner.attach(model)
+    place = model[0].weight.data_ptr()
+    loss(model(batches(1)[0])).backward()
+    pruner.before_step(0, 5)
+    pruner.apply()
+    for param in pruner.params:
+        assert torch.equal(param.weight, param.latent * param.mask) and int((param.latent[~param.mask] != 0).sum())
+    assert model[0].weight.data_ptr() == place
+
+
+def test_a_masking_that_stores_otherwise_has_the_values_in_the_weights() -> None:
+    """What is not trained stays: values that the optimizer wrote must not be the latent ones yet."""
+    model = net()
+    pruner = Pruner(schedule=Constant(final=0.5), masking=TopKAST(exploration=0.1))
+    pruner.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.5)
+    loss(model(batches(1)[0])).backward()
+    pruner.before_step(0, 5, optimizer)
+    before = [param.latent.clone() for param in pruner.params]
+    optimizer.step()
+    pruner.after_step()
+    for param, old in zip(pruner.params, before, strict=True):
+        rest = param.state["trained"] == 0
+        assert rest.any() and torch.equal(param.latent[rest], old[rest])

@@ -30,6 +30,8 @@ def judge(pruner: Pruner, trainer: Trainer, module: LightningModule, batch: Any)
     Raises:
         RuntimeError: nothing passes through the network.
     """
+    if pruner.collapse.judged:
+        return
 
     def depends() -> bool:
         networks = [part for part in module.modules() if any(True for _ in part.parameters())]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from lightning.pytorch import Trainer
@@ -39,7 +39,7 @@ def refuse_strategy(trainer: Trainer) -> None:
 
 def together(trainer: Trainer) -> AbstractContextManager[None]:
     """Within the block rank 0 of a trainer decides (`core.agreement`), where it has several; all of them enter it."""
-    return agreeing(trainer.world_size > 1)
+    return agreeing(True) if trainer.world_size > 1 else nullcontext()
 
 
 def refuse_difference(pruner: Pruner, trainer: Trainer) -> None:

@@ -14,7 +14,7 @@ from pl_sparse.core.cut import Cut
 from pl_sparse.core.dtensor import total
 from pl_sparse.core.layouts import Plain, Whole
 
-__all__ = ["MaskedParameter", "checksum", "packed", "unpacked", "where_kept", "zero_pruned"]
+__all__ = ["MaskedParameter", "checksum", "in_pieces", "numbers", "packed", "unpacked", "where_kept", "zero_pruned"]
 
 _LARGE = 1 << 18  # weights of a tensor, from which on its mask is turned into numbers piece by piece
 _PIECE = 1 << 21  # scores per thread that are told apart at once: where other work has the cores, each piece waits
@@ -38,6 +38,7 @@ class MaskedParameter:
             if it were still there.
         norm_dim: the dimension of the weight whose slices are divided by their norms, so that each keeps a weight
             (weight_norm: 0 / 0 is no number); -1: all of the weight is; None: none is.
+        aside: the weight's own memory, while an optimizer steps the latent values in its place (`core.exposed`).
     """
 
     name: str
@@ -50,6 +51,7 @@ class MaskedParameter:
     pruned: bool = False
     cut: Cut | None = None
     norm_dim: int | None = None
+    aside: Tensor | None = field(default=None, repr=False)
     _factor: Tensor | None = field(default=None, repr=False)
     _bits: Tensor | None = field(default=None, repr=False)
 
@@ -246,7 +248,9 @@ def unpacked(mask: Tensor, shape: torch.Size) -> Tensor:
 
 
 @torch.no_grad()
-def zero_pruned(tensors: Sequence[Tensor], params: Sequence[MaskedParameter]) -> None:
+def zero_pruned(
+    tensors: Sequence[Tensor], params: Sequence[MaskedParameter], values: Sequence[Tensor] | None = None
+) -> None:
     """Set tensors to zero where weights are pruned, whatever is there.
 
     0 times infinity is NaN, but 0 times the integer with the same bits is 0, and 1 times it the same number: that is as
@@ -256,28 +260,41 @@ def zero_pruned(tensors: Sequence[Tensor], params: Sequence[MaskedParameter]) ->
     Args:
         tensors: of the shapes of the weights: they themselves, or their gradients.
         params: the weights.
+        values: what is written where weights are kept; None: what is in the tensors.
     """
     integers, bits = [], []
-    for tensor, param in zip(tensors, params, strict=True):
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == param.weight.dtype and not tensor.is_sparse:
-            if tensor.numel() > _LARGE and tensor.device.type == "cpu":
-                _zero_pruned_large(tensor, param.mask)
-            else:
+    for tensor, param, value in zip(tensors, params, tensors if values is None else values, strict=True):
+        if in_pieces(tensor, param):
+            for into, number, kept in zip(*numbers(param.mask, tensor, value), strict=True):
+                torch.mul(number, kept.to(number.dtype), out=into)
+        elif _is_plain(tensor, param):
+            if value is tensor:
                 bits.append(param.bits)
                 integers.append(tensor.view(bits[-1].dtype))
-        elif tensor.is_sparse:
-            tensor.mul_(param.factor)
+            else:
+                torch.mul(value.view(param.bits.dtype), param.bits, out=tensor.view(param.bits.dtype))
         else:
-            tensor.masked_fill_(~param.mask, 0)
+            if value is not tensor:
+                tensor.copy_(value)
+            tensor.mul_(param.factor) if tensor.is_sparse else tensor.masked_fill_(~param.mask, 0)
     if integers:
         torch._foreach_mul_(integers, bits)
 
 
-def _zero_pruned_large(tensor: Tensor, mask: Tensor) -> None:
-    dtype = _INTEGERS[tensor.element_size()]
-    rows = max(_LARGE * torch.get_num_threads() * len(tensor) // tensor.numel(), 1)
-    for piece, kept in zip(tensor.view(dtype).split(rows), mask.view(torch.int8).split(rows), strict=True):
-        piece.mul_(kept.to(dtype))
+def _is_plain(tensor: Tensor, param: MaskedParameter) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == param.weight.dtype and not tensor.is_sparse
+
+
+def in_pieces(tensor: Tensor, param: MaskedParameter) -> bool:
+    """Whether the mask of a tensor is turned into numbers piece by piece."""
+    return tensor.numel() > _LARGE and tensor.device.type == "cpu" and _is_plain(tensor, param)
+
+
+def numbers(mask: Tensor, *tensors: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+    """Tensors of a weight's shape as integers with the same bits, in pieces, and the pieces of its mask."""
+    rows = max(_LARGE * torch.get_num_threads() * len(mask) // mask.numel(), 1)
+    dtype = _INTEGERS[tensors[0].element_size()]
+    return *(tensor.view(dtype).split(rows) for tensor in tensors), mask.view(torch.int8).split(rows)
 
 
 def where_kept(values: Tensor, kept: Tensor) -> Tensor:

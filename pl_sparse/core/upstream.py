@@ -108,14 +108,9 @@ def of_kind(obj: Any, kind: type) -> bool:
 
 
 def has_hooks_beside(optimizer: Optimizer, handles: Sequence[RemovableHandle]) -> bool:
-    """Whether hooks other than these are called around the steps of an optimizer, or of all optimizers."""
-    hooks = [
-        *optimizer._optimizer_step_pre_hooks,
-        *optimizer._optimizer_step_post_hooks,
-        *_global_optimizer_pre_hooks,
-        *_global_optimizer_post_hooks,
-    ]
-    return bool(set(hooks) - {handle.id for handle in handles})
+    """Whether hooks other than these, which are in place, are called around an optimizer's steps, or those of all."""
+    hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+    return hooks + len(_global_optimizer_pre_hooks) + len(_global_optimizer_post_hooks) > len(handles)
 
 
 def starts_from_here(strategy: Any) -> bool:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pl_sparse.core.exposed import conceal, expose
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter, zero_pruned
 from pl_sparse.core.registry import Axes, Axis, name_of
 from pl_sparse.core.sharded import whole
 from pl_sparse.scorer import Scorer
 
-__all__ = ["Groups", "Masking", "Params", "factors", "latent", "mask_gradients", "weights"]
+__all__ = ["Groups", "Masking", "Params", "latent", "mask_gradients", "weights"]
 
 Params = Sequence[MaskedParameter]
 """Weights that have been pruned before."""
@@ -107,7 +108,7 @@ class Masking(Axis, ABC):
     def before_step(self, params: Params) -> None:
         """After `shape_gradients`: put latent values into the parameters, where pruned weights are trained."""
         if self.trains_pruned:
-            torch._foreach_copy_(weights(params), latent(params))
+            expose(params, self._in_place)
 
     def after_step(self, params: Params, groups: Groups) -> None:
         """After the optimizer step: store latent values, write the sparse weights into the parameters."""
@@ -117,11 +118,17 @@ class Masking(Axis, ABC):
 
     def store(self, params: Params) -> None:
         """Keep the values that the optimizer wrote as the latent ones."""
-        torch._foreach_copy_(latent(params), weights(params))
+        conceal(params)
 
     def write(self, params: Params, groups: Groups) -> None:
         """Turn parameters that hold latent values, or what the optimizer wrote, into the sparse weights."""
-        zero_pruned(weights(params), params)
+        zero_pruned(weights(params), params, latent(params) if self._in_place else None)
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether an optimizer may step the latent values themselves: nothing of one's own follows the step."""
+        own = (getattr(type(self), name) is not getattr(Masking, name) for name in ("after_step", "store", "write"))
+        return self.trains_pruned and not any(own)
 
     def refusal(self, axes: Axes) -> str | None:
         if self.rests_on is not None and not isinstance(axes.scorer, self.rests_on):
@@ -140,11 +147,6 @@ class Masking(Axis, ABC):
 def weights(params: Params) -> list[Tensor]:
     """The parameters."""
     return [param.data for param in params]
-
-
-def factors(params: Params) -> list[Tensor]:
-    """The masks, as numbers."""
-    return [param.factor for param in params]
 
 
 def latent(params: Params) -> list[Tensor]:

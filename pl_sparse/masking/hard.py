@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
+from pl_sparse.core.exposed import store_kept
 from pl_sparse.core.registry import register
-from pl_sparse.masking.base import Groups, Masking, Params, factors, latent, mask_gradients, weights
+from pl_sparse.masking.base import Groups, Masking, Params, mask_gradients
 
 __all__ = ["Frozen", "Hard"]
 
@@ -46,8 +45,4 @@ class Frozen(Masking):
         mask_gradients(params)
 
     def after_step(self, params: Params, groups: Groups) -> None:
-        self.write(params, groups)  # first, so that nothing but numbers is stored
-        self.store(params)
-
-    def store(self, params: Params) -> None:
-        torch._foreach_lerp_(latent(params), weights(params), factors(params))  # latent <- weight where kept
+        store_kept(params)
