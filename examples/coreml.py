@@ -2,7 +2,7 @@
 A sparse network for Core ML
 ============================
 
-Core ML keeps a bit a weight and the float16 values that are not zero. coremltools converts on Linux; the package is
+Core ML keeps a bit per weight and the float16 values that are not zero. coremltools converts on Linux; the package is
 read back and compared with the network weight by weight, as predictions need an Apple device. Needs the extra
 ``coreml``; without it the example says so and ends.
 """
