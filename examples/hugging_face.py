@@ -1,4 +1,9 @@
-"""A small BERT from a configuration, trained to 80 % sparsity by Hugging Face's Trainer: no download is needed."""
+"""
+BERT with the Trainer of Hugging Face
+=====================================
+
+A small BERT from a configuration, trained to 80 % sparsity by Hugging Face's Trainer: no download is needed.
+"""
 
 import sys
 
