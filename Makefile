@@ -5,10 +5,12 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 LOWEST := .venv-lowest
 ZOO := .venv-zoo
+SITE := .venv-docs
+WORKERS ?= 2
 PIP := -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-docs test-fuzz test-zoo test-lowest lint format bench reproduce clean
+.PHONY: help install docs docs-serve figures demo test test-slow test-docs test-fuzz test-zoo test-lowest lint format bench reproduce clean
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +35,7 @@ test: install ## Run the tests (the slow ones excepted)
 	$(BIN)/pytest
 
 test-docs: install ## Run the commands of the documentation, and compare its table of figures
-	$(BIN)/pytest -m docs --timeout 1800 tests/test_documented.py
+	$(BIN)/pytest -m docs --timeout 1800 tests/test_documented.py tests/test_site.py
 
 test-slow: install ## Run the slow tests
 	$(BIN)/pytest -m slow
@@ -71,6 +73,20 @@ format: install ## Format the code and mend what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+$(SITE)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python $(PIP) -c constraints.txt -e '.[docs,transformers,wandb,tensorboard,mlflow]'
+	@touch $@
+
+docs: $(SITE)/.installed ## Build the site: docs/_build/html/index.html opens from disk
+	$(SITE)/bin/python -m sphinx -W --keep-going -q -j $(WORKERS) -b html docs docs/_build/html
+
+docs-serve: docs ## Build the site and show it on http://localhost:8000
+	$(SITE)/bin/python -m http.server 8000 --bind 127.0.0.1 --directory docs/_build/html
+
+figures: install ## Draw the figures of the site anew
+	@for script in one_step masks schedules which_method; do $(BIN)/python docs/figures/$$script.py || exit 1; done
+
 bench: install ## Run the benchmarks
 	@for script in benchmarks/topk.py benchmarks/step.py benchmarks/audit.py benchmarks/export.py benchmarks/latency.py benchmarks/shrink.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
@@ -78,5 +94,5 @@ reproduce: install ## Run the published experiments (resumable) and write docs/r
 	$(BIN)/python -m benchmarks.reproduce
 
 clean: ## Remove the virtual environment, caches and build outputs
-	rm -rf $(VENV) $(LOWEST) $(ZOO) build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(ZOO) $(SITE) docs/_build docs/generated docs/tutorials build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,9 @@
-"""accelerate: the pruner is attached to the prepared model, and registered for its checkpoints."""
+"""
+Hugging Face accelerate
+=======================
+
+The pruner is attached to the prepared model, and registered for its checkpoints.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,9 @@
-"""Lightning Fabric: the pruner is attached to the model, and stands in `fabric.save` beside it."""
+"""
+Lightning Fabric
+================
+
+The pruner is attached to the model, and stands in ``fabric.save`` beside it.
+"""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,12 @@
-"""LightningCLI: the settings of Sparsity as flags, or in YAML.
+"""
+LightningCLI
+============
 
-python examples/lightning_cli.py fit --trainer.callbacks+=pl_sparse.Sparsity --trainer.callbacks.sparsity=0.8
+The settings of Sparsity as flags, or in YAML.
+
+.. code-block:: text
+
+    python examples/lightning_cli.py fit --trainer.callbacks+=pl_sparse.Sparsity --trainer.callbacks.sparsity=0.8
 """
 
 import torch

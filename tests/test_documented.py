@@ -254,12 +254,12 @@ OF_THE_DOCS = (
 
 
 def _trainings() -> list[Any]:
-    """All; those of the README run in `make test`, but for a sweep over all methods."""
+    """All; those of the README run in `make test`."""
     return [
         pytest.param(
             command,
             id=str(command),
-            marks=() if command.page == "README.md" and "glob" not in command.text else OF_THE_DOCS,
+            marks=() if command.page == "README.md" else OF_THE_DOCS,
         )
         for command in documented()
         if is_training(command) and command.text not in {figure.values[0] for figure in figures()}
@@ -309,3 +309,22 @@ def test_the_figures_of_the_page(text: str, dense: str, sparse: str, tmp_path: P
         subprocess.run([*command, "trainer.enable_progress_bar=false"], check=True, capture_output=True, cwd=tmp_path)
         metrics = json.loads((folder / "metrics.json").read_text())
         assert metrics["test/acc"] == pytest.approx(float(accuracy), abs=band)
+
+
+def test_the_files_of_a_run_are_on_the_page_with_their_keys(finished: Path) -> None:
+    page = (ROOT / "docs" / "reference" / "files.md").read_text()
+    files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert {"metrics.json", "history.csv"} <= files
+    assert [name for name in sorted(files) if f"`{name}`" not in page] == []
+    parts = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    assert set(parts) == {"metrics.json", "status.json", "history.csv", "layers.csv"}
+    for name, text in parts.items():
+        if name.endswith(".json"):
+            keys = set(json.loads((finished / name).read_text()))
+        else:
+            keys = set((finished / name).read_text().partition("\n")[0].split(","))
+        keys = {key for key in keys if not key.startswith(("val/", "train/", "test/"))}
+        assert [key for key in sorted(keys) if f"`{key}`" not in text] == [], name
+        if name == "metrics.json":
+            written = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE))))
+            assert written - keys == {"sparsity_quantized", "exports_failed"}  # of runs with other settings

@@ -74,6 +74,12 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
     assert page.stem != "hydra_project" or {name_of(c.pruner.scorer) for c in callbacks} == {"movement", "random"}
 
 
+def with_included(page: Path) -> str:
+    """The text of a page, and of those that it includes."""
+    text = page.read_text()
+    return text + "".join((page.parent / path).read_text() for path in re.findall(r"^```{include} (.+)$", text, re.M))
+
+
 def test_links_lead_to_pages() -> None:
     """Also those to a heading; what `make docs` builds is left to it."""
     for page in [*DOCS.rglob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]:
@@ -83,7 +89,7 @@ def test_links_lead_to_pages() -> None:
             if BUILT & {*page.parts, *target.parts}:
                 continue
             assert target.exists(), f"{page.relative_to(DOCS.parent)} links to {link}"
-            text = target.read_text() if heading else ""
+            text = with_included(target) if heading else ""
             headings = {
                 re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)
             }

@@ -40,7 +40,7 @@ class Budget(Allocation):
         ms: milliseconds for one batch of the example's size on this machine, by a measured table of layers.
         kb: kilobytes (1000 bytes) of weights and biases.
         macs: multiply-accumulates: a fraction of the dense network's up to 1, above that their number for a sample.
-        bytes: of a weight, for kb: 4 for float32, 1 for int8.
+        bytes: the bytes of a weight, for kb: 4 for float32, 1 for int8.
         multiple: how many channels go at once.
         table: where latencies are kept, see `latency.LatencyTable`.
 

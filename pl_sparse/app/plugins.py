@@ -10,9 +10,9 @@ from omegaconf import MISSING
 
 from pl_sparse.core.registry import Entry, registered
 
-__all__ = ["provide_options"]
+__all__ = ["AXES", "provide_options", "settings_of"]
 
-_AXES = ("scorer", "schedule", "structure", "allocation", "updater", "masking")
+AXES = ("scorer", "schedule", "structure", "allocation", "updater", "masking")
 _FILLED = {"final": "${sparsity}"}  # what the options of this package take from the run's own settings
 
 
@@ -23,13 +23,13 @@ def provide_options() -> None:
     application began. An option has all settings of the class with their defaults.
     """
     store = ConfigStore.instance()
-    for axis in _AXES:
+    for axis in AXES:
         for name, entry in registered(axis).items():
             if not entry.builtin:
-                store.store(group=axis, name=name, node={"_target_": entry.path, **_settings(entry)})
+                store.store(group=axis, name=name, node={"_target_": entry.path, **settings_of(entry)})
 
 
-def _settings(entry: Entry) -> dict[str, Any]:
+def settings_of(entry: Entry) -> dict[str, Any]:
     """The settings of a class with their defaults; those without one are asked for by name."""
     settings: dict[str, Any] = {}
     for field in dataclasses.fields(entry.kind) if dataclasses.is_dataclass(entry.kind) else ():

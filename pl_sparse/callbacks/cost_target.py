@@ -50,7 +50,7 @@ class CostTarget(Callback):
             turns.
         size: the fraction of the bytes of its weights and buffers that may be left.
         macs: the fraction of its multiply-accumulates that may be left.
-        seconds: of measuring a latency.
+        seconds: the seconds that measuring a latency takes.
 
     Attributes:
         achieved: what was asked for, measured at the end of training; None before.

@@ -43,7 +43,7 @@ def save_compressed(tensors: Mapping[str, Tensor], path: str | os.PathLike[str],
     Args:
         tensors: by name.
         path: the file; what was there is replaced.
-        level: of zstd, 1 (fast) to 22 (small).
+        level: the level of zstd, 1 (fast) to 22 (small).
 
     Raises:
         ImportError: the package zstandard is missing.
@@ -189,7 +189,7 @@ class Compressed(Export):
     """The weights in a file that is as small as the zeros allow. Once loaded they compute like dense ones.
 
     Args:
-        level: of zstd, 1 (fast) to 22 (small).
+        level: the level of zstd, 1 (fast) to 22 (small).
     """
 
     file = "model.safetensors.zst"

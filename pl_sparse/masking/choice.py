@@ -19,7 +19,12 @@ class _Updater(Protocol):
 
 
 def auto(scorer: Scorer, updater: _Updater) -> Masking:
-    """The masking that scorer and updater need: hard, if pruned weights need neither be trained nor remembered."""
+    """The masking that scorer and updater need: hard, if pruned weights need neither be trained nor remembered.
+
+    Args:
+        scorer: the scorer of the run.
+        updater: the updater of the run.
+    """
     for masking in (Gated, SoftThresholded):
         if masking.rests_on is not None and isinstance(scorer, masking.rests_on):
             return masking()

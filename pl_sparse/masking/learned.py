@@ -37,7 +37,7 @@ class Gated(Masking):
     equations 10 to 13. There evaluation averages the parameters over time, for which there is `callbacks=ema`.
 
     Args:
-        seed: of the samples.
+        seed: the seed of the samples.
     """
 
     seed: int = 0

@@ -35,9 +35,9 @@ class ADMM(Selecting):
     2018, arXiv:1804.03294, equations 4 to 9. There rho is the same for all layers of a model, or a few hand-set ones.
 
     Args:
-        strength: rho.
-        sparsity: of Z.
-        structure: of Z.
+        strength: rho, the strength of the pull towards Z.
+        sparsity: the sparsity of Z.
+        structure: the structure of Z.
         allocation: how Z shares its weights among tensors. With several optimizers each shares among its own.
         every: optimizer steps between two projections.
     """

@@ -26,6 +26,10 @@ class L1(Regularizer):
 
     Sources: Tibshirani, Regression shrinkage and selection via the lasso, 1996; the proximal step: Parikh, Boyd,
     Proximal algorithms, 2014, section 6.5.2.
+
+    Args:
+        strength: the factor of the penalty.
+        proximal: whether weights are shrunk by the proximal step; by the subgradient otherwise.
     """
 
     strength: float = 1e-4

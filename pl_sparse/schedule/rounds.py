@@ -53,6 +53,9 @@ class OneShot(Schedule):
     Source: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, 2020,
     arXiv:2006.05467, Algorithm 1 (the exponential rounds).
 
+    Args:
+        rounds: how many times masks are made, one after another, at the same step.
+
     >>> [round(1 - level, 3) for level in OneShot(final=0.9, rounds=5).levels(0, 100)]
     [0.631, 0.398, 0.251, 0.158, 0.1]
     """

@@ -64,7 +64,7 @@ class RIA(Wanda):
     equations 3 and 4. The permutation of channels for n:m patterns is not here.
 
     Args:
-        power: of the inputs' norms.
+        power: the exponent of the inputs' norms.
     """
 
     power: float = 0.5

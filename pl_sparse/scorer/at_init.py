@@ -59,7 +59,7 @@ class GraSP(Scorer):
     CIFAR-10) and draws the last layers anew for scoring; here batches are those of training, and weights the model's.
 
     Args:
-        temperature: of the logits.
+        temperature: what the logits are divided by.
         logits: the name of the module whose output they are, or a pattern for several heads; None: the layer that the
             model registers last, which an auxiliary head may be.
     """

@@ -48,7 +48,7 @@ class HardConcrete(Scorer):
         penalty: lambda / N, the price of a weight.
         lr: the learning rate of log alpha.
         keep: the gates' sigmoid(log alpha) at first, in (0, 1); they vary by 0.01.
-        seed: of that.
+        seed: the seed of these numbers.
     """
 
     penalty: float = 0.1 / 60_000
@@ -237,7 +237,7 @@ class SoftThreshold(Scorer):
     Args:
         init: s at first.
         lr: the learning rate of s.
-        momentum: of s.
+        momentum: the momentum with which s is trained.
         decay: the weight decay of s.
     """
 

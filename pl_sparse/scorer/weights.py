@@ -36,6 +36,9 @@ class Random(Scorer):
     """A uniform random number that stays the same for a weight: the control every method has to beat.
 
     The numbers depend on `seed` and the weight's name alone, so that all processes agree on them.
+
+    Args:
+        seed: the seed of the numbers.
     """
 
     seed: int = 0

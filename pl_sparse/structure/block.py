@@ -19,6 +19,10 @@ class Block(Structure):
     """Blocks of `h` outputs by `w` inputs; a convolution has such blocks at each kernel position.
 
     Source: Gray, Radford, Kingma, GPU kernels for block-sparse weights, 2017.
+
+    Args:
+        h: the outputs of a block.
+        w: the inputs of a block.
     """
 
     h: int = 4

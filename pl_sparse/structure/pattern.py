@@ -27,6 +27,10 @@ class NM(Structure):
 
     Source: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378, section 3.
 
+    Args:
+        n: how many weights of a group are kept.
+        m: how many weights a group has.
+
     Raises:
         ValueError: not 0 < n <= m.
 
@@ -94,6 +98,10 @@ class Transposable(Structure):
 
     Source: Hubara et al., Accelerated sparse neural training: a provable and efficient method to find N:M transposable
     masks, 2021, arXiv:2102.08124, section 3.
+
+    Args:
+        n: how many weights each row and each column of a block keeps.
+        m: the rows and columns of a block, at most 4.
 
     >>> Transposable(1, 2).select(torch.tensor([[4.0, 3.0, 2.0, 2.0]]), keep=2).tolist()
     [[True, False, False, True]]

@@ -53,6 +53,9 @@ class CosineLR(LRSchedule):
     """Half a cosine from 1 to `final`.
 
     Source: Loshchilov and Hutter, SGDR, 2016, arXiv:1608.03983, equation 5.
+
+    Args:
+        final: the factor at the end of training.
     """
 
     final: float = 0.0
@@ -63,7 +66,11 @@ class CosineLR(LRSchedule):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearLR(LRSchedule):
-    """A line from 1 to `final`."""
+    """A line from 1 to `final`.
+
+    Args:
+        final: the factor at the end of training.
+    """
 
     final: float = 0.0
 
@@ -79,7 +86,8 @@ class RewindingLR(LRSchedule):
     arXiv:2210.06384.
 
     Args:
-        cycles: how often.
+        cycles: how many lines there are.
+        final: the factor at the end of each line.
 
     >>> [round(RewindingLR(cycles=2, final=0.0).curve(x), 3) for x in (0, 0.25, 0.5, 0.75, 1)]
     [1.0, 0.5, 1.0, 0.5, 0.0]
@@ -99,7 +107,12 @@ class RewindingLR(LRSchedule):
 
 @dataclass(frozen=True, kw_only=True)
 class StepLR(LRSchedule):
-    """A factor `gamma` at each of `milestones`, fractions of what follows the warm-up."""
+    """A factor `gamma` at each of `milestones`, fractions of what follows the warm-up.
+
+    Args:
+        milestones: fractions of the time after the warm-up, in [0, 1].
+        gamma: what the learning rate is multiplied by at each milestone.
+    """
 
     milestones: Sequence[float] = (0.5, 0.75)
     gamma: float = 0.1

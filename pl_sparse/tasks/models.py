@@ -151,6 +151,11 @@ def resnet20(*, shape: Sequence[int], classes: int, width: int = 16) -> nn.Seque
 
     Source: He et al., Deep residual learning for image recognition, 2015, arXiv:1512.03385, section 4.2 (with
     projection shortcuts).
+
+    Args:
+        shape: of an input.
+        classes: outputs.
+        width: the channels of the first stage.
     """
     channels, _, _ = _image(shape, "resnet20")
     layers: OrderedDict[str, nn.Module] = OrderedDict(
@@ -216,10 +221,17 @@ def vit_tiny(
 ) -> nn.Module:
     """A small vision transformer.
 
-    Args:
-        patch: pixels along the side of a patch; None for a quarter of the image.
-
     Source: Dosovitskiy et al., An image is worth 16x16 words, 2020, arXiv:2010.11929.
+
+    Args:
+        shape: of an input.
+        classes: outputs.
+        dim: the width of a token.
+        depth: the number of blocks.
+        heads: the heads of each attention layer.
+        patch: pixels along the side of a patch; None for a quarter of the image.
+        mlp_ratio: the width of the feed-forward layers, as a multiple of `dim`.
+        dropout: the probability of dropout in each block, in [0, 1).
 
     Raises:
         ValueError: the image is not made of whole patches, or `dim` not of whole heads.
@@ -253,5 +265,11 @@ def mlp1d(*, shape: Sequence[int], classes: int, hidden: int = 500, residual: bo
     """The perceptron of MNIST-1D's lottery tickets: two hidden layers, the second with a shortcut.
 
     Source: Greydanus and Kobak, Scaling down deep learning with MNIST-1D, 2020, arXiv:2011.14439.
+
+    Args:
+        shape: of an input.
+        classes: outputs.
+        hidden: the units of each hidden layer.
+        residual: whether the second layer has the shortcut.
     """
     return _MLP1D(math.prod(shape), classes, hidden, residual)

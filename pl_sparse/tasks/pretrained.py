@@ -44,7 +44,7 @@ def timm_model(
     """A classifier of timm. Its `preprocessing` goes to data that can be adapted to it.
 
     Args:
-        name: of a model of timm, such as "resnet18".
+        name: the name of a model of timm, such as "resnet18".
         classes: outputs.
         shape: (channels, height, width) of an input; None for the model's own.
         pretrained: False for new weights, True for those of the hub or of its cache, or a file of weights.

@@ -44,14 +44,14 @@ class DropGrow(Updater):
     arXiv:2305.02299 (SRigL: constant fan-in).
 
     Args:
-        fraction: of the kept units that the first update drops, in [0, 1].
+        fraction: the part of the kept units that the first update drops, in [0, 1].
         decay: how the fraction falls.
         grow: what is grown: the largest gradients or momenta, or any.
         skip_step: whether the optimizer leaves out the step of an update, as in RigL.
         redistribute: whether what is dropped anywhere is grown in proportion to the mean momentum of a tensor's kept
             weights, instead of where it was dropped.
         momentum: the decay of the moving average, for `grow=momentum`.
-        seed: of the random masks.
+        seed: the seed of the random masks.
     """
 
     fraction: float = 0.3

@@ -52,7 +52,7 @@ class Lagrangian(Prune):
     There the count in evaluation follows the expected sparsity of each layer; here it is the schedule's.
 
     Args:
-        rate: of lambda1 and lambda2.
+        rate: the rate at which lambda1 and lambda2 ascend.
     """
 
     rate: float = 0.1
@@ -108,7 +108,7 @@ class Threshold(Updater):
     (sigmoid(S) above tau). Kusupati et al., Soft threshold weight reparameterization, 2020, arXiv:2002.03231.
 
     Args:
-        tau: the threshold.
+        tau: the score below which a weight is removed.
         minimum: the fraction of the units of each tensor that is kept in any case, the best of them.
         at_least: a sparsity that the last update ensures, by removing the lowest scores of all tensors; None to
             take what comes. It cannot bring weights back: a model that is sparser already stays so.

@@ -22,7 +22,7 @@ class Batches:
         y: labels, (samples,).
         batch_size: samples of a batch.
         shuffle: a new order each epoch, a function of `seed` and the epoch.
-        seed: of the order.
+        seed: the seed of the order.
         drop_last: leave out a last batch that is not full.
         rank: this process's share of the samples, one of ...
         world_size: ... so many.
@@ -90,7 +90,7 @@ class InMemory(LightningDataModule):
     Args:
         batch_size: samples of a training batch, in each process.
         eval_batch_size: samples of a validation or test batch.
-        seed: of the order of the training samples; the split into training and validation never changes.
+        seed: the seed of the order of the training samples; the split into training and validation never changes.
         limit: use only so many training samples; None for all.
     """
 

@@ -155,7 +155,7 @@ class HuggingFace(_Images):
         subset: the configuration of a data set on the hub that has several.
         inputs: the column of images or texts; None for the first of such a kind.
         labels: the column of classes.
-        tokenizer: of texts: the folder or name of the model whose tokenizer it is.
+        tokenizer: for texts: the folder or name of the model whose tokenizer it is.
         max_length: tokens of a text.
         size: height and width of images in pixels; None for those of the model.
         channels: 3 for colour, 1 for grey.

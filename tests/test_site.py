@@ -1,0 +1,140 @@
+"""The pages of the site: links, pictures and tutorials; the build itself in `make test-docs`, where Sphinx is."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+BUILT = ("_build", "generated", "tutorials")  # what building the site makes
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(path for path in DOCS.rglob("*.md") if path.relative_to(DOCS).parts[0] not in BUILT)]
+)
+
+
+def loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(path.parent))
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of headings, as GitHub and the site make them, and those that are written."""
+    text = page.read_text()
+    if included := re.match(r"```\{include\} (\S+)", text):
+        return anchors(page.parent / included[1])
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r"^\((\S+)\)=$", text, re.MULTILINE))
+
+
+def test_every_link_within_the_pages_leads_somewhere() -> None:
+    broken, seen = [], 0
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```|`[^`]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"[a-z]+:", target):
+                continue
+            seen += 1
+            name, _, anchor = target.partition("#")
+            path = page.parent / name if name else page
+            if any(part in BUILT for part in path.resolve().relative_to(ROOT).parts):
+                continue  # checked where the site is built
+            if not path.exists() or (anchor and path.suffix == ".md" and anchor not in anchors(path)):
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert seen > 50 and broken == []
+
+
+def test_every_picture_has_a_text_and_both_themes() -> None:
+    seen = set()
+    for page in PAGES:
+        text = page.read_text()
+        assert not re.search(r"!\[\s*\]\(", text), page
+        for path, options in re.findall(r"^```\{(?:image|figure)\} (\S+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            assert len(re.search(r"^:alt: (.*)$", options, re.MULTILINE)[1]) > 40, (page, path)  # type: ignore[index]
+            theme = "dark" if path.endswith("_dark.svg") else "light"
+            assert f":class: only-{theme}" in options, (page, path)
+            assert (page.parent / path).is_file(), (page, path)
+            seen.add(Path(path).name)
+    assert seen == {path.name for path in (DOCS / "figures").glob("*.svg")}
+    assert {name.replace("_light", "_dark") for name in seen} == {name for name in seen if "_dark" in name}
+
+
+def luminance(colour: str) -> float:
+    """Of WCAG 2."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(first: str, second: str) -> float:
+    high, low = sorted((luminance(first), luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_colours_of_figures_can_be_told_from_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    for theme in loaded(DOCS / "figures" / "themes.py", monkeypatch).THEMES:
+        for ground in (theme.page, theme.box):
+            assert contrast(theme.text, ground) >= 7, theme
+            assert min(contrast(colour, ground) for colour in theme.lines) >= 4.5, theme
+        assert contrast(theme.soft, theme.page) >= 3, theme
+
+
+def test_the_figure_of_schedules_has_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = loaded(DOCS / "figures" / "schedules.py", monkeypatch)
+    for name in set(figure.options("schedule")) - set(figure.LEARNED):
+        assert figure.levels(name)[-1] == pytest.approx(90), name
+    assert figure.levels("cubic")[342] == pytest.approx(90 - 90 * (1 - 342 / 750) ** 3)
+
+
+def scripts() -> list[Path]:
+    """The tutorials: scripts whose docstring begins with a title."""
+    titled = []
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        lines = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
+        if len(lines) > 1 and re.fullmatch(r"=+", lines[1]):
+            assert len(lines[1]) >= len(lines[0]), path
+            titled.append(path)
+    return titled
+
+
+def test_there_are_tutorials() -> None:
+    assert len(scripts()) >= 5
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("script", scripts(), ids=lambda path: path.stem)
+def test_a_tutorial_runs(script: Path, tmp_path: Path) -> None:
+    """With the arguments that its docstring names."""
+    named = re.search(rf"^\s*python examples/{script.name}(.*)$", script.read_text(), re.MULTILINE)
+    arguments = shlex.split(named[1]) if named is not None else []
+    done = subprocess.run(
+        [sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.docs
+@pytest.mark.timeout(1800)
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    for name in ("sphinx", "furo", "myst_parser", "sphinx_gallery"):
+        pytest.importorskip(name)
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "searchindex.js").is_file() and (tmp_path / "generated/methods/rigl.html").is_file()
