@@ -12,6 +12,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
+
+import pl_sparse
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -138,3 +141,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "searchindex.js").is_file() and (tmp_path / "generated/methods/rigl.html").is_file()
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == pl_sparse.__version__ and citation["license"] == "Apache-2.0"
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(form.read_text())
