@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("pl_sparse.app.init:main", "make a project of your own: a module, data, settings and a test"),
     "test": ("pl_sparse.app.evaluate:scored", "test the model of a finished run"),
     "predict": ("pl_sparse.app.evaluate:predicted", "write what the model of a finished run says of inputs"),
+    "explain": (
+        "pl_sparse.app.explain:main",
+        "print what a setting means: a group, an option (scorer=movement) or a key (schedule.every)",
+    ),
     "pareto": (
         "pl_sparse.results.overview:main",
         "compare runs: fronts of accuracy and cost, the best under a constraint",
@@ -33,10 +37,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("pl_sparse.integrations.wandb_report:main", "build a Weights & Biases report of runs"),
     "show": ("pl_sparse.results.inspection:show", "tell what a run left, and draw its masks"),
     "compare": ("pl_sparse.results.inspection:compare", "tell how two runs differ"),
-    "explain": (
-        "pl_sparse.app.explain:main",
-        "print what a setting means: a group, an option (scorer=movement) or a key (schedule.every)",
-    ),
     "doctor": ("pl_sparse.app.doctor:main", "tell versions, extras, devices, and which hardware targets work"),
     "export": ("pl_sparse.app.export_command:export", "write the model of a finished run in other formats"),
     "bench": (
