@@ -20,13 +20,13 @@ __all__ = ["COMMANDS", "importing", "main", "version"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pl_sparse.app.command:main", "train one model, or several with -m: the settings are those of train.py"),
     "sweep": ("pl_sparse.app.command:sweep", "train several: train with -m"),
-    "init": ("pl_sparse.app.init:main", "make a project of your own: a module, data, settings and a test"),
-    "test": ("pl_sparse.app.evaluate:scored", "test the model of a finished run"),
-    "predict": ("pl_sparse.app.evaluate:predicted", "write what the model of a finished run says of inputs"),
     "explain": (
         "pl_sparse.app.explain:main",
         "print what a setting means: a group, an option (scorer=movement) or a key (schedule.every)",
     ),
+    "init": ("pl_sparse.app.init:main", "make a project of your own: a module, data, settings and a test"),
+    "test": ("pl_sparse.app.evaluate:scored", "test the model of a finished run"),
+    "predict": ("pl_sparse.app.evaluate:predicted", "write what the model of a finished run says of inputs"),
     "pareto": (
         "pl_sparse.results.overview:main",
         "compare runs: fronts of accuracy and cost, the best under a constraint",
