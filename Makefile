@@ -83,7 +83,7 @@ docs-serve: docs ## Build the site and show it on http://localhost:8000
 	$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory docs/_build/html
 
 figures: install ## Draw the figures of the site anew
-	@for script in one_step masks schedules which_method; do $(BIN)/python docs/figures/$$script.py || exit 1; done
+	@for script in one_step masks schedules which_method methods; do $(BIN)/python docs/figures/$$script.py || exit 1; done
 
 bench: install ## Run the benchmarks
 	@for script in benchmarks/topk.py benchmarks/step.py benchmarks/audit.py benchmarks/export.py benchmarks/latency.py benchmarks/shrink.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -105,6 +105,13 @@ def test_the_figure_of_schedules_has_all_of_them(monkeypatch: pytest.MonkeyPatch
     assert figure.levels("cubic")[342] == pytest.approx(90 - 90 * (1 - 342 / 750) ** 3)
 
 
+def test_the_figure_of_methods_is_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = loaded(DOCS / "figures" / "methods.py", monkeypatch)
+    assert len(figure.rows()) > 40
+    for path in (DOCS / "figures").glob("methods_*.svg"):
+        assert figure.source() in path.read_text(), "make figures"
+
+
 def test_a_card_has_the_result_of_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     generated = loaded(DOCS / "_ext" / "generated.py", monkeypatch)
     results = generated.results()
