@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 LOWEST := .venv-lowest
 ZOO := .venv-zoo
-SITE := .venv-docs
+SITE := $(VENV)/.docs
 WORKERS ?= 2
 PIP := -m pip install -q --disable-pip-version-check
 
@@ -73,19 +73,18 @@ format: install ## Format the code and mend what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(SITE)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(SITE)
-	$(SITE)/bin/python $(PIP) -c constraints.txt -e '.[docs,transformers,wandb,tensorboard,mlflow]'
+$(SITE): $(EXTRAS)
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
-docs: $(SITE)/.installed ## Build the site: docs/_build/html/index.html opens from disk
-	$(SITE)/bin/python -m sphinx -W --keep-going -q -j $(WORKERS) -b html docs docs/_build/html
+docs: $(SITE) ## Build the site: docs/_build/html/index.html opens from disk
+	$(BIN)/python -m sphinx -W --keep-going -q -j $(WORKERS) -b html docs docs/_build/html
 
 docs-serve: docs ## Build the site and show it on http://localhost:8000
-	$(SITE)/bin/python -m http.server 8000 --bind 127.0.0.1 --directory docs/_build/html
+	$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory docs/_build/html
 
 figures: install ## Draw the figures of the site anew
-	@for script in one_step masks schedules which_method; do $(BIN)/python docs/figures/$$script.py || exit 1; done
+	@for script in one_step masks schedules which_method methods; do $(BIN)/python docs/figures/$$script.py || exit 1; done
 
 bench: install ## Run the benchmarks
 	@for script in benchmarks/topk.py benchmarks/step.py benchmarks/audit.py benchmarks/export.py benchmarks/latency.py benchmarks/shrink.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
@@ -94,5 +93,5 @@ reproduce: install ## Run the published experiments (resumable) and write docs/r
 	$(BIN)/python -m benchmarks.reproduce
 
 clean: ## Remove the virtual environment, caches and build outputs
-	rm -rf $(VENV) $(LOWEST) $(ZOO) $(SITE) docs/_build docs/generated docs/tutorials build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(ZOO) docs/_build docs/generated docs/tutorials build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

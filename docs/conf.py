@@ -29,6 +29,7 @@ myst_links_external_new_tab = False
 suppress_warnings = ["myst.header", "config.cache"]
 
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # those of Lightning are in its own markup
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "imported-members": True, "show-inheritance": True}
@@ -40,6 +41,7 @@ html_theme = "furo"
 html_title = f"pl_sparse {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_show_sphinx = False
 html_copy_source = False
 html_show_sourcelink = False
@@ -55,14 +57,12 @@ def has_header(path: Path) -> bool:
     return len(lines) > 1 and bool(re.fullmatch(r"[=#*-]{3,}", lines[1].strip()))
 
 
-def is_quick(path: Path) -> bool:
-    """Whether a script says by a line `# gallery: run` that it takes seconds, so that building the site runs it."""
-    return "\n# gallery: run\n" in path.read_text(encoding="utf-8")
-
+QUICK = ("plain_loop.py",)
+"""Tutorials that take seconds: building the site runs them, and shows the others as they are."""
 
 _scripts = sorted((ROOT / "examples").glob("*.py"))
 _others = [re.escape(path.name) for path in _scripts if not has_header(path)]
-_quick = [re.escape(path.name) for path in _scripts if has_header(path) and is_quick(path)]
+_quick = [re.escape(path.name) for path in _scripts if path.name in QUICK]
 sphinx_gallery_conf: dict[str, Any] = {
     "examples_dirs": "../examples",
     "gallery_dirs": "tutorials",

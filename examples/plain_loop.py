@@ -5,8 +5,6 @@ A plain training loop
 A plain training loop to 80 % sparsity, with a checkpoint half way from which it goes on exactly.
 """
 
-# gallery: run
-
 import io
 
 import torch

@@ -12,6 +12,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
+
+import pl_sparse
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -102,6 +105,27 @@ def test_the_figure_of_schedules_has_all_of_them(monkeypatch: pytest.MonkeyPatch
     assert figure.levels("cubic")[342] == pytest.approx(90 - 90 * (1 - 342 / 750) ** 3)
 
 
+def test_the_figure_of_methods_is_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = loaded(DOCS / "figures" / "methods.py", monkeypatch)
+    assert len(figure.rows()) > 40
+    for path in (DOCS / "figures").glob("methods_*.svg"):
+        assert figure.source() in path.read_text(), "make figures"
+
+
+def test_a_card_has_the_result_of_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    generated = loaded(DOCS / "_ext" / "generated.py", monkeypatch)
+    results = generated.results()
+    assert set(results) == set(generated.options("method")) - {"dense"}
+    assert results["gmp"] == ("90 %", "96.9 ± 0.5") and results["l0_target"] == ("90 %", "97.4 ± 0.3")
+    monkeypatch.setattr(generated, "OUT", tmp_path)
+    generated.cards()
+    assert {path.stem for path in (tmp_path / "methods").iterdir()} == set(generated.options("method"))
+    card = (tmp_path / "methods" / "l0_target.md").read_text()
+    assert "| 90 % | 97.4 ± 0.3 | `pl-sparse sweep method=l0_target seed=0,1,2` |" in card
+    assert all(f"**{word}.**" in card for word in ("Where it differs from the paper", "When to use it", "When not"))
+    assert "updater=lagrangian" in card and "`scorer.lr` | `0.1`" in card
+
+
 def scripts() -> list[Path]:
     """The tutorials: scripts whose docstring begins with a title."""
     titled = []
@@ -138,3 +162,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "searchindex.js").is_file() and (tmp_path / "generated/methods/rigl.html").is_file()
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == pl_sparse.__version__ and citation["license"] == "Apache-2.0"
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(form.read_text())

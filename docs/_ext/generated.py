@@ -53,7 +53,8 @@ TOP = {
 
 def text_of(paragraph: str) -> str:
     """A paragraph of a docstring as Markdown: what is special there is escaped, code in backticks stays."""
-    parts = re.split(r"(`[^`]*`)", " ".join(paragraph.split()))
+    paragraph = re.sub(r"(?<![\w`=])([a-z_]+(?:\.[a-z_]+)*=[\w.\"]+\w)(?![\w`=])", r"`\1`", " ".join(paragraph.split()))
+    parts = re.split(r"(`[^`]*`)", paragraph)
     return "".join(part if part.startswith("`") else re.sub(r"([\\*_\[\]<>#|~$])", r"\\\1", part) for part in parts)
 
 
@@ -87,10 +88,19 @@ def link(group: str, name: str) -> str:
     return f"[`{group}={name}`](#{group}-{name})" if known else f"`{group}={name}`"
 
 
+def pictures(group: str) -> list[str]:
+    """The figure of a group, as docs/figures/index.md has it."""
+    figure = {"structure": "masks", "schedule": "schedules", "method": "which_method"}.get(group)
+    page = (DOCS / "figures" / "index.md").read_text(encoding="utf-8")
+    found = re.findall(rf"^```\{{image\}} {figure}_\w+\.svg\n.*?^```\n", page, re.MULTILINE | re.DOTALL)
+    return [block.replace("{image} ", "{image} ../../figures/") for block in found]
+
+
 def configuration() -> None:
     for group in groups():
         hint = f"`pl-sparse explain {group}` lists the options, `pl-sparse explain {group}=OPTION` prints one."
         lines = [f"# {group}", "", f"{GROUPS.get(group, '').capitalize()}.", "", hint, ""]
+        lines += pictures(group)
         for name in options(group):
             found = option(group, name)
             lines += [f"({group}-{name})=", f"## {group}={name}", ""]
@@ -205,7 +215,7 @@ def python() -> None:
 def results() -> dict[str, tuple[str, str]]:
     """Sparsity and accuracy of each method, from the table of docs/methods.md."""
     table = (DOCS / "methods.md").read_text(encoding="utf-8")
-    found = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \| ([^|]+) \|$", table, re.MULTILINE)
+    found = re.findall(r"^\| `(\w+)` \|.*\| (\d+ %) \| ([^|]+) \|$", table, re.MULTILINE)
     return {name: (sparsity, accuracy) for name, sparsity, accuracy in found}
 
 
@@ -218,7 +228,7 @@ def cards() -> None:
         yaml = "\n".join(line for line in lines if not line.startswith("#"))
         lines = [f"(card-{name})=", f"# {name}", "", *(text_of(paragraph) for paragraph in found.text), ""]
         if "Equation" in found.notes:
-            lines += ["**Rule.** " + text_of(found.notes["Equation"]), ""]
+            lines += ["**Rule:** " + text_of(found.notes["Equation"]), ""]
         for word in NOTES[1:]:
             if word in found.notes:
                 note = found.notes[word]
@@ -276,11 +286,13 @@ def no_arguments(conf: Any, script: Any) -> list[str]:
     return []
 
 
-def links(app: Any, docname: list[str], source: list[str]) -> None:
+def links(app: Any, docname: str, source: list[str]) -> None:
     """Links to files that are no pages of the site: those of the repository's top."""
     text = source[0]
     for name, page in TOP.items():
         text = re.sub(rf"\]\((?:\.\./)*{re.escape(name)}", f"](/{page}", text)
+    if docname == "methods":
+        text = re.sub(r"^\| `(\w+)` \|", r"| [`\1`](generated/methods/\1.md) |", text, flags=re.MULTILINE)
     lines = text.split("\n")  # a section may have no page yet
     source[0] = "\n".join(line for line in lines if not re.fullmatch(r"[\w/]+\*", line) or next(DOCS.glob(line), None))
 
@@ -289,7 +301,7 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("builder-inited", make, priority=100)
     app.connect("autodoc-process-docstring", plain, priority=100)
     app.connect("source-read", links)
-    app.connect("include-read", lambda app, path, parent, content: links(app, [parent], content))
+    app.connect("include-read", lambda app, path, parent, content: links(app, parent, content))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 

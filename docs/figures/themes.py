@@ -42,14 +42,25 @@ THEMES = (
 )  # fmt: skip
 
 
-def draw(name: str, picture: Callable[[Theme], plt.Figure]) -> None:
-    """Write NAME_light.svg and NAME_dark.svg beside this file: the same bytes each time."""
+def draw(name: str, picture: Callable[[Theme], plt.Figure], source: str | None = None) -> None:
+    """Write NAME_light.svg and NAME_dark.svg beside this file: the same bytes each time.
+
+    Args:
+        name: of the figure.
+        picture: draws it.
+        source: what the figure shows, kept in its description.
+    """
     settings = {"svg.hashsalt": name, "svg.fonttype": "path", "font.size": 11, "font.family": "DejaVu Sans"}
     for theme in THEMES:
         colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.text)
         with plt.rc_context({**settings, **colours, "axes.edgecolor": theme.soft, "axes.facecolor": "none"}):
             figure = picture(theme)
             path = HERE / f"{name}_{theme.name}.svg"
-            figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+            figure.savefig(
+                path,
+                transparent=True,
+                metadata={"Date": None, "Creator": None, "Description": source},
+                bbox_inches="tight",
+            )
             plt.close(figure)
             path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")

@@ -20,6 +20,10 @@ __all__ = ["COMMANDS", "importing", "main", "version"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pl_sparse.app.command:main", "train one model, or several with -m: the settings are those of train.py"),
     "sweep": ("pl_sparse.app.command:sweep", "train several: train with -m"),
+    "explain": (
+        "pl_sparse.app.explain:main",
+        "print what a setting means: a group, an option (scorer=movement) or a key (schedule.every)",
+    ),
     "init": ("pl_sparse.app.init:main", "make a project of your own: a module, data, settings and a test"),
     "test": ("pl_sparse.app.evaluate:scored", "test the model of a finished run"),
     "predict": ("pl_sparse.app.evaluate:predicted", "write the predictions of a finished run's model"),
@@ -33,10 +37,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("pl_sparse.integrations.wandb_report:main", "build a Weights & Biases report of runs"),
     "show": ("pl_sparse.results.inspection:show", "show settings, figures and layers of a run, and draw its masks"),
     "compare": ("pl_sparse.results.inspection:compare", "compare settings, figures and masks of two runs"),
-    "explain": (
-        "pl_sparse.app.explain:main",
-        "print what a setting means: a group, an option (scorer=movement) or a key (schedule.every)",
-    ),
     "doctor": ("pl_sparse.app.doctor:main", "show versions, extras, devices, and which hardware targets work"),
     "export": ("pl_sparse.app.export_command:export", "write the model of a finished run in other formats"),
     "bench": (
