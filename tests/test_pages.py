@@ -123,3 +123,12 @@ def test_the_readme_counts_what_the_pages_have() -> None:
         f"one of {len(presets)} presets;",
     ):
         assert text in readme, f"the README's table should say {text!r}"
+
+
+def test_the_table_of_groups_has_each_option() -> None:
+    rows = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in rows_of("start/command_line.md")}
+    for folder in (path for path in (DOCS.parent / "conf").iterdir() if path.is_dir()):
+        options = {path.stem for path in folder.glob("*.yaml")} - {"shrunk"}  # an earlier name
+        if folder.name not in ("method", "experiment", "__pycache__"):
+            missing = options - rows.get(folder.name, set())
+            assert not missing, f"docs/start/command_line.md has no {folder.name}={'|'.join(sorted(missing))}"
