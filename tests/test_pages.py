@@ -32,8 +32,11 @@ class Net(LightningModule):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2))
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs)
+
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-        return nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters())
@@ -103,3 +106,35 @@ def test_each_word_of_the_glossary_is_there_once() -> None:
     assert len(words) == len(set(words)) > 60
     assert "start/glossary.md" in (DOCS / "architecture.md").read_text()
     assert {"mask", "unit", "group", "level", "gate", "ERK", "coverage"} <= set(words)
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The cells of the tables of a page of docs."""
+    lines = (DOCS / page).read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+
+def test_the_readme_counts_what_the_pages_have() -> None:
+    zoo = [row for row in rows_of("zoo.md") if row[0] != "module" and set(row[0]) != {"-"}]
+    coupled = [row[3].split(" → ") for row in rows_of("zoo_removal.md") if row[2:3] == ["coupled"]]
+    smaller = sum(len(sizes) == 2 and sizes[0] != sizes[1] for sizes in coupled)
+    features = sum(bool(re.search(r"`test_\w+\.py::", row[-1])) for row in rows_of("trainers.md"))
+    presets = {path.stem for path in (DOCS.parent / "conf" / "method").glob("*.yaml")} - {"dense"}
+    readme = (DOCS.parent / "README.md").read_text()
+    for text in (
+        f"{features} features of trainers",
+        f"{len(zoo)} modules of {len({row[1].split()[0] for row in zoo})} packages",
+        f"channels of {smaller} of {len(coupled)} networks",
+        f"| {len(presets)} presets on the same axes",
+        f"one of {len(presets)} presets;",
+    ):
+        assert text in readme, f"the README's table should say {text!r}"
+
+
+def test_the_table_of_groups_has_each_option() -> None:
+    rows = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in rows_of("start/command_line.md")}
+    for folder in (path for path in (DOCS.parent / "conf").iterdir() if path.is_dir()):
+        options = {path.stem for path in folder.glob("*.yaml")} - {"shrunk"}  # an earlier name
+        if folder.name not in ("method", "experiment", "__pycache__"):
+            missing = options - rows.get(folder.name, set())
+            assert not missing, f"docs/start/command_line.md has no {folder.name}={'|'.join(sorted(missing))}"

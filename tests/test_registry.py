@@ -44,7 +44,7 @@ NEEDED = {  # what a name cannot do without, in Python and on the command line
     ("updater", "threshold"): {"at_least": 0.7},
 }
 STEMS = [(axis, path.stem) for axis in AXES for path in sorted((CONF / axis).glob("*.yaml"))]
-STEMS.remove(("masking", "shrunk"))  # an earlier name, which says so
+STEMS.remove(("masking", "shrunk"))  # an earlier name, which warns
 
 
 @pytest.fixture(autouse=True)

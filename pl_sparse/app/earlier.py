@@ -122,7 +122,7 @@ def _check(taken: Sequence[str], typed: Sequence[str], untrusted: Untrusted) -> 
         try:
             parsed = parser.parse_override(argument)
         except HydraException:
-            continue  # Hydra says so later
+            continue  # Hydra refuses it later
         if not parsed.is_sweep_override():
             single.append(argument)
             if not parsed.is_delete():

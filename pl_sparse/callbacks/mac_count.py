@@ -118,8 +118,8 @@ class _Counter(MacCounter):
 def sample_count(batch: Any, loader: Any = None, index: int = 0) -> int | None:
     """How many samples a batch has; None where that is not certain.
 
-    A DataLoader says so. Elsewhere the first dimension of all tensors says so, if they agree and if the batch cannot be
-    a list of samples.
+    It is the batch size of a DataLoader; elsewhere the first dimension of all tensors, if they agree and if the batch
+    cannot be a list of samples.
 
     Args:
         batch: of any kind.

@@ -170,7 +170,7 @@ def _layout(module: nn.Module, weight: Tensor) -> Whole:
 def _role(module: nn.Module, short: str, weight: Tensor, path: str) -> str | None:
     """What a parameter of no known class is, if it is no weight of a sum of products.
 
-    The class says so, else the shape, else the name.
+    The class decides, else the shape, else the name.
     """
     kind = type(module).__name__
     if isinstance(module, _TABLES) or "Embedding" in kind:

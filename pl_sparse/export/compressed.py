@@ -71,7 +71,7 @@ def save_compressed(tensors: Mapping[str, Tensor], path: str | os.PathLike[str],
 def load_compressed(path: str | os.PathLike[str], limit: int = 1 << 32) -> dict[str, Tensor]:
     """The tensors in a file of `save_compressed`, by name, each element equal to what was saved (-0 has become 0).
 
-    A file of version 0.1.0 has no checksum, and a warning says so: what is damaged in it may load as other weights.
+    A file of version 0.1.0 has no checksum and loads with a warning: damage in it may load as other weights.
 
     Args:
         limit: bytes that the tensors may have together. Nothing is unpacked where the file says that it has more.
