@@ -29,10 +29,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "study": ("pl_sparse.app.study:main", "train methods against each other, and say which differences are noise"),
     "sensitivity": ("pl_sparse.app.sensitivity:main", "prune each layer of a finished run alone, at several levels"),
+    "connectivity": ("pl_sparse.app.connectivity:main", "validate on the straight line between two runs' weights"),
     "slim": ("pl_sparse.app.slim_command:main", "make a trained network so many times faster, and tell what it costs"),
     "report": ("pl_sparse.integrations.wandb_report:main", "build a Weights & Biases report of runs"),
     "show": ("pl_sparse.results.inspection:show", "tell what a run left, and draw its masks"),
     "compare": ("pl_sparse.results.inspection:compare", "tell how two runs differ"),
+    "overlap": ("pl_sparse.results.overlap:main", "tell how masks changed over a run, and how alike those of two were"),
     "doctor": ("pl_sparse.app.doctor:main", "tell versions, extras, devices, and which hardware targets work"),
     "export": ("pl_sparse.app.export_command:export", "write the model of a finished run in other formats"),
     "bench": (
