@@ -129,6 +129,9 @@ class Recorder(Callback):
         self.folder = folder
         self.after: dict[int, dict[str, torch.Tensor]] = {}
 
+    def on_train_start(self, trainer: Trainer, *_: object) -> None:
+        self.on_train_batch_end(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, *_: object) -> None:
         if trainer.current_epoch == 1:
             trainer.save_checkpoint(self.folder / "half.ckpt")
@@ -163,7 +166,7 @@ def test_the_overlap_of_masks_over_time(
     seen, other = grown(tmp_path / "a", 0).after, grown(tmp_path / "b", 1).after
     rows = overlaps(tmp_path / "a", tmp_path / "b")
     steps = sorted(read_masks(tmp_path / "a"))
-    assert len(steps) > 4 and steps[-1] == max(seen)
+    assert len(steps) > 4 and steps[0] == 0 and steps[-1] == max(seen)
     previous = steps[0]
     for step in steps:
         for row in (row for row in rows if row["step"] == step):

@@ -65,7 +65,7 @@ def _connectivity(options: argparse.Namespace) -> None:
     logged = {name: value for name, value in rows[0].items() if name not in ("alpha", "nonzero")}
     key = metric_of(logged, str(cfg.objective))
     names = list(dict.fromkeys([*(name for name in logged if name.endswith("loss")), key]))
-    table = Table("", *names, "nonzero", title="from the first run (0) to the second (1)")
+    table = Table("alpha", *names, "nonzero")
     for row in rows:
         table.add_row(f"{row['alpha']:.2f}", *(f"{row[name]:.4f}" for name in names), f"{row['nonzero']:.2%}")
     console = Console()

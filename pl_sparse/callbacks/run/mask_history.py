@@ -52,6 +52,8 @@ class MaskHistory(Callback):
             for path in self.folder.glob("step_*.safetensors"):
                 if path not in map(self._path, self._steps):
                     path.unlink()
+        if pruner.num_updates and not self._steps:  # masks that training begins with
+            self._keep(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
