@@ -586,7 +586,8 @@ class Pruner(MaskedModel):
         with whole(live):
             pace([group.gate for group in learning if group.gate is not None], live, optimizer)
             if guided:
-                self.updater.guide(self.groups, self.scorer)
+                first, last = self._clock.span
+                self.updater.guide(self.groups, self.scorer, max(last - first, 1))
             for group in learning:
                 self.scorer.learn(group)
 

@@ -43,7 +43,7 @@ PLACEHOLDERS = (
     "=...",
     "<folder",
 )  # what a reader replaces by something of their own
-LOOKERS = ("pareto", "show", "compare", "export", "bench", "test")
+LOOKERS = ("pareto", "show", "compare", "connectivity", "export", "bench", "test")
 START = re.compile(r"^(python train\.py|python benchmarks/|python -m benchmarks|pl-sparse |make )")
 PLACES = re.compile(r"outputs/(<date>/<time>|\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d)|<run>|\b(RUN|DIR)\b|^outputs$")
 
@@ -299,7 +299,13 @@ def test_a_command_that_looks_at_runs(
     if words[0] == "bench":
         words += ["--seconds", "0.01", "--to", "csr"]
     assert call(monkeypatch, words) == 0
-    files = {"pareto": "pareto.html", "show": "masks.png", "export": "model_csr.safetensors", "bench": "bench.csv"}
+    files = {
+        "pareto": "pareto.html",
+        "show": "masks.png",
+        "export": "model_csr.safetensors",
+        "bench": "bench.csv",
+        "connectivity": "connectivity.csv",
+    }
     assert (folder / files.get(words[0], "metrics.json")).is_file()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from references.dsnot import exchanged
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,7 +17,7 @@ from pl_sparse.core.targets import find
 from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Linear, OneShot
 from pl_sparse.tasks.models import vit_tiny
-from pl_sparse.updater import Reconstruct
+from pl_sparse.updater import DSnoT, Reconstruct
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (7, 6)),
@@ -341,3 +342,45 @@ def test_a_layer_that_one_process_does_not_call(tmp_path: Path) -> None:
     script.write_text(SKIPPED.format(tests=str(Path(__file__).parent)))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout.count("both agree") == 2, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("structure", "cycles", "threshold", "power"), [
+    ("row", 50, 0.0, 1.0), ("unstructured", 50, 0.05, 1.0), ("row", 2, 0.0, 0.0),
+])  # fmt: skip
+def test_dsnot_exchanges_as_loops_do(structure: str, cycles: int, threshold: float, power: float) -> None:
+    torch.manual_seed(1)
+    layer, batches = nn.Linear(24, 16, bias=False).double(), [correlated(9, 24) + 0.5, correlated(4, 24) + 0.5]
+    before, x = layer.weight.detach().clone(), torch.cat(batches)
+    start = pruned(copy.deepcopy(layer), batches, 0.5, "wanda", structure, "prune")
+    pruner = pruned(layer, batches, 0.5, "wanda", structure, DSnoT(cycles, threshold, power))
+    first, mask = start.params[0].mask, pruner.params[0].mask
+    for i in range(16):
+        inputs = x.t().tolist()
+        expected = exchanged(before[i].tolist(), inputs, first[i].tolist(), cycles, threshold, power)
+        assert mask[i].tolist() == expected
+    assert torch.equal(layer.weight, before * mask) and torch.equal(mask.sum(1), first.sum(1))
+    error, at_first = ((before * ~m @ x.mean(0)).abs() for m in (mask, first))
+    assert (
+        int((mask != first).sum()) >= 8 and (error <= at_first + 1e-12).all() and error.mean() < 0.9 * at_first.mean()
+    )
+
+
+@pytest.mark.parametrize("name", ["conv", "groups"])
+def test_dsnot_of_a_convolution_is_that_of_its_unfolded_inputs(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer, batches = make().double(), [correlated(*shape) + 0.5]
+    before = layer.weight.detach().clone()
+    first = pruned(copy.deepcopy(layer), batches, 0.5, "wanda", "row", "prune").params[0].mask
+    seen: list[torch.Tensor] = []
+    Probe(layer, batches, lambda b: layer(b).sum()).activations(find(layer), lambda param, x: seen.append(x))
+    mask = pruned(layer, batches, 0.5, "wanda", "row", DSnoT(threshold=0.0)).params[0].mask
+    for i in range(len(before)):
+        inputs = seen[0][i * len(seen[0]) // len(before)].flatten(1).t().tolist()
+        expected = exchanged(before[i].flatten().tolist(), inputs, first[i].flatten().tolist(), 50, 0.0, 1.0)
+        assert mask[i].flatten().tolist() == expected
+    assert not torch.equal(mask, first)
+
+
+def test_dsnot_refuses_patterns() -> None:
+    with pytest.raises(ValueError, match="structure=2:4 does not allow: use structure=row or unstructured"):
+        Pruner("wanda", "oneshot", "nm24", "uniform", "dsnot", sparsity=0.5)

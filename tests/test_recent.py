@@ -56,9 +56,10 @@ def steps(model: nn.Module, pruner: Pruner, optimizer: Any, count: int = STEPS) 
 def test_gates_descend_and_multipliers_ascend(structure: Structure) -> None:
     model, target = net().double(), 0.6
     schedule = Cubic(final=target, end=1.0, every=1)
-    pruner = Pruner(HardConcrete(lr=0.2), schedule, structure, "global", Lagrangian(rate=3.0))
+    pruner = Pruner(HardConcrete(lr=0.2), schedule, structure, "global", Lagrangian(rate=70.0))
     pruner.attach(model)
     pruner.prepare(STEPS)
+    rate = 70.0 / (pruner._clock.span[1] - pruner._clock.span[0])
     gates = [group.gate for group in pruner.groups if group.gate is not None]
     seen: list[Tensor] = []
 
@@ -73,7 +74,7 @@ def test_gates_descend_and_multipliers_ascend(structure: Structure) -> None:
     gap, expected = 0.0, list[Tensor]()
     for _ in steps(model, pruner, optimizer):
         assert len(seen) in (0, len(expected)) and all(map(torch.allclose, seen, expected))
-        lambdas += 3.0 * torch.tensor([gap, gap**2], dtype=torch.float64) if seen else 0.0
+        lambdas += rate * torch.tensor([gap, gap**2], dtype=torch.float64) if seen else 0.0
         alphas = [gate.value.detach().clone().requires_grad_() for gate in gates]
         terms, difference = lagrangian.constraint(alphas, [gate.size for gate in gates], lambdas, pruner.level)
         gap, expected = float(difference.detach()), list(torch.autograd.grad(terms, alphas))
@@ -99,6 +100,29 @@ def test_learned_masks_meet_the_sparsity_that_is_asked_for(scorer: Any, structur
     if isinstance(scorer, HardConcrete) and isinstance(structure, Unstructured):
         open_ = float(sum(scorer.expected(group) for group in pruner.groups)) / pruner.numel
         assert abs(open_ - 0.2) < 0.15  # samples are as sparse as masks: 0.83 at first
+
+
+def test_multipliers_ascend_as_far_however_long_training_is() -> None:
+    """A gap that stays moves lambda1 by rate times it over a schedule of 20 steps and of 200."""
+    moved = []
+    for count in (20, 200):
+        model = net()
+        pruner = Pruner(
+            HardConcrete(), Cubic(final=0.6, initial=0.6, begin=0, end=1.0, every=1), updater=Lagrangian(5.0)
+        )
+        pruner.attach(model)
+        pruner.prepare(count)
+        for gate in (gate for group in pruner.groups if (gate := group.gate) is not None):
+            gate.step = lambda gradient: None  # type: ignore[method-assign]
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        for _ in steps(model, pruner, optimizer, count):
+            pass
+        gate = pruner.groups[0].gate
+        assert gate is not None and gate.multipliers is not None
+        gap = 1 - float(sum(pruner.scorer.expected(group) for group in pruner.groups)) / pruner.numel - 0.6
+        assert float(gate.multipliers[0]) == pytest.approx(5.0 * gap, rel=2 / count)
+        moved.append(float(gate.multipliers[0]))
+    assert moved[0] == pytest.approx(moved[1], rel=0.1) and moved[0] < -1
 
 
 def test_a_threshold_at_a_sparsity_is_refused() -> None:

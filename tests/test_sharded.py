@@ -16,7 +16,7 @@ from test_properties import METHODS
 from pl_sparse.callbacks.strategies import refuse_strategy
 
 HERE = Path(__file__).parent
-CALIBRATED = {"force", "grasp", "iterative_snip", "owl", "ria", "snip", "sparsegpt", "synflow", "wanda"}
+CALIBRATED = {"dsnot", "force", "grasp", "iterative_snip", "owl", "ria", "snip", "sparsegpt", "synflow", "wanda"}
 LEARNED = {
     "l0": {"scorer": "hardconcrete", "updater": "threshold", "sparsity": 1.0},
     "soft_movement": {"scorer": "softmovement", "updater": "threshold", "sparsity": 1.0},

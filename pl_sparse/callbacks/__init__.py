@@ -9,6 +9,7 @@ from pl_sparse.callbacks.random_state import RandomState
 from pl_sparse.callbacks.regularize import Regularize
 from pl_sparse.callbacks.rewind import Rewind
 from pl_sparse.callbacks.run.history import History
+from pl_sparse.callbacks.run.mask_history import MaskHistory
 from pl_sparse.callbacks.run.mask_log import Track
 from pl_sparse.callbacks.run.status import Status
 from pl_sparse.callbacks.shrink import Shrink
@@ -20,6 +21,7 @@ __all__ = [
     "Distill",
     "Front",
     "History",
+    "MaskHistory",
     "Quantize",
     "RandomState",
     "Regularize",

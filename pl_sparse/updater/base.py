@@ -130,8 +130,12 @@ class Updater(Axis, ABC):
         """Figures of what it did, by name, for logs and metrics; by default none."""
         return {}
 
-    def guide(self, groups: Sequence[Group], scorer: Scorer) -> None:
-        """Once an optimizer step, before the scorer learns: set the price of its gates; by default nothing is done."""
+    def guide(self, groups: Sequence[Group], scorer: Scorer, steps: int) -> None:
+        """Once an optimizer step, before the scorer learns: set the price of its gates; by default nothing is done.
+
+        Args:
+            steps: optimizer steps between the first and the last level of the schedule, 1 at least.
+        """
         return
 
     @abstractmethod

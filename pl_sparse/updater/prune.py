@@ -42,8 +42,9 @@ class Lagrangian(Prune):
 
         lambda1 (s - t) + lambda2 (s - t)^2
 
-    added, on which gates descend and lambda1 and lambda2 ascend, from 0, by `rate` (s - t) and `rate` (s - t)^2 once an
-    optimizer step. s is 1 - sum of |unit| P(z > 0) / sum of |unit| for `scorer=hardconcrete`, sigmoid(S) in place of
+    added, on which gates descend and lambda1 and lambda2 ascend, from 0, by (s - t) and (s - t)^2 times `rate` / T once
+    an optimizer step, T the steps of the schedule: a gap that stays moves lambda1 by `rate` times it, however long
+    training is. s is 1 - sum of |unit| P(z > 0) / sum of |unit| for `scorer=hardconcrete`, sigmoid(S) in place of
     P for `softmovement`. Masks keep the best scores, as many as the schedule has: the sparsity is met to the unit at
     each update, and what is kept is open. The schedule is the warm-up of t.
 
@@ -52,10 +53,10 @@ class Lagrangian(Prune):
     There the count in evaluation follows the expected sparsity of each layer; here it is the schedule's.
 
     Args:
-        rate: the rate at which lambda1 and lambda2 ascend.
+        rate: the rate at which lambda1 and lambda2 ascend, over the whole schedule.
     """
 
-    rate: float = 0.1
+    rate: float = 300.0
 
     def __post_init__(self) -> None:
         if not self.rate > 0:
@@ -77,7 +78,7 @@ class Lagrangian(Prune):
                 group.gate.level = due.level if override is None else override
         super().update(groups, scorer, structure, allocation, due)
 
-    def guide(self, groups: Sequence[Group], scorer: Scorer) -> None:
+    def guide(self, groups: Sequence[Group], scorer: Scorer, steps: int) -> None:
         if not any(group.pruned for group in groups):
             return
         gates = [group.gate for group in groups if group.gate is not None]
@@ -89,7 +90,7 @@ class Lagrangian(Prune):
         if multipliers is None:
             multipliers = torch.zeros(2, dtype=torch.float64, device=device)
         price = -(multipliers[0] + 2 * multipliers[1] * gap) / total
-        multipliers = multipliers + self.rate * torch.stack([gap, gap.square()])
+        multipliers = multipliers + self.rate / steps * torch.stack([gap, gap.square()])
         for gate in gates:
             gate.multipliers = multipliers.to(gate.value.device)
             gate.price = price.to(gate.value)
