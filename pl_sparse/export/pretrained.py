@@ -252,7 +252,7 @@ class HuggingFace(Export):
             raise ValueError(f"there is no model of transformers in {type(net).__name__}")
         model = from_pretrained(path)
         if not found[0]:
-            return model  # type: ignore[no-any-return]
+            return model
         opened.set_submodule(found[0], model)
         return opened
 
