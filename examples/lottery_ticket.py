@@ -7,6 +7,9 @@ weights, again and again. What is left trains as well as the dense network. The 
 random weights: if it did as well, the weights would be no ticket.
 """
 
+from functools import partial
+
+import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from pl_sparse import Sparsity
@@ -30,7 +33,8 @@ def rounds(weights: str) -> list[dict[str, float]]:
     sparsity = Sparsity(scorer="magnitude", schedule=schedule, allocation="global", report=False)
     length = schedule.training_epochs
     trainer = Trainer(max_epochs=length, accelerator="cpu", callbacks=[sparsity, rewind], **quiet)
-    trainer.fit(Classifier(lenet300(shape=data.shape, classes=10), 10), data)
+    optimizer = partial(torch.optim.AdamW, lr=5e-3)
+    trainer.fit(Classifier(lenet300(shape=data.shape, classes=10), 10, optimizer), data)
     return rewind.rows
 
 

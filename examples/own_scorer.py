@@ -8,6 +8,7 @@ makes the name known wherever the package is installed, on the command line too.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -55,7 +56,7 @@ def train(
     scorer: str, structure: Structure | str = "unstructured", sparsity: float = 0.97
 ) -> tuple[float, torch.nn.Module]:
     seed_everything(0, verbose=False)
-    module = Classifier(lenet300(shape=data.shape, classes=10), 10)
+    module = Classifier(lenet300(shape=data.shape, classes=10), 10, partial(torch.optim.AdamW, lr=5e-3))
     options = {"structure": structure, "misfit": "dense", "allocation": "global", "sparsity": sparsity}
     callback = Sparsity(scorer=scorer, **options, report=False)
     trainer = Trainer(max_epochs=8, accelerator="cpu", limit_val_batches=0, callbacks=[callback], **quiet)

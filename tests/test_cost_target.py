@@ -74,7 +74,27 @@ def test_a_speed_up_is_that_of_the_network_without_its_channels(
     fit(target, module, tmp_path)
     shrink(module, torch.zeros(2, 1, 8, 8))
     assert target.achieved == pytest.approx((before + 1) / (counted(module)["macs"] + 1))
-    assert 1.9 < target.achieved < 2.5
+    assert 1.9 < target.achieved < 2.6  # four of 32 channels at once
+
+
+def test_channels_go_in_the_numbers_that_the_runtime_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution of 31 channels takes twice as long as one of 32: widths are multiples, after a resume too."""
+
+    def cost(net: nn.Module) -> float:
+        odd = any(layer.out_channels % 4 for layer in net.modules() if isinstance(layer, nn.Conv2d))
+        return (counted(net)["macs"] + 1) * (1 + odd)
+
+    monkeypatch.setattr(CostTarget, "_faster", lambda self, dense, smaller, x: cost(dense) / cost(smaller))
+    target, module = CostTarget(speedup=1.5), small()
+    fit(target, module, tmp_path)
+    state = target.state_dict()
+    shrink(module, torch.zeros(2, 1, 8, 8))
+    widths = [layer.out_channels for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    assert state["multiple"] in (4, 16) and min(widths) < 32 and all(width % state["multiple"] == 0 for width in widths)
+    resumed = CostTarget(speedup=1.5)
+    resumed.load_state_dict(state)
+    sparsity = fit(resumed, small(), tmp_path)
+    assert sparsity.pruner.allocation.multiple == state["multiple"]  # type: ignore[attr-defined]
 
 
 def test_time_that_is_not_that_of_channels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

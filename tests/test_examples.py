@@ -56,7 +56,7 @@ def test_lottery_ticket(ran: Any) -> None:
     ticket, control = names["ticket"], names["control"]
     assert [1 - row["remaining"] for row in ticket] == pytest.approx([0, 0.7, 0.9, 0.97, 0.99], abs=1e-3)
     assert ticket[0]["val/acc"] == control[0]["val/acc"]  # the first round is the same
-    assert ticket[2]["val/acc"] > 0.93 and ticket[3]["val/acc"] > control[3]["val/acc"] + 0.02
+    assert ticket[2]["val/acc"] > 0.93 and ticket[4]["val/acc"] > control[4]["val/acc"] + 0.2
 
 
 def test_two_four_tensorrt(ran: Any) -> None:

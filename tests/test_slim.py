@@ -55,6 +55,7 @@ def test_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     folder = tmp_path / "slim"
     arguments = ["slim", "test_slim:trained", "--data", "digits", "limit=600", "--speedup", "1.3", "--epochs", "2"]
     monkeypatch.setattr(sys, "argv", ["pl-sparse", *arguments, "--to", str(folder)])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "/bin/pl-sparse", *arguments])
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.MonkeyPatch.context() as patch:  # whether the machine is busy is not what is tested
         patch.setattr(CostTarget, "_faster", lambda self, a, b, x: parameters(a) / parameters(b))
@@ -78,6 +79,9 @@ def test_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert summary["exports"]["onnx"]["bytes"] == (folder / "model.onnx").stat().st_size
     assert f"{before['val/acc']:.4f}" in out and f"{summary['speedup']:.2f}x faster" in out
     assert (folder / "slim.png").stat().st_size > 5000
+    page = (folder / "README.md").read_text()
+    assert f"| parameters | {before['parameters']:,} | {after['parameters']:,} |" in page
+    assert "pl-sparse slim test_slim:trained --data digits" in page and "| `0.weight` | 32 x 1 x 3 x 3 |" in page
     with (folder / "sensitivity.csv").open() as file:
         layers = {row["layer"] for row in csv.DictReader(file)}
     assert layers == {"0.weight", "3.weight"}
@@ -110,6 +114,10 @@ class Own(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.model = trained()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.model(x)
+        return out
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         return nn.functional.cross_entropy(self.model(batch[0]), batch[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -101,6 +101,12 @@ class Budget(Allocation):
     def least(self) -> float:
         """What the network costs with one block in each group."""
         return self.cost([min(self.multiple, n) for n in self.units])
+
+    def by(self, multiple: int) -> Budget:
+        """The same budget, started too, in which so many channels go at once."""
+        other = replace(self, multiple=multiple)
+        other._measured.update(self._measured)
+        return other
 
     def meet(self, limit: float) -> None:
         """Take another budget from here on, in the unit of `what`: where it is found by a search."""

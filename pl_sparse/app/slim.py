@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from pl_sparse.callbacks import CostTarget, Distill, History, Sparsity
 from pl_sparse.callbacks.run.progress import ProgressLines
 from pl_sparse.core.files import write_json
 from pl_sparse.export import ONNX, ONNXInt8
+from pl_sparse.export.card import Card, typed
 from pl_sparse.export.format import Export
 from pl_sparse.export.hardware import Hardware
 from pl_sparse.export.measure import device_name, stored_bytes
@@ -82,6 +83,7 @@ def slim(
     lr: float = 1e-3,
     folder: str | os.PathLike[str] = "slim",
     sensitive: bool = True,
+    student: str | None = None,
 ) -> tuple[nn.Module, Slimmed]:
     """A smaller network with what a trained one knows.
 
@@ -90,16 +92,18 @@ def slim(
     are removed, the rest is exported and measured.
 
     Args:
-        model: trained; it stays as it is. A LightningModule brings its loss and its optimizer, and imitates nothing;
-            another network returns logits, and is trained as a classifier.
+        model: trained; it stays as it is. A LightningModule brings its loss and its optimizer; another network returns
+            logits, and is trained as a classifier.
         data: with training and validation batches; None if the module brings its own.
         speedup: how many times faster: batch 1, one thread.
         drop: what the metric of validation may lose; None: anything. It is compared, training does not end by it.
         int8: export with 8-bit integers as well, quantized after training.
         epochs: of fine-tuning.
         lr: the first learning rate of AdamW, for a classifier.
-        folder: where files go: slim.json, slim.png, sensitivity.csv and .png, shrunk/, model.onnx, bench.*.
+        folder: where files go: slim.json, slim.png, README.md, sensitivity.csv and .png, shrunk/, model.onnx, bench.*.
         sensitive: whether each layer is pruned alone before.
+        student: of a LightningModule the submodule whose outputs are logits (or have them as `.logits`), "" for itself:
+            it imitates what it was. None: it imitates nothing.
 
     Returns:
         the smaller network, in evaluation mode, and what it costs.
@@ -119,6 +123,7 @@ def slim(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     module = _module(model, data, lr)
+    imitating = _imitating(module, student)
     formats: dict[str, Export] = {"onnx": ONNX(), **({"onnx_int8": ONNXInt8()} if int8 else {})}
     example = next(iter(training_inputs(module, data, 1)))[:2]
     for name, format in formats.items():
@@ -132,11 +137,11 @@ def slim(
     before = {metric: logged[metric], **_size(network(module), example)}
     if sensitive:
         sensitivity(module, data, Channel(), _LEVELS, _BATCHES, metric, folder)
-    _fine_tune(module, data, target, metric, epochs, folder)
+    _fine_tune(module, data, target, metric, epochs, folder, imitating)
     after = {metric: validated(validator(), module, data)[metric]}
     costs = _exported(module, data, formats, folder)
     smaller = copy.deepcopy(network(module)).cpu().eval()
-    shrink(smaller, example)
+    plan = shrink(smaller, example).plan
     after |= _size(smaller, example)
     loss = lost(metric, before[metric], after[metric])
     reached = costs["onnx"]["speedup"]
@@ -152,6 +157,7 @@ def slim(
         folder / "slim.json", {**asdict(result), "folder": str(folder), "asked": speedup, "device": device_name()}
     )
     _plot(result, folder / "slim.png")
+    _card(result).write(smaller, plan, folder)
     return smaller, result
 
 
@@ -186,6 +192,23 @@ def _module(model: nn.Module, data: LightningDataModule | None, lr: float) -> Li
     return module.train()
 
 
+def _imitating(module: LightningModule, student: str | None) -> list[Callback]:
+    """What lets a module imitate the network that it is now."""
+    if isinstance(module, Classifier):
+        if student not in (None, "net"):
+            raise ConfigError(f"student={student!r}: a classifier imitates its outputs; leave it out")
+        student = "net"
+    if student is None:
+        return []
+    try:
+        teacher = module.get_submodule(student)
+    except AttributeError as error:
+        names = ", ".join(name for name, _ in module.named_children())
+        raise ConfigError(f"student={student!r} is no part of {type(module).__name__}: give one of {names}") from error
+    teacher = copy.deepcopy(teacher)
+    return [Distill(teacher, student=student)]
+
+
 def _size(net: nn.Module, example: Tensor) -> dict[str, float]:
     """Parameters, MACs of a sample, bytes."""
     return {
@@ -205,16 +228,16 @@ def _fine_tune(
     metric: str,
     epochs: int,
     folder: Path,
+    imitating: list[Callback],
 ) -> None:
     """Prune the channels of a module while it imitates what it was; it ends with the weights of the best epoch."""
-    student = "net" if isinstance(module, Classifier) else ""
     best = ModelCheckpoint(
         dirpath=folder / "checkpoints", filename="best", monitor=metric, mode=direction(metric) or "max",
         save_on_train_epoch_end=True, enable_version_counter=False,
     )  # fmt: skip
     callbacks = [
         Sparsity(schedule=Cubic(final=0.9, end=0.5), structure="coupled", report=False),
-        *([Distill(copy.deepcopy(network(module)), student=student)] if isinstance(module, Classifier) else []),
+        *imitating,
         History(folder / "history.csv"),
         target,
         ProgressLines(),
@@ -265,6 +288,24 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _card(result: Slimmed) -> Card:
+    """The page of the folder."""
+    latency = result.exports["onnx"]
+    names = (name for name in result.before if name != "parameters")
+    figures = {name: (result.before[name], result.after[name]) for name in names}
+    device = device_name().partition(",")[0]
+    verdict = [
+        f"{cost['speedup']:.2f}x faster than the dense network as `{name}`: batch 1, one thread, ONNX ({device})."
+        for name, cost in result.exports.items()
+    ]
+    return Card(
+        load=f'from pl_sparse.export import load_shrunk\n\nload_shrunk(model, "{result.folder.name}/shrunk")',
+        command=typed(),
+        figures={**figures, "ms": (latency["dense_ms"], latency["ms"])},
+        verdict=[*verdict, *result.misses],
+    )
 
 
 def _plot(result: Slimmed, path: Path) -> None:

@@ -57,6 +57,12 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=10, help="of fine-tuning (10)")
     parser.add_argument("--lr", type=float, default=1e-3, help="the first learning rate of a classifier (0.001)")
     parser.add_argument("--to", type=Path, default=Path("slim"), metavar="FOLDER", help="where files go (slim)")
+    parser.add_argument(
+        "--skip-sensitivity", dest="sensitive", action="store_false", help="do not prune each layer alone before"
+    )
+    parser.add_argument(
+        "--student", metavar="NAME", help="of a LightningModule: the submodule that gives the logits to imitate"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trust", action="store_true", help="build whatever the run's config.yaml names")
     return parser
@@ -65,7 +71,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
 def _slim(options: argparse.Namespace) -> None:
     seed_everything(options.seed, workers=True, verbose=False)
     model, data = _found(options)
-    asked = {key: getattr(options, key) for key in ("speedup", "drop", "int8", "epochs", "lr")}
+    asked = {key: getattr(options, key) for key in ("speedup", "drop", "int8", "epochs", "lr", "sensitive", "student")}
     _, result = slim(model, data, **asked, folder=options.to)
     _tell(result)
     if result.misses:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +15,7 @@ from torch import nn
 from pl_sparse.core.files import write_text
 from pl_sparse.surgery.plan import RemovalPlan
 
-__all__ = ["CARD", "Card"]
+__all__ = ["CARD", "Card", "typed"]
 
 CARD = "README.md"
 _LAYERS = 200
@@ -79,6 +81,14 @@ class Card:
         if zero:
             lines += ["## Layers with zeros", "", *_table(("tensor", "zeros"), zero), ""]
         return "\n".join(lines)
+
+
+def typed() -> str:
+    """The command line of this process, as it was typed: `sys.argv` has lost its subcommand."""
+    script, *more = sys.orig_argv[1:] or [""]
+    if script.endswith(".py") or script.startswith("-"):
+        return f"python {shlex.join([script, *more])}"
+    return f"{Path(script).name} {shlex.join(more)}".strip()
 
 
 def _shape(sizes: Sequence[int]) -> str:

@@ -46,7 +46,11 @@ _LEAST = 1.05
 
 @torch.no_grad()
 def latencies(
-    runs: Mapping[str, Callable[[Tensor], Any]], batch: Tensor, seconds: float = 2.0, most: int = 500
+    runs: Mapping[str, Callable[[Tensor], Any]],
+    batch: Tensor,
+    seconds: float = 2.0,
+    most: int = 500,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Milliseconds of single calls on `batch`, by name; the i-th of each are of the same round.
 
@@ -55,6 +59,8 @@ def latencies(
         batch: inputs, (samples, *shape).
         seconds: how long to go on, once each has run 10 times.
         most: rounds at most.
+        clock: in seconds. `time.process_time` does not see what else the machine does, and is the time of models that
+            run on one thread.
     """
     names = list(runs)
     for _ in range(3):
@@ -65,9 +71,9 @@ def latencies(
     for number in range(most):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            begin = time.perf_counter()
+            begin = clock()
             runs[name](batch)
-            taken[name].append(1e3 * (time.perf_counter() - begin))
+            taken[name].append(1e3 * (clock() - begin))
         if number >= 9 and time.perf_counter() > end:
             break
     return taken

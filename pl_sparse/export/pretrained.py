@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing, write_text
-from pl_sparse.export.card import CARD, Card
+from pl_sparse.export.card import CARD, Card, typed
 from pl_sparse.export.format import Executable, Export, missing
 from pl_sparse.network.attention import HEAD_COUNTS
 from pl_sparse.network.hooks import called
@@ -234,7 +233,6 @@ class HuggingFace(Export):
         if found is None:
             raise ValueError(f"there is no model of transformers in {type(net).__name__}")
         prefix, model = found
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
         try:
@@ -243,7 +241,7 @@ class HuggingFace(Export):
             handle.remove()
         plan = removal.plan.below(f"{prefix}." if prefix else "")
         args, kwargs = calls[0]
-        plain = save_pretrained(model, plan, path, kwargs if kwargs else args, Card(command=command))
+        plain = save_pretrained(model, plan, path, kwargs if kwargs else args, Card(command=typed()))
         how = "transformers" if plain else "pl_sparse.export.from_pretrained"
         return [f"loaded by {how}", *(f"{layer} stays: {reason}" for layer, reason in removal.left.items())]
 

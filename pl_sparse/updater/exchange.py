@@ -43,7 +43,7 @@ class DSnoT(Prune):
     Args:
         cycles: exchanges of an output, at most.
         threshold: the error of an output that is left alone.
-        power: of the inputs' variance.
+        power: the exponent of the inputs' variance.
     """
 
     cycles: int = 50
