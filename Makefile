@@ -6,14 +6,15 @@ EXTRAS := $(VENV)/.extras
 LOWEST := .venv-lowest
 ZOO := .venv-zoo
 SITE := $(VENV)/.docs
+PEERS := .venv-bench
 WORKERS ?= 2
 PIP := -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install docs docs-serve figures demo test test-slow test-docs test-fuzz test-zoo test-lowest lint format bench reproduce clean
+.PHONY: help install docs docs-serve figures demo test test-slow test-docs test-fuzz test-zoo test-lowest lint format bench bench-exports reproduce clean
 
 help: ## Show this help
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -86,12 +87,23 @@ docs-serve: docs ## Build the site and show it on http://localhost:8000
 figures: install ## Draw the figures of the site anew
 	@for script in one_step masks schedules which_method methods; do $(BIN)/python docs/figures/$$script.py || exit 1; done
 
-bench: install ## Run the benchmarks
-	@for script in benchmarks/topk.py benchmarks/step.py benchmarks/audit.py benchmarks/export.py benchmarks/latency.py benchmarks/shrink.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+$(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP) -c constraints.txt -e '.[export,quantize]'
+	$(PEERS)/bin/python $(PIP) --no-deps -r benchmarks/requirements.txt
+	@touch $@
+
+bench: $(PEERS)/.installed ## Measure what masks cost beside other libraries, in 15 minutes on two cores, and write docs/performance.md
+	@for script in step topk update costs; do echo "== $$script"; $(PEERS)/bin/python benchmarks/$$script.py --json docs/data/$$script.json || exit 1; done
+	$(PEERS)/bin/python benchmarks/update.py --millions 85 --only global uniform --json docs/data/update85.json
+	$(PEERS)/bin/python benchmarks/report.py
+
+bench-exports: $(PEERS)/.installed ## Measure what zeros pay: audits, exported models, predicted latency, shrinking
+	@for script in audit export latency shrink; do echo "== $$script"; $(PEERS)/bin/python benchmarks/$$script.py || exit 1; done
 
 reproduce: install ## Run the published experiments (resumable) and write docs/reproductions.md
 	$(BIN)/python -m benchmarks.reproduce
 
 clean: ## Remove the virtual environment, caches and build outputs
-	rm -rf $(VENV) $(LOWEST) $(ZOO) docs/_build docs/generated docs/tutorials build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(ZOO) $(PEERS) docs/_build docs/generated docs/tutorials build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -90,6 +90,7 @@ def main() -> None:
     title = f"{arguments.millions:g} million weights, {torch.get_num_threads()} threads"
     table = Table("masks", "first, s", "passes", "later, s", "passes", "extra memory / weights", "kept", title=title)
     figures: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    figures["millions"] = arguments.millions
     for way in arguments.only:
         command = [sys.executable, __file__, "--way", way, "--millions", str(arguments.millions)]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,6 +1,7 @@
 """Lightning callbacks."""
 
 from pl_sparse.callbacks.accuracy_budget import AccuracyBudget
+from pl_sparse.callbacks.compact import Compact
 from pl_sparse.callbacks.cost_target import CostTarget
 from pl_sparse.callbacks.distill import Distill
 from pl_sparse.callbacks.front import Front
@@ -17,6 +18,7 @@ from pl_sparse.callbacks.sparsity import Sparsity
 
 __all__ = [
     "AccuracyBudget",
+    "Compact",
     "CostTarget",
     "Distill",
     "Front",

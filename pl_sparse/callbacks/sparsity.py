@@ -23,6 +23,7 @@ from pl_sparse.callbacks.mac_count import MacCount
 from pl_sparse.callbacks.several import log_names, shared_weight
 from pl_sparse.callbacks.steps import StepHooks, refuse_optimizers
 from pl_sparse.callbacks.strategies import refuse_difference, refuse_strategy, together
+from pl_sparse.core.compact import expand
 from pl_sparse.core.dtensor import local, reshard
 from pl_sparse.core.optional import nice_to_have
 from pl_sparse.core.registry import Axis, names
@@ -427,6 +428,8 @@ class Sparsity(Callback):
         return {**self.pruner.state_dict(), "macs": self._macs.state_dict()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for state in checkpoint.get("optimizer_states", []):
+            expand(state)
         saved = [key for key in checkpoint.get("callbacks", {}) if key.startswith("Sparsity{")]
         callbacks = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
         if trainer.state.fn == "fit" and self.state_key not in saved and (others := set(saved) - callbacks):

@@ -10,14 +10,12 @@ from torch.optim import LBFGS, SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer
 
 from pl_sparse.core.dtensor import full
 from pl_sparse.core.gate import Gate
-from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parameter import MaskedParameter, zero_pruned
 from pl_sparse.core.upstream import zero_memory
 
-__all__ = ["begin_anew", "clear_state", "leaves_zeros", "owned_by", "pace", "skip_step", "with_inner"]
+__all__ = ["SCALES", "begin_anew", "clear_state", "leaves_zeros", "owned_by", "pace", "skip_step", "with_inner"]
 
-_SCALES = frozenset(
-    ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "step_size", "state2")
-)
+SCALES = frozenset(("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "step_size", "state2"))
 """What optimizers keep of the size of gradients, not of their direction: second moments and the like."""
 
 
@@ -65,7 +63,7 @@ def clear_state(optimizer: Optimizer, param: MaskedParameter, scales: bool = Fal
     for owner in with_inner(optimizer):
         state = owner.state.get(param.weight) or {}  # ZeRO's own has None, and its local optimizer the state
         for key, value in state.items():
-            if (scales or key not in _SCALES) and isinstance(value, Tensor) and value.shape == param.shape:
+            if (scales or key not in SCALES) and isinstance(value, Tensor) and value.shape == param.shape:
                 zero_memory(state, key, param.mask)
 
 
@@ -91,16 +89,24 @@ def pace(gates: Sequence[Gate], params: Sequence[MaskedParameter], optimizer: Op
     if clips:
         masked = {id(param.weight): param for param in params}
         trained = [w for group in groups for w in group["params"]] or [param.weight for param in params]
-        gradients = [
-            full(w.grad.detach()) * masked[id(w)].factor if id(w) in masked else full(w.grad.detach())
-            for w in trained
-            if w.grad is not None
-        ]
-        norms = [norm.to(gates[0].value) for norm in torch._foreach_norm(gradients)]
+        norms = [_norm(w.grad, masked.get(id(w))).to(gates[0].value) for w in trained if w.grad is not None]
         norm = torch.stack(norms).norm() if norms else torch.zeros_like(gates[0].value.sum())
         for gate in gates:
             if gate.clip is not None:
                 gate.shrink = (gate.clip / (norm + 1e-6)).clamp(max=1)
+
+
+def _norm(gradient: Tensor, param: MaskedParameter | None) -> Tensor:
+    """The norm of a gradient where its weight is kept."""
+    gradient = full(gradient.detach())
+    if type(param) is MaskedParameter:
+        kept = torch.empty_like(gradient)
+        zero_pruned([kept], [param], [gradient])
+        gradient = kept
+    elif param is not None:
+        gradient = gradient * param.factor
+    (norm,) = torch._foreach_norm([gradient])
+    return norm
 
 
 def skip_step(weights: Sequence[Tensor]) -> None:

@@ -1,0 +1,189 @@
+"""Write docs/performance.md from the figures in docs/data, between its markers, and the figure of how updates grow.
+
+    python benchmarks/report.py [--check]
+
+`--check` changes nothing, and fails where the page is not that of the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, DATA, FIGURE = DOCS / "performance.md", DOCS / "data", DOCS / "growth.png"
+BANDWIDTHS = {"HBM3 of an H100": 3.35e12, "a link of 400 Gb/s": 50e9}  # bytes per second, by their makers
+
+
+def data(name: str) -> dict[str, Any]:
+    path = DATA / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    median, low, high = values
+    return f"{median:.3f} ({low:.3f} to {high:.3f})"
+
+
+def step() -> str:
+    parts = []
+    figures = data("step")
+    for model, rows in figures.get("models", {}).items():
+        shown = [
+            (name, f"{row['ms']:.2f}", spread(row["processor"]), spread(row["wall"]), row["goal"] or "")
+            for name, row in rows.items()
+        ]
+        head = (f"`{model}`", "ms of the wall", "ratio, processor's time", "ratio, wall", "goal")
+        rounds = next(iter(rows.values())).get("rounds", "")
+        parts.append(
+            table(head, shown) + f"\n\n{rounds} rounds, {figures['threads']} thread(s).".replace("\n\n rounds,", "")
+        )
+    left_out = [f"{name}: {reason}" for name, reason in figures.get("missing", {}).items()]
+    return "\n\n".join(parts + [f"Not measured: {'; '.join(left_out)}."] * bool(left_out))
+
+
+def growth() -> str:
+    figures = data("topk")
+    rows = [
+        (
+            f"{row['millions']:g}",
+            row["way"],
+            f"{row['seconds']:.4f}",
+            f"{1e3 * row['seconds'] / row['millions']:.1f}",
+            f"{row['memory']:.2f}",
+        )
+        for row in figures.get("rows", [])
+    ]
+    head = ("million weights", "a global mask at 90 %", "seconds", "ns per weight", "extra memory / weights")
+    return table(head, rows) + "\n\n![seconds of a global mask by the number of weights](growth.png)"
+
+
+def draw() -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = data("topk").get("rows", [])
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for way in dict.fromkeys(row["way"] for row in rows):
+        points = [(1e6 * row["millions"], row["seconds"]) for row in rows if row["way"] == way]
+        axes.loglog(*zip(*points, strict=True), marker="o", label=way)
+    axes.set(xlabel="weights", ylabel="seconds of the processor")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(FIGURE, dpi=120, metadata={"Software": None})
+
+
+def update() -> str:
+    rows = []
+    for name in ("update", "update85"):
+        figures = data(name)
+        for way, row in figures.items():
+            if isinstance(row, dict):
+                first, later = (f"{row[key]:.2f} ({row[key] / row['pass']:.1f})" for key in ("first", "later"))
+                rows.append((f"{figures['millions']:g}", way, first, later, f"{row['memory']:.2f}"))
+    return table(("million weights", "masks", "first, s (passes)", "later, s (passes)", "extra memory / weights"), rows)
+
+
+def sizes() -> str:
+    figures = data("costs")
+    goals = figures.get("goals", {})
+    rows = [
+        (
+            way,
+            f"{row['memory']:.2f}",
+            goals["memory"].get(way, ""),
+            f"{row['checkpoint']:.2f}",
+            goals["checkpoint"].get(way, ""),
+        )
+        for way, row in figures.get("sizes", {}).items()
+    ]
+    return table(("", "memory, bytes per weight", "goal", "checkpoint, bytes per weight", "goal"), rows)
+
+
+def times() -> str:
+    return table(("", ""), [(name, f"{value:.2f}") for name, value in data("costs").get("times", {}).items()])
+
+
+def plan() -> str:
+    """7 B weights on 64 GPUs, from the figures that are measured and from what makers say of memory and links."""
+    memory = {way: row["memory"] for way, row in data("costs").get("sizes", {}).items()}
+    each = 7e9 / 64
+    histogram = 67_000  # bytes of the histograms of a threshold, whatever the number of weights
+    hbm, link = BANDWIDTHS.values()
+    rows = [("weights per GPU", f"{each / 1e6:.0f} M")]
+    rows += [(f"{way}: bytes per GPU beside weights", f"{each * b / 1e9:.2f} GB") for way, b in memory.items() if b]
+    rows += [
+        ("a step, hard: bytes moved in memory (gradient in and out, mask)", f"{each * 9 / 1e9:.2f} GB"),
+        ("seconds of that at 3.35 TB/s", f"{each * 9 / hbm:.5f}"),
+        (
+            "an update, magnitude: bytes moved (two passes over weights, a mask, weights out)",
+            f"{each * 13 / 1e9:.2f} GB",
+        ),
+        ("seconds of that at 3.35 TB/s", f"{each * 13 / hbm:.5f}"),
+        ("an update: bytes between GPUs where histograms travel", f"{64 * histogram / 1e6:.1f} MB"),
+        ("an update: bytes to each GPU where weights are gathered, as now, three times", f"{3 * 7e9 * 4 / 1e9:.0f} GB"),
+        ("seconds of that at 400 Gb/s", f"{3 * 7e9 * 4 / link:.2f}"),
+    ]
+    return table(("7 B weights on 64 GPUs, float32", ""), rows)
+
+
+def gpu() -> str:
+    found = sorted(path for path in DATA.glob("gpu-*.json") if not json.loads(path.read_text())["tiny"])
+    if not found:
+        return "Not measured: it needs a GPU (`python benchmarks/gpu.py`, at most nine minutes)."
+    parts = []
+    for path in found:
+        figures = json.loads(path.read_text())
+        rows = [
+            (model, way, f"{row['ms']:.2f}", f"{row['ratio']:.3f} ({row['of'][0]:.3f} to {row['of'][1]:.3f})")
+            for model, ways in figures.get("step", {}).items()
+            for way, row in ways.items()
+        ]
+        parts.append(f"{figures['card']}, torch {figures['torch']}; all figures: [{path.name}](data/{path.name})")
+        parts.append(table(("a step in bf16", "", "ms", "ratio to dense"), rows))
+        rows = [
+            (name, f"{row['later']:.3f}", f"{row['memory']:.2f}") for name, row in figures.get("update", {}).items()
+        ]
+        parts.append(table(("an update", "seconds", "extra memory / weights"), rows))
+    return "\n\n".join(parts)
+
+
+PARTS: dict[str, Callable[[], str]] = {part.__name__: part for part in (step, growth, update, sizes, times, plan, gpu)}
+
+
+def written(page: str) -> str:
+    """The page with every part between its markers."""
+    for name, part in PARTS.items():
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        assert pattern.search(page), f"{PAGE.name} has no markers of {name}"
+        text = part()
+        page = pattern.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page)
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    page = PAGE.read_text()
+    new = written(page)
+    if arguments.check:
+        sys.exit(f"{PAGE.name} is not that of docs/data: python benchmarks/report.py" if new != page else 0)
+    PAGE.write_text(new)
+    draw()
+
+
+if __name__ == "__main__":
+    main()

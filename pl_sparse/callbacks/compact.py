@@ -1,0 +1,39 @@
+"""Smaller checkpoints of a training whose pruned weights never return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.core.compact import compacted
+
+__all__ = ["Compact"]
+
+
+class Compact(Callback):
+    """Saves of an optimizer's state what belongs to weights that are kept: at 90 % sparsity with Adam 0.9 bytes per
+    weight in place of 8. The `Sparsity` callback reads such a checkpoint, and the training goes on bit for bit.
+
+    Weights stay as they are, under the model's own names. Where pruned weights may return (`masking` other than hard,
+    `updater=dropgrow`, a schedule that falls), or the optimizer is none of torch's own, the state is saved whole.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if Sparsity.of(trainer).pruner.revives:
+            rank_zero_warn(
+                "Compact saves checkpoints whole: pruned weights may return in this training. Leave it out, or use "
+                "masking=hard with updater=prune"
+            )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        pruner = Sparsity.of(trainer).pruner
+        states = checkpoint.get("optimizer_states", [])
+        if pruner.revives or len(states) != len(trainer.optimizers):
+            return
+        checkpoint["optimizer_states"] = [
+            compacted(state, optimizer, pruner.masked)
+            for state, optimizer in zip(states, trainer.optimizers, strict=True)
+        ]

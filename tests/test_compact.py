@@ -1,0 +1,65 @@
+"""Checkpoints without what optimizers remember of pruned weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from pl_sparse import Sparsity
+from pl_sparse.callbacks import Compact
+from pl_sparse.schedule import Cubic
+from pl_sparse.tasks.classifier import Classifier
+from pl_sparse.tasks.data import Batches
+
+OPTIMIZERS = {
+    "adam": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1),
+    "amsgrad": lambda p: torch.optim.AdamW(p, 0.01, amsgrad=True),
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True),
+}
+
+
+def trained(optimizer: str, path: Path, compact: bool, resumed: bool = False, **options: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 10))
+    schedule = Cubic(final=0.9, begin=0.0, end=0.8, every=2)
+    callbacks: list[Callback] = [Sparsity(schedule=schedule, report=False, **options)]
+    callbacks += [Compact()] * compact + [ModelCheckpoint(path, "{epoch}", save_top_k=-1, enable_version_counter=False)]
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    generator = torch.Generator().manual_seed(1)
+    data = Batches(torch.randn(80, 1, 8, 8, generator=generator), torch.randint(10, (80,), generator=generator), 8)
+    trainer.fit(
+        Classifier(net, 10, OPTIMIZERS[optimizer]), data, data, ckpt_path=path / "epoch=0.ckpt" if resumed else None
+    )
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_training_is_the_uninterrupted_one(optimizer: str, tmp_path: Path) -> None:
+    whole = trained(optimizer, tmp_path / "whole", compact=False)
+    small = trained(optimizer, tmp_path / "small", compact=True)
+    resumed = trained(optimizer, tmp_path / "small", compact=True, resumed=True)
+    assert all(torch.equal(whole[name], small[name]) and torch.equal(whole[name], resumed[name]) for name in whole)
+    saved = torch.load(tmp_path / "small" / "epoch=0.ckpt", weights_only=True)["optimizer_states"][0]["state"][0]
+    sparsity = 1 - saved[next(key for key in saved if saved[key].dim() == 1 and key != "step")].numel() / (64 * 200)
+    assert 0.7 < sparsity < 0.9
+    sizes = [(tmp_path / name / "epoch=0.ckpt").stat().st_size for name in ("small", "whole")]
+    assert sizes[0] < 0.8 * sizes[1]
+
+
+def test_what_may_return_is_saved_whole(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Compact saves checkpoints whole"):
+        trained("adam", tmp_path / "x", compact=True, masking="ste")
+    saved = torch.load(tmp_path / "x" / "epoch=0.ckpt", weights_only=True)["optimizer_states"][0]["state"][0]
+    assert saved["exp_avg"].shape == saved["exp_avg_sq"].shape == (200, 64)
