@@ -3,6 +3,7 @@
 from pl_sparse.scorer.activations import RIA, Wanda
 from pl_sparse.scorer.at_init import SNIP, GraSP, SynFlow
 from pl_sparse.scorer.base import Scorer
+from pl_sparse.scorer.experts import REAP
 from pl_sparse.scorer.gradients import Gradient, Momentum, Taylor
 from pl_sparse.scorer.learned import HardConcrete, Movement, SoftMovement, SoftThreshold
 from pl_sparse.scorer.second_order import Fisher
@@ -10,6 +11,7 @@ from pl_sparse.scorer.ticket import Ticket
 from pl_sparse.scorer.weights import Magnitude, Random, Slimming
 
 __all__ = [
+    "REAP",
     "RIA",
     "SNIP",
     "Fisher",
