@@ -6,6 +6,7 @@ from pl_sparse.scorer.base import Scorer
 from pl_sparse.scorer.experts import REAP
 from pl_sparse.scorer.gradients import Gradient, Momentum, Taylor
 from pl_sparse.scorer.learned import HardConcrete, Movement, SoftMovement, SoftThreshold
+from pl_sparse.scorer.occurrence import Occurrence
 from pl_sparse.scorer.second_order import Fisher
 from pl_sparse.scorer.ticket import Ticket
 from pl_sparse.scorer.weights import Magnitude, Random, Slimming
@@ -21,6 +22,7 @@ __all__ = [
     "Magnitude",
     "Momentum",
     "Movement",
+    "Occurrence",
     "Random",
     "Scorer",
     "Slimming",

@@ -14,6 +14,7 @@ from pl_sparse.structure.names import structure
 from pl_sparse.structure.pattern import NM, Transposable
 from pl_sparse.structure.single import Row, Unstructured
 from pl_sparse.structure.transformer import Head, Hybrid
+from pl_sparse.structure.vocabulary import Vocabulary
 
 __all__ = [
     "NM",
@@ -29,6 +30,7 @@ __all__ = [
     "Structure",
     "Transposable",
     "Unstructured",
+    "Vocabulary",
     "living",
     "structure",
 ]
