@@ -48,8 +48,8 @@ class Vocabulary(Whole):
         alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
         if not alone and torch.distributed.get_world_size() > 1:
             raise ValueError(
-                "structure=vocabulary notes which tokens occur in this process, and others see other data: train in one "
-                "process"
+                "structure=vocabulary notes which tokens occur in this process, and others see other data: train in "
+                "one process"
             )
         tokens = tokens_of(model)
         path, table = tokens.table
