@@ -30,6 +30,7 @@ from pl_sparse.core.cut import Cut
 from pl_sparse.core.dtensor import local
 from pl_sparse.core.exposed import conceal
 from pl_sparse.core.group import Group
+from pl_sparse.core.layouts import Part
 from pl_sparse.core.masked_model import MaskedModel
 from pl_sparse.core.optimizers import begin_anew, clear_state, leaves_zeros, pace, skip_step
 from pl_sparse.core.parameter import MaskedParameter, zero_pruned
@@ -693,7 +694,10 @@ class Pruner(MaskedModel):
 
     def _look(self) -> None:
         """After masks changed: note layers that died, and see at the model's next call whether anything passes."""
-        dead = [param.name for param in self.params if param.kept == 0] if self.level < 1 else []
+        whole = {
+            p for group in self.groups for p, layout in group.members if isinstance(layout, Part)
+        }  # a network is left
+        dead = [p.name for p in self.params if p.kept == 0 and p not in whole] if self.level < 1 else []
         self.collapse.look(dead)
         self._unwatch()
         if dead and self.watches and self._model is not None:

@@ -75,8 +75,13 @@ def refuse_unreachable(units: Units, level: float, overrides: Sequence[float | N
         least, size = sum(leasts[i] for i in indices), sum(sizes[i] for i in indices)
         if (left := kept(sparsity, size)) < least:
             names = ", ".join(units.groups[i].name for i in indices if leasts[i])
+            reason = (
+                "there is no network with fewer (a router chooses so many experts of each layer)"
+                if any(units.groups[i].least for i in indices)
+                else "each of their parts is divided by its norm, and 0 / 0 is no number"
+            )
             raise ValueError(
-                f"a sparsity of {sparsity:g} keeps {left} of {size} weights, but {names} must keep {least}: each of "
-                "their parts is divided by its norm, and 0 / 0 is no number. Ask for a sparsity of "
+                f"a sparsity of {sparsity:g} keeps {left} of {size} weights, but {names} must keep {least}: {reason}. "
+                "Ask for a sparsity of "
                 f"{math.floor((1 - least / size) * 1e4) / 1e4:g} or less, or exclude them"
             )

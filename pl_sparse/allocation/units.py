@@ -117,7 +117,7 @@ class Units(LazyScores):
             seen = param.layout.view(scores)  # (out, in, *kernel)
             columns = unfed.reshape(1, -1, *(1,) * (seen.dim() - 2))
             scores = param.layout.restore(seen.masked_fill(columns, 0), scores.shape)
-        return self.structure.pool(layout.view(scores))
+        return layout.pooled(scores, self.structure.pool)
 
     def _unfed(self) -> dict[str, Tensor]:
         """By the name of a weight, which of its inputs take in a pruned unit, (in,)."""
@@ -136,7 +136,7 @@ class Units(LazyScores):
         """Which units of a group have a weight left, a bool tensor of the units' shape."""
         alive: Tensor | None = None
         for param, layout in self.groups[index].members:
-            mask = self.structure.alive(layout.view(param.fill(param.mask)))
+            mask = layout.pooled(param.fill(param.mask), self.structure.alive)
             alive = mask if alive is None else alive | mask
         assert alive is not None
         return alive
@@ -166,7 +166,8 @@ class Units(LazyScores):
     def least(self, index: int, sparsity: float, at_least: int = 0) -> int:
         """How many units of a group are kept whatever they score.
 
-        That is what the structure keeps below a sparsity of 1, and one of each slice that is divided by its norm.
+        That is what the structure keeps below a sparsity of 1, what the group keeps at any, and one of each slice that
+        is divided by its norm.
 
         Args:
             at_least: what else is kept of each group below a sparsity of 1.
@@ -174,7 +175,7 @@ class Units(LazyScores):
         size = self.sizes[index]
         kept = min(max(self.structure.least, at_least), size) if sparsity < 1 else 0
         slices = max(param.normalized_slices for param, _ in self.groups[index].members)
-        return max(kept, slices if self.weights[index] == 1 else min(slices, 1))
+        return max(kept, self.groups[index].least, slices if self.weights[index] == 1 else min(slices, 1))
 
     def leasts(self, sparsity: float, at_least: int = 0) -> list[int]:
         """`least` of each group."""

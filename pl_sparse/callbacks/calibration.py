@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -14,7 +16,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
 from pl_sparse.core.upstream import forgets_metrics, overridden, passed_on, training_loader
-from pl_sparse.network.hooks import undisturbed
+from pl_sparse.network.hooks import called, hooked, stand_ins, tensors, undisturbed
 from pl_sparse.network.probe import Probe
 
 __all__ = ["Calibration", "example_of", "first_batches", "network_of"]
@@ -111,19 +113,20 @@ class Calibration:
         batches: list[Any] = []
         for batch in islice(self._source, self.count * _TRIES):
             with undisturbed(self.module), torch.enable_grad():
-                if self._step(batch) is not None:
+                if self.step(batch) is not None:
                     batches.append(batch)
             if len(batches) == self.count:
                 break
         return batches
 
     def _loss(self, batch: Any) -> Tensor:
-        loss = self._step(batch)
+        loss = self.step(batch)
         if loss is None:
             raise ValueError("training_step returned a loss for a calibration batch at first, and then none")
         return loss
 
-    def _step(self, batch: Any) -> Tensor | None:
+    def step(self, batch: Any) -> Tensor | None:
+        """What `training_step` returns as loss for a batch, None if it returns none."""
         arguments = inspect.signature(self.module.training_step).parameters
         if "dataloader_iter" in arguments:
             raise ValueError("a training_step(dataloader_iter) cannot be called for calibration: take a batch instead")
@@ -141,8 +144,8 @@ class Calibration:
 def example_of(trainer: Trainer, module: LightningModule) -> Any:
     """Inputs that the module can be called with: its `example_input_array`, else the inputs of a training batch.
 
-    Of a batch (inputs, targets) these are the first part, of a dict the entries that `forward` names. Nothing random is
-    drawn from.
+    Of a batch (inputs, targets) these are the first part, of a dict the entries that `forward` names. Where the module
+    cannot be called with them, they are what its `training_step` calls it with. Nothing random is drawn from.
 
     Args:
         trainer: of a training that may not have started yet.
@@ -172,17 +175,60 @@ def example_of(trainer: Trainer, module: LightningModule) -> Any:
             example = {key: value for key, value in batch.items() if key in arguments}
         else:
             example = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if batch is not None and not _takes(module, _two(example, module.device)):
+            used = _used(trainer, module, batch)
+            example = example if used is None else used
     if example is None or (isinstance(example, Mapping) and not example):
         raise ValueError("no inputs to call the module with were found: give it an example_input_array")
     return _two(example, module.device)
 
 
+def _takes(module: LightningModule, example: Any) -> bool:
+    """Whether a module can be called with an example."""
+    try:
+        with stand_ins(module), torch.no_grad():
+            called(module, example)
+    except Exception:
+        return False
+    return not isinstance(example, Mapping) or bool(example)
+
+
+class _SeenError(Exception):
+    """What a module is called with is known: the step need not go on."""
+
+
+def _used(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """What `training_step` calls the module with for a batch, or None if it does not call it, or trains it itself."""
+    if not module.automatic_optimization:
+        return None
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _SeenError
+
+    with hooked([module], pre=see), undisturbed(module), suppress(_SeenError):
+        Calibration(trainer, module, 1).step(batch)
+    if not seen:
+        return None
+    args, kwargs = seen[0]
+    return inspect.signature(module.forward).bind(*args, **kwargs).arguments if kwargs else args
+
+
 def _two(value: Any, device: torch.device) -> Any:
-    """The first two samples of all tensors, on a device."""
+    """The first two samples of all tensors, on a device; all of them, where tensors are of different lengths."""
+    sizes = {len(tensor) for tensor in tensors(value) if tensor.dim()}
+    return _first(value, 2 if len(sizes) == 1 else None, device)
+
+
+def _first(value: Any, count: int | None, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value[:2].to(device)
+        return (value[:count] if value.dim() else value).to(device)
     if isinstance(value, Mapping):
-        return {key: _two(part, device) for key, part in value.items()}
+        return {key: _first(part, count, device) for key, part in value.items()}
     if isinstance(value, (tuple, list)):
-        return tuple(_two(part, device) for part in value)
+        return tuple(_first(part, count, device) for part in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return dataclasses.replace(value, **{name: _first(part, count, device) for name, part in parts.items()})
     return value

@@ -82,7 +82,7 @@ class Gate:
     @property
     def size(self) -> int:
         """How many weights a unit has."""
-        weights = sum(layout.shape_of(param.former).numel() for param, layout in self.members)
+        weights = sum(layout.numel_of(param.former) for param, layout in self.members)
         return weights // self.value.numel()
 
     def spread(self, units: Tensor, param: MaskedParameter, layout: Layout) -> Tensor:

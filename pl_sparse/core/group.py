@@ -26,6 +26,7 @@ class Group:
             here). What takes in a pruned unit has no say in scores.
         reason: why none of the units can be pruned, or None.
         gate: what is learned of the units, or None.
+        least: how many units are kept at any sparsity, as there is no network with fewer.
     """
 
     name: str
@@ -34,11 +35,12 @@ class Group:
     consumers: tuple[tuple[MaskedParameter, Tensor], ...] = ()
     reason: str | None = None
     gate: Gate | None = None
+    least: int = 0
 
     @property
     def numel(self) -> int:
         """How many weights the units have together, before any of them was removed from the model."""
-        return sum(layout.shape_of(param.former).numel() for param, layout in self.members)
+        return sum(layout.numel_of(param.former) for param, layout in self.members)
 
     @property
     def shape(self) -> torch.Size:

@@ -7,13 +7,26 @@ group, beside others that belong to other groups.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Along", "Blocks", "Heads", "InputsFirst", "Layout", "Matrices", "Plain", "Rows", "Unoriented", "Whole"]
+__all__ = [
+    "Along",
+    "Blocks",
+    "Heads",
+    "InputsFirst",
+    "Layout",
+    "Matrices",
+    "Part",
+    "Plain",
+    "Rows",
+    "Unoriented",
+    "Whole",
+]
 
 
 class Layout(ABC):
@@ -45,6 +58,14 @@ class Layout(ABC):
         torch.Size([7, 5])
         """
         return self.view(torch.empty(shape, device="meta")).shape
+
+    def numel_of(self, shape: torch.Size) -> int:
+        """How many elements of a tensor of this shape belong to the units."""
+        return self.shape_of(shape).numel()
+
+    def pooled(self, tensor: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `pool` makes of the tensor as this layout sees it, (units,)."""
+        return pool(self.view(tensor))
 
 
 class Whole(Layout):
@@ -212,3 +233,36 @@ class Rows(Layout):
         index = torch.tensor(self.rows, device=tensor.device)  # (units, outputs of a unit)
         seen[index] = viewed.reshape(*index.shape, *seen.shape[1:])
         return self.whole.restore(seen, tensor.shape)
+
+
+@dataclass(frozen=True)
+class Part(Layout):
+    """A tensor that belongs to one unit as a whole: (units, weights of it), zero in the rows of the others.
+
+    Args:
+        unit: the one.
+        units: how many the group has.
+    """
+
+    unit: int
+    units: int
+
+    def view(self, tensor: Tensor) -> Tensor:
+        row = tensor.reshape(1, -1)
+        return torch.cat(
+            [
+                row.new_zeros(self.unit, 1).expand(-1, row.shape[1]),
+                row,
+                row.new_zeros(self.units - self.unit - 1, 1).expand(-1, row.shape[1]),
+            ]
+        )
+
+    def write(self, tensor: Tensor, viewed: Tensor) -> Tensor:
+        return viewed[self.unit].reshape(tensor.shape)
+
+    def numel_of(self, shape: torch.Size) -> int:
+        return shape.numel()
+
+    def pooled(self, tensor: Tensor, pool: Callable[[Tensor], Tensor]) -> Tensor:
+        own = pool(tensor.reshape(1, -1))  # the rows of zeros need not be made
+        return own.new_zeros(self.units).index_copy(0, torch.tensor([self.unit], device=own.device), own)

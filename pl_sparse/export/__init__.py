@@ -14,6 +14,7 @@ from pl_sparse.export.semi_structured import SemiStructured, load_semi_structure
 from pl_sparse.export.tensorrt import TensorRT, two_four
 from pl_sparse.surgery.saved import load_shrunk, save_shrunk
 from pl_sparse.surgery.shrink import Removal, shrink
+from pl_sparse.surgery.vocabulary import TokenMap, shrink_vocabulary
 
 Shrunk = Removal
 """The name of `Removal` until version 0.1, for one more release."""
@@ -34,6 +35,7 @@ __all__ = [
     "SemiStructured",
     "Shrunk",
     "TensorRT",
+    "TokenMap",
     "TorchExport",
     "from_pretrained",
     "load_compressed",
@@ -44,6 +46,7 @@ __all__ = [
     "save_pretrained",
     "save_shrunk",
     "shrink",
+    "shrink_vocabulary",
     "to_csr",
     "to_semi_structured",
     "two_four",

@@ -136,10 +136,10 @@ class Masking(Axis, ABC):
                 f"masking={name_of(self)} applies what scorer={self.rests_on.__name__.lower()} learns, not "
                 f"scorer={name_of(axes.scorer)}: use masking=auto"
             )
-        if self.transforms and axes.structure.needs_example:
+        if self.transforms and axes.structure.joins:
             return (
-                f"masking={name_of(self)} learns for each layer on its own which channels it keeps, so that joined "
-                "ones cannot be pruned together: use structure=channel with coupled=false"
+                f"masking={name_of(self)} learns for each layer on its own what it keeps, so that what is joined "
+                "through several cannot be pruned together: use structure=channel with coupled=false"
             )
         return None
 

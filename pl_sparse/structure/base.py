@@ -133,6 +133,11 @@ class Structure(Axis, ABC):
         return False
 
     @property
+    def joins(self) -> bool:
+        """Whether what is not counted (biases, norms, rows of a router) goes with the units of several layers."""
+        return self.needs_example
+
+    @property
     def fixed(self) -> float | None:
         """The sparsity that the pattern itself prescribes (N:M), or None."""
         return None

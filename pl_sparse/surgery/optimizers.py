@@ -56,5 +56,12 @@ def shrink_optimizers(optimizers: Sequence[Optimizer], model: nn.Module, plan: R
     def cut_all() -> None:
         for state, key, cut in cuts:
             state[key] = cut.take(state[key])
+        left = {id(parameter) for parameter in model.parameters()}
+        gone = names.keys() - left  # of modules that are gone
+        for optimizer in optimizers if gone else ():
+            for group in optimizer.param_groups:
+                for parameter in [each for each in group["params"] if id(each) in gone]:
+                    optimizer.state.pop(parameter, None)
+                group["params"] = [each for each in group["params"] if id(each) not in gone]
 
     return cut_all

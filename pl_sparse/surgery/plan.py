@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,9 @@ from pl_sparse.network.layers import (
 )
 from pl_sparse.network.units import Coupling
 from pl_sparse.surgery.heads import FewerHeads, head_indices
+from pl_sparse.surgery.modules import Former, attribute, former_index, former_name, set_attribute, take_out
 
-__all__ = ["RemovalPlan", "named_tensors"]
+__all__ = ["RemovalPlan", "changed_attributes", "named_tensors"]
 
 Indices = dict[str, dict[int, set[int]]]
 """What goes, by the name of a tensor and dimension."""
@@ -38,14 +39,29 @@ class RemovalPlan:
 
     Attributes:
         tensors: by the name of a parameter or buffer.
-        layers: by the name of a layer, attributes with the value before and after.
+        layers: by the name of a layer, attributes with the value before and after; "config.key" is of its config.
+        lists: by the name of a ModuleList or Sequential, the indices of the modules that leave it.
+        skipped: the names of modules whose place one takes that returns its input.
     """
 
     tensors: dict[str, Cut] = field(default_factory=dict)
     layers: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    lists: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    _former: dict[int, list[Former]] = field(default_factory=dict, repr=False, compare=False)
 
     def __bool__(self) -> bool:
-        return bool(self.tensors)
+        return bool(self.tensors or self.lists or self.skipped)
+
+    def beside(self, other: RemovalPlan) -> RemovalPlan:
+        """This plan and one of the same model as one."""
+        tensors = dict(self.tensors)
+        for name, cut in other.tensors.items():
+            mine = tensors[name].removed if name in tensors else {}
+            both = {dim: {*mine.get(dim, ()), *cut.removed.get(dim, ())} for dim in {*mine, *cut.removed}}
+            tensors[name] = Cut(cut.shape, {dim: tuple(sorted(gone)) for dim, gone in sorted(both.items())})
+        lists = {**self.lists, **other.lists}
+        return RemovalPlan(tensors, _merged(self.layers, other.layers), lists, (*self.skipped, *other.skipped))
 
     @classmethod
     def of(
@@ -82,14 +98,20 @@ class RemovalPlan:
             for name, dim in attention.tables(module) if "tables" in more else ():
                 indices[_full(path, name)][dim] |= set(gone)
         tensors = _cuts(model, indices)
-        return cls(tensors, _merged(_changed_attributes(model, tensors), layers))
+        return cls(tensors, _merged(changed_attributes(model, tensors), layers))
 
     @torch.no_grad()
-    def apply(self, model: nn.Module, prefix: str = "") -> None:
+    def apply(
+        self,
+        model: nn.Module,
+        prefix: str = "",
+        take: Callable[[Tensor, Cut], Tensor] = lambda tensor, cut: cut.take(tensor.detach()),
+    ) -> None:
         """Take it out of a model, in place: parameters stay the objects that they are, with less in them.
 
         Args:
             prefix: what the names of the model's tensors have before them that the plan's lack.
+            take: what is left of a tensor.
 
         Raises:
             ValueError: the model is another one; nothing has changed then.
@@ -105,16 +127,18 @@ class RemovalPlan:
                 )
         for path, changes in self.layers.items():
             for key, (before, _) in changes.items():
-                value = getattr(model.get_submodule(prefix + path), key)
+                value = attribute(model.get_submodule(prefix + path), key)
                 if value != before:
                     raise ValueError(f"the plan is of another model: {path}.{key} is {value} there, not {before}")
         for name, cut in self.tensors.items():
             tensor = tensors[prefix + name]
             grad, tensor.grad = tensor.grad, None
-            replace_data(tensor, cut.take(tensor.detach()))
+            replace_data(tensor, take(tensor, cut))
             if grad is not None:
                 tensor.grad = cut.take(grad)
         self._set_attributes(model, prefix, after=True)
+        if self.lists or self.skipped:
+            self._former[id(model)] = take_out(model, prefix, self.lists, self.skipped)
 
     @torch.no_grad()
     def undo(self, model: nn.Module, prefix: str = "") -> None:
@@ -123,6 +147,8 @@ class RemovalPlan:
         Args:
             prefix: as in `apply`.
         """
+        for module, key, value in reversed(self._former.pop(id(model), [])):
+            vars(module)[key] = value
         tensors = named_tensors(model)
         for name, cut in self.tensors.items():
             tensor = tensors[prefix + name]
@@ -135,7 +161,7 @@ class RemovalPlan:
         for path, changes in self.layers.items():
             module: Any = model.get_submodule(prefix + path)
             for key, values in changes.items():
-                setattr(module, key, values[after])
+                set_attribute(model, module, key, values[after])
                 if isinstance(module, nn.MultiheadAttention):
                     FewerHeads.suit(module)
             if isinstance(module, nn.RNNBase):
@@ -143,6 +169,8 @@ class RemovalPlan:
 
     def then(self, later: RemovalPlan) -> RemovalPlan:
         """This plan and one of the model that it leaves, as one."""
+        if self.lists:
+            later = later.renamed(lambda name: former_name(name, self.lists))
         tensors = dict(self.tensors)
         for name, cut in later.tensors.items():
             tensors[name] = tensors[name].then(cut) if name in tensors else cut
@@ -151,13 +179,22 @@ class RemovalPlan:
             for key, (before, after) in changes.items():
                 first = layers.setdefault(path, {}).get(key, (before, after))[0]
                 layers[path][key] = (first, after)
-        return RemovalPlan(tensors, layers)
+        lists = dict(self.lists)
+        for path, gone in later.lists.items():
+            lists[path] = tuple(sorted({*lists.get(path, ()), *(former_index(lists.get(path, ()), i) for i in gone)}))
+        return RemovalPlan(tensors, layers, lists, (*self.skipped, *later.skipped))
 
     def below(self, prefix: str) -> RemovalPlan:
         """The plan of a part of the model, whose names lack the prefix."""
+        return self.renamed(lambda name: name.removeprefix(prefix))
+
+    def renamed(self, name_of: Callable[[str], str]) -> RemovalPlan:
+        """The plan with other names of tensors and modules."""
         return RemovalPlan(
-            {name.removeprefix(prefix): cut for name, cut in self.tensors.items()},
-            {path.removeprefix(prefix): changes for path, changes in self.layers.items()},
+            {name_of(name): cut for name, cut in self.tensors.items()},
+            {name_of(path): changes for path, changes in self.layers.items()},
+            {name_of(path): gone for path, gone in self.lists.items()},
+            tuple(map(name_of, self.skipped)),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,6 +207,8 @@ class RemovalPlan:
             "layers": {
                 path: {key: list(values) for key, values in changes.items()} for path, changes in self.layers.items()
             },
+            **({"lists": {path: list(gone) for path, gone in self.lists.items()}} if self.lists else {}),
+            **({"skipped": list(self.skipped)} if self.skipped else {}),
         }
 
     @classmethod
@@ -186,6 +225,8 @@ class RemovalPlan:
                 path: {key: (int(before), int(after)) for key, (before, after) in changes.items()}
                 for path, changes in state["layers"].items()
             },
+            {path: tuple(gone) for path, gone in state.get("lists", {}).items()},
+            tuple(state.get("skipped", ())),
         )
 
 
@@ -268,7 +309,7 @@ def _cuts(model: nn.Module, indices: Indices) -> dict[str, Cut]:
     return cuts
 
 
-def _changed_attributes(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[str, dict[str, tuple[int, int]]]:
+def changed_attributes(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[str, dict[str, tuple[int, int]]]:
     """The attributes that cuts change, before and after, by the path of each layer that loses something."""
     layers = {}
     for path in dict.fromkeys(name.rpartition(".")[0] for name in cuts):

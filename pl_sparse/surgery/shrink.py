@@ -18,6 +18,7 @@ from pl_sparse.surgery.constants import Fold, folds_of, is_silent, read_inputs
 from pl_sparse.surgery.optimizers import shrink_optimizers
 from pl_sparse.surgery.plan import RemovalPlan
 from pl_sparse.surgery.trial import couplings, difference
+from pl_sparse.surgery.whole import is_within, whole
 
 __all__ = ["Removal", "dead", "shrink"]
 
@@ -49,16 +50,18 @@ def shrink(
     optimizers: Sequence[Optimizer] = (),
     multiple: int = 1,
 ) -> Removal:
-    """Take all channels and heads that are masked out of a model, in place.
+    """Take all channels, heads, experts and blocks that are masked out of a model, in place.
 
     A channel goes if its weights are zero in all layers that it comes out of, through residual joins, concatenations,
     grouped and depthwise convolutions, norms of channels, and flattening. If it is not silent but emits a constant (a
     bias, the shift of a norm), the constant is added to the bias of the layers that read it, where that is exact:
     linear layers, and convolutions without padding. A head goes if it adds nothing to the output: of
     `nn.MultiheadAttention`, and of other attention layers whose heads are known (`structure.Head`). Each layer keeps
-    at least one channel or head. The outputs are compared with those of the masked model, in evaluation mode, before
-    anything is removed for good: what would change them by more than 1e-5 (relative to the largest output, if that is
-    above 1) stays, and is named in the result.
+    at least one channel or head. An expert goes with its row of the router if all of its weights are masked
+    (`structure.Expert`), a module of a ModuleList or Sequential if it hands its input on (`structure.Layer`). The
+    outputs are compared with those of the masked model, in evaluation mode, before anything is removed for good: what
+    would change them by more than 1e-5 (relative to the largest output, if that is above 1) stays, and is named in the
+    result.
 
     Parameters stay the same objects, with less in them, so that optimizers go on training them; a Pruner follows by
     `pruner.shrink(result.plan.tensors)`.
@@ -78,16 +81,24 @@ def shrink(
             changed then.
     """
     before = sum(parameter.numel() for parameter in model.parameters())
+    parts, stays = whole(model, example, masks)
     coupled = couplings(model, example)
-    masked = [(coupling, _rounded(coupling, units, multiple)) for coupling, units in dead(model, coupled, masks)]
+    masked = [
+        (coupling, _rounded(coupling, units, multiple))
+        for coupling, units in dead(model, coupled, masks)
+        if not any(is_within(port.path, parts, model) for port in coupling.sources(model))
+    ]
     candidates, left = _candidates(model, example, coupled, masked)
-    plan, folds, refused = _tried(model, example, candidates, _removable_heads(model, masks))
+    heads = {p: units for p, units in _removable_heads(model, masks).items() if not is_within(p, parts, model)}
+    plan, folds, refused = _tried(model, example, candidates, heads, parts)
     cut_states = shrink_optimizers(optimizers, model, plan)
     for fold in folds:
         fold.apply(model)
     plan.apply(model)
     cut_states()
-    return Removal(plan, {**left, **refused}, before, sum(parameter.numel() for parameter in model.parameters()))
+    return Removal(
+        plan, {**stays, **left, **refused}, before, sum(parameter.numel() for parameter in model.parameters())
+    )
 
 
 def dead(
@@ -202,14 +213,19 @@ def _removable_heads(model: nn.Module, masks: Mapping[str, Tensor] | None) -> di
 
 
 def _tried(
-    model: nn.Module, example: Any, candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]
+    model: nn.Module,
+    example: Any,
+    candidates: Sequence[_Candidate],
+    heads: Mapping[str, list[int]],
+    parts: RemovalPlan,
 ) -> tuple[RemovalPlan, list[Fold], dict[str, str]]:
     """The plan of what can go, as trials on the model show, the constants to fold, and by layer why others stay."""
     within: dict[str, tuple[str, ...]] = {}
     errors: list[Exception] = []
 
     def planned(candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]) -> RemovalPlan:
-        return RemovalPlan.of(model, [(each.coupling, each.units) for each in candidates], heads, within)
+        units = [(each.coupling, each.units) for each in candidates]
+        return RemovalPlan.of(model, units, heads, within).beside(parts)
 
     def passes(candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]) -> bool:
         def remove(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from pl_sparse.network.layers import held, own_tensors
 from pl_sparse.network.units import Coupling, Port
 from pl_sparse.surgery.heads import FewerHeads
 from pl_sparse.surgery.plan import RemovalPlan, named_tensors
+from pl_sparse.surgery.random_weights import RandomWeights
 
-__all__ = ["couplings", "difference"]
+__all__ = ["changed_by", "couplings", "difference"]
 
 _TOLERANCE = 1e-4
 _FAILED = "a trial showed that its channels depend on each other in ways that cannot be followed"
@@ -100,26 +102,29 @@ def _trial(model: nn.Module) -> Iterator[None]:
 def _fails(model: nn.Module, example: Any, removable: Sequence[Coupling]) -> str | None:
     """Why every third unit cannot be removed, where it is zero, without a change of the outputs; None if it can."""
     removed = [(coupling, range(0, coupling.units, 3)) for coupling in removable]
-    with _trial(model):
-        _randomize(model)
+    with _trial(model), RandomWeights() as weights:
+        _randomize(model, weights)
         for coupling, units in removed:
             for port in coupling.ports:
-                _silence(model.get_submodule(port.path), port, [p for unit in units for p in port.places[unit]])
+                places = [place for unit in units for place in port.places[unit]]
+                _silence(model.get_submodule(port.path), port, places, weights)
+        errors: list[Exception] = []
         try:
             plan = RemovalPlan.of(model, removed)
+            if changed_by(model, example, partial(plan.apply, take=weights.cut), errors) <= _TOLERANCE:
+                return None
         except Exception as error:  # of a layer that is other than it looks
             return f"{_FAILED} ({short(error)})"
-        errors: list[Exception] = []
-        if _difference(model, example, plan.apply, errors) <= _TOLERANCE:
-            return None
         return f"{_UNCALLED} ({short(errors[0])})" if errors else _FAILED
 
 
-def _randomize(model: nn.Module) -> None:
+def _randomize(model: nn.Module, weights: RandomWeights) -> None:
     """Give all tensors random values, always the same ones, at which no channel is zero by chance."""
     torch.manual_seed(0)
     for tensor in named_tensors(model).values():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.dim() > 1 and isinstance(tensor, nn.Parameter) and tensor.numel():
+            weights.randomize(tensor)
+        elif tensor.is_floating_point():
             fan = tensor[0].numel() if tensor.dim() > 1 else 4
             tensor.data = torch.randn_like(tensor) * fan**-0.5
     for module in model.modules():
@@ -127,13 +132,14 @@ def _randomize(model: nn.Module) -> None:
             module.running_var.data = module.running_var.abs() + 0.5
 
 
-def _silence(module: nn.Module, port: Port, channels: Sequence[int]) -> None:
+def _silence(module: nn.Module, port: Port, channels: Sequence[int], weights: RandomWeights) -> None:
     """Make channels of a layer zero: weights, biases, scales and shifts.
 
     Args:
         module: the layer.
         port: an end of it; where channels are taken in, or multiplied, nothing is done.
         channels: their places there.
+        weights: those that are made when they are read.
     """
     if port.side not in ("out", "shift") or isinstance(module, nn.PReLU):
         return
@@ -141,8 +147,10 @@ def _silence(module: nn.Module, port: Port, channels: Sequence[int]) -> None:
     for each in held(module, port.end):
         tensor = tensors[each.name]
         if isinstance(tensor, nn.Parameter):
-            index = torch.tensor(each.indices(channels), device=tensor.device)
-            tensor.data = tensor.index_fill(each.dim, index, 0)
+            indices = each.indices(channels)
+            if not weights.silence(tensor, each.dim, indices):
+                index = torch.tensor(indices, device=tensor.device)
+                tensor.data = tensor.index_fill(each.dim, index, 0)
 
 
 def difference(
@@ -161,10 +169,10 @@ def difference(
         The largest difference; infinity if the changed model cannot be called, or its outputs have another shape.
     """
     with _trial(model):
-        return _difference(model, example, change, errors)
+        return changed_by(model, example, change, errors)
 
 
-def _difference(
+def changed_by(
     model: nn.Module, example: Any, change: Callable[[nn.Module], None], errors: list[Exception] | None
 ) -> float:
     """The same of a model that may be changed for good."""
