@@ -98,7 +98,7 @@ bench: $(PEERS)/.installed ## Measure what masks cost beside other libraries, in
 	$(PEERS)/bin/python benchmarks/update.py --millions 85 --only global uniform --json docs/data/update85.json
 	$(PEERS)/bin/python benchmarks/report.py
 
-bench-exports: $(PEERS)/.installed ## Measure what zeros pay: audits, exported models, predicted latency, shrinking
+bench-exports: $(PEERS)/.installed ## Measure what is gained from zeros: audits, exported models, predicted latency, shrinking
 	@for script in audit export latency shrink; do echo "== $$script"; $(PEERS)/bin/python benchmarks/$$script.py || exit 1; done
 
 reproduce: install ## Run the published experiments (resumable) and write docs/reproductions.md

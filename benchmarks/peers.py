@@ -31,7 +31,7 @@ LIBRARIES = {
 }
 """What is imported of each; torch.nn.utils.prune and Lightning's ModelPruning are always there."""
 
-NO_MASKS = {"Torch-Pruning": "removes channels, and has no masks that training goes on with"}
+NO_MASKS = {"Torch-Pruning": "removes channels, and has no masks that training continues with"}
 
 
 def missing(name: str) -> str | None:

@@ -153,7 +153,7 @@ def main() -> None:
             for name in variants[turn % len(variants) :] + variants[: turn % len(variants)]:
                 times[name].append(run(model, name, steps))
         title = f"{model}, {torch.get_num_threads()} threads, {arguments.rounds} x {steps} steps"
-        table = Table("variant", "ms a step", "ratio to dense", "of the processor's time", "goal", title=title)
+        table = Table("variant", "ms per step", "ratio to dense", "of the processor's time", "goal", title=title)
         rows = figures["models"][model] = {}
         for name in variants:
             wall, processor = (

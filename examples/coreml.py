@@ -4,7 +4,7 @@ A sparse network for Core ML
 
 Core ML keeps a bit per weight and the float16 values that are not zero. coremltools converts on Linux; the package is
 read back and compared with the network weight by weight, as predictions need an Apple device. Needs the extra
-``coreml``; without it the example says so and ends.
+``coreml``; without it the example ends with a line that names the extra.
 """
 
 from importlib.util import find_spec

@@ -142,7 +142,7 @@ class Recorder(Callback):
 
 
 def grown(folder: Path, seed: int, most: int = 64, ckpt_path: Path | None = None) -> Recorder:
-    """RigL for 3 steps an epoch, an update in each."""
+    """RigL for 3 steps per epoch, an update in each."""
     recorder, module = Recorder(folder), Normed(seed)
     module.net[3].p = 0.0
     schedule = Constant(final=0.5, end=0.9, every=1)

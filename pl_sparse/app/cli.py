@@ -38,7 +38,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("pl_sparse.integrations.wandb_report:main", "build a Weights & Biases report of runs"),
     "show": ("pl_sparse.results.inspection:show", "show settings, figures and layers of a run, and draw its masks"),
     "compare": ("pl_sparse.results.inspection:compare", "compare settings, figures and masks of two runs"),
-    "overlap": ("pl_sparse.results.overlap:main", "show how masks changed over a run, and how alike those of two runs are"),
+    "overlap": (
+        "pl_sparse.results.overlap:main",
+        "show how masks changed over a run, and how alike those of two runs are",
+    ),
     "doctor": ("pl_sparse.app.doctor:main", "show versions, extras, devices, and which hardware targets work"),
     "export": ("pl_sparse.app.export_command:export", "write the model of a finished run in other formats"),
     "bench": (
