@@ -52,7 +52,7 @@ format.write(converted, example, file)
 run = format.open(file, converted)
 data.setup("test")
 right = sum(int((run(x).argmax(1) == y).sum()) for x, y in data.test_dataloader()) / 360
-whole = integers(file)
+whole = integers(converted, module.net)
 zeros = {name: float((value == 0).float().mean()) for name, value in whole.items()}
 quantization.release()
 Compressed().write(module.net.eval(), example, folder / "model.safetensors.zst")
