@@ -24,7 +24,7 @@ def picture(theme: Theme) -> plt.Figure:
                 arrowprops={"arrowstyle": "->", "color": theme.soft, "shrinkA": 9, "shrinkB": 9},
             )  # fmt: skip
         axes.scatter(point["ms"], point["accuracy"], s=90, color=theme.lines[0] if index else theme.soft, zorder=3)
-        times = f"{dense['ms'] / point['ms']:.1f}x faster, " if index else ""
+        times = f"{point['speedup']:.1f}x faster, " if index else ""
         above = index == 1  # the two of ours are side by side
         axes.annotate(
             f"{point['name']}\n{times}{point['kB']:,.0f} kB", (point["ms"], point["accuracy"]),
