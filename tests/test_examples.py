@@ -36,6 +36,7 @@ def test_each_is_a_page(path: Path) -> None:
     assert line == "=" * len(title) and not empty and len(" ".join(rest)) > 80
 
 
+@pytest.mark.slow
 def test_own_scorer(ran: Any) -> None:
     names = ran("own_scorer")
     (magnitude, empty), (own, fewer) = names["results"].values()
@@ -51,6 +52,7 @@ def test_rigl_from_scratch(ran: Any) -> None:
     assert kept == pytest.approx(0.02, abs=1e-3) and used > 1.5 * kept
 
 
+@pytest.mark.slow
 def test_lottery_ticket(ran: Any) -> None:
     names = ran("lottery_ticket")
     ticket, control = names["ticket"], names["control"]
@@ -67,6 +69,7 @@ def test_two_four_tensorrt(ran: Any) -> None:
         assert ((layer.weight.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
 
 
+@pytest.mark.slow
 def test_lstm_forecaster(ran: Any) -> None:
     names = ran("lstm_forecaster")
     assert names["sizes"] == [(24, 1), (24, 24)] and names["net"].lstm.hidden_size == 24
