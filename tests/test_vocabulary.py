@@ -1,5 +1,6 @@
 """Tokens that never occur leave the table, and what is computed of the others stays."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ def trained(net: Language, **options: Any) -> Sparsity:
         enable_progress_bar=False, enable_model_summary=False,
     ).fit(net, DataLoader(list(ids), batch_size=None))  # fmt: skip
     return callback
+
+
+def test_a_model_whose_tokens_were_noted_is_pickled() -> None:
+    net = Language(True)
+    pruner = Pruner(scorer="occurrence", schedule=OneShot(final=1.0, begin=1.0), structure="vocabulary")
+    pruner.attach(net)
+    pruner.prepare(4)
+    ids = torch.tensor([OCCUR])
+    net.train()(ids)
+    assert pruner.params[0].state["seen"].nonzero().flatten().tolist() == sorted({*OCCUR, 1})
+    again = pickle.loads(pickle.dumps(net))
+    torch.testing.assert_close(again.eval()(ids), net.eval()(ids))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,6 +16,11 @@ from pl_sparse.scorer.base import Scorer
 from pl_sparse.structure import Structure, Vocabulary
 
 __all__ = ["Occurrence"]
+
+
+def _note(param: MaskedParameter, table: nn.Module, args: Any) -> None:
+    if table.training and table is param.module:
+        param.state["seen"].index_fill_(0, args[0].reshape(-1).to(param.state["seen"].device), True)
 
 
 @register
@@ -35,12 +41,7 @@ class Occurrence(Scorer):
     def start(self, groups: Sequence[Group], structure: Structure) -> None:
         for group in groups:
             param, _ = group.members[0]
-
-            def note(table: nn.Module, args: Any, param: MaskedParameter = param) -> None:
-                if table.training and table is param.module:
-                    param.state["seen"].index_fill_(0, args[0].reshape(-1).to(param.state["seen"].device), True)
-
-            param.module.register_forward_pre_hook(note)
+            param.module.register_forward_pre_hook(partial(_note, param))
 
     def score(self, param: MaskedParameter) -> Tensor:
         return param.state["seen"].to(param.values).unsqueeze(1).expand(param.shape)
