@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
+from training import quiet_trainer
 
 from pl_sparse import Sparsity
 from pl_sparse.core.files import write_json
@@ -59,14 +60,9 @@ def run(model: str, samples: int, rounds: int) -> tuple[float, float]:
     train, val = (Batches(torch.randn(n, 1, 28, 28), torch.randint(10, (n,)), 128) for n in (256, samples))
     timed = Timed()
     callbacks: list[Callback] = [timed]
-    trainer = Trainer(
+    trainer = quiet_trainer(
         max_epochs=rounds + 1,
-        accelerator="cpu",
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
     )
     trainer.fit(Classifier(net, 10, lambda groups: torch.optim.SGD(groups, 0.1)), train, val)

@@ -25,6 +25,7 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from training import quiet_trainer
 
 from pl_sparse import Sparsity
 from pl_sparse.callbacks import Compact
@@ -63,14 +64,9 @@ def trained(way: str, millions: float) -> tuple[Trainer, Sparsity | None, int]:
         )
     if "compact" in way:
         callbacks.append(Compact())
-    trainer = Trainer(
+    trainer = quiet_trainer(
         max_epochs=1,
-        accelerator="cpu",
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     data = Batches(torch.randn(16, 1, 32, 32), torch.randint(10, (16,)), 4)
     trainer.fit(Classifier(net, 10, lambda groups: torch.optim.Adam(groups, 1e-3)), data)

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from rich.console import Console
 from rich.table import Table
+from training import quiet_trainer
 
 from pl_sparse import Sparsity
 from pl_sparse.callbacks import Shrink
@@ -53,14 +54,9 @@ def run(train: Images, test: Images, epochs: int, seed: int, shrinking: bool) ->
     schedule = Linear(final=0.5, begin=0.0, end=0.5, every=max(len(train[0]) // 128 // 2, 1))
     sparsity = Sparsity(schedule=schedule, structure=Channel(coupled=True), allocation="uniform", report=False)
     clock = Clock()
-    trainer = Trainer(
+    trainer = quiet_trainer(
         max_epochs=epochs,
-        accelerator="cpu",
         callbacks=[clock, sparsity, *([Shrink(every=1)] if shrinking else [])],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     start = time.perf_counter()
     module = Classifier(net, 10, lambda groups: torch.optim.Adam(groups, 1e-3))

@@ -15,12 +15,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from training import quiet_trainer
 
 from pl_sparse import Pruner, Sparsity
 from pl_sparse.schedule import Cubic
@@ -82,13 +83,8 @@ def resumes(count: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = None
         for number in range(count):
-            trainer = Trainer(
+            trainer = quiet_trainer(
                 max_epochs=number + 1,
-                accelerator="cpu",
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
                 callbacks=[Sparsity(sparsity=0.9, report=False)],
             )
             trainer.fit(Module(), data, ckpt_path=path)

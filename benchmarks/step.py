@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from peers import MASKED, SPARSITY, missing, sgd
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import quiet_trainer
 
 from pl_sparse import Sparsity
 from pl_sparse.core.files import write_json
@@ -112,14 +113,9 @@ def run(model: str, variant: str, steps: int) -> tuple[float, float]:
     elif (options := VARIANTS[variant]) is not None:
         schedule = Constant(final=SPARSITY, every=10**6)
         callbacks.append(Sparsity(schedule=schedule, allocation="uniform", report=False, **options))
-    trainer = Trainer(
+    trainer = quiet_trainer(
         max_epochs=1,
-        accelerator="cpu",
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(Classifier(net, 10, optimizer), data)
     return clock.steps(clock.times), clock.steps(clock.processor)
