@@ -52,30 +52,27 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def pretrained(folder: Path, config: str, model: str, layers: int) -> Path:
+    """A model of random weights with a tokenizer of a few words."""
+    transformers = pytest.importorskip("transformers")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
+    made = getattr(transformers, config)(vocab_size=5 + len(WORDS), max_position_embeddings=32, **sizes)
+    torch.manual_seed(0)
+    getattr(transformers, model)(made).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of random weights with a tokenizer of a few words."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("bert")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.BertConfig(vocab_size=5 + len(WORDS), max_position_embeddings=32, **sizes)
-    torch.manual_seed(0)
-    transformers.BertForQuestionAnswering(config).save_pretrained(folder)
-    return folder
+    return pretrained(tmp_path_factory.mktemp("bert"), "BertConfig", "BertForQuestionAnswering", layers=1)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("llama")
-    transformers.BertTokenizerFast(str(bert / "vocab.txt")).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.LlamaConfig(vocab_size=5 + len(WORDS), max_position_embeddings=32, **sizes)
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pretrained(tmp_path_factory.mktemp("llama"), "LlamaConfig", "LlamaForCausalLM", layers=2)
 
 
 @pytest.fixture(scope="module")
