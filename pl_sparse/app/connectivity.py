@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pl_sparse.app.finished import load_run
-from pl_sparse.app.sensitivity import QUIET, is_validated, metric_of, validated, validator
+from pl_sparse.app.sensitivity import is_validated, metric_of, validated, validator
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.subcommand import guarded, parser_of
+from pl_sparse.app.trainer import quiet_trainer
 from pl_sparse.core.files import write_csv
 from pl_sparse.network.probe import NORMS
 from pl_sparse.results.direction import direction, lost
@@ -193,7 +194,7 @@ def _take_statistics(module: LightningModule, norms: Sequence[Any], batches: lis
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a mean over all batches
-        trainer = Trainer(devices=1, enable_checkpointing=False, callbacks=[_Statistics(norms)], **QUIET)
+        trainer = quiet_trainer(callbacks=[_Statistics(norms)])
         dataset: Any = batches  # a list is one
         trainer.validate(module, DataLoader(dataset, batch_size=None, collate_fn=_as_it_is), verbose=False)
     finally:

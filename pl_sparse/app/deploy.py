@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pl_sparse.app.instantiate import network
 from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.trainer import quiet_trainer
 from pl_sparse.core.files import write_csv, write_json
 from pl_sparse.export.format import Executable, Export, forwarding
 from pl_sparse.export.hardware import Hardware
@@ -348,14 +349,7 @@ def metrics_with(run: Executable, module: LightningModule, data: LightningDataMo
         calls += 1
         return run(x)
 
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(accelerator="cpu")
     with forwarding(network(module), counted):
         results = trainer.test(module, datamodule=data, verbose=False)
     return {name: float(value) for name, value in results[0].items()} if calls else {}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -19,6 +19,7 @@ from pl_sparse.app.finished import load_run
 from pl_sparse.app.instantiate import implements
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.subcommand import guarded, parser_of
+from pl_sparse.app.trainer import quiet_trainer
 from pl_sparse.core.files import write_csv
 from pl_sparse.core.optional import beginning
 
@@ -84,7 +85,7 @@ def _test(options: argparse.Namespace) -> None:
     if not implements(module, "test_step") or (data is None and not implements(module, "test_dataloader")):
         raise ConfigError(f"{options.run}: its module has no test_step, or there are no test data")
     _set_batch_size(module if data is None else data, options)
-    trainer = _trainer()
+    trainer = quiet_trainer()
     scores = trainer.test(module, datamodule=data, verbose=False)[0]
     _check_batch_size(trainer.test_dataloaders, options)
     table = Table("metric", "value", title=None)
@@ -121,7 +122,7 @@ def _predicted(module: LightningModule, data: LightningDataModule | None, run: P
     source: Any = module if data is None else data
     base = LightningModule if data is None else LightningDataModule
     if type(source).predict_dataloader is not base.predict_dataloader:
-        yield from _trainer().predict(module, datamodule=data) or []
+        yield from quiet_trainer().predict(module, datamodule=data) or []
         return
     if type(source).test_dataloader is base.test_dataloader:
         raise ConfigError(f"{run}: its data has neither predict_dataloader nor test_dataloader: give --data FILE")
@@ -131,13 +132,6 @@ def _predicted(module: LightningModule, data: LightningDataModule | None, run: P
     with torch.no_grad():
         for batch in source.test_dataloader():
             yield module(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-def _trainer() -> Trainer:
-    quiet: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
-    return Trainer(devices=1, **quiet)
 
 
 def _outputs(value: Any) -> Tensor:

@@ -20,6 +20,7 @@ from pl_sparse.app.finished import load_run
 from pl_sparse.app.instantiate import built, implements, network
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.subcommand import guarded, parser_of
+from pl_sparse.app.trainer import quiet_trainer
 from pl_sparse.core.files import write_csv
 from pl_sparse.core.group import Group
 from pl_sparse.core.targets import find
@@ -29,7 +30,7 @@ from pl_sparse.results.style import PALETTE, remove_frame, save
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import Structure
 
-__all__ = ["QUIET", "is_validated", "main", "metric_of", "sensitivity", "validated", "validator"]
+__all__ = ["is_validated", "main", "metric_of", "sensitivity", "validated", "validator"]
 
 _LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -67,10 +68,6 @@ def _sensitivity(options: argparse.Namespace) -> None:
     print(f"written: {options.run / 'sensitivity.csv'}, sensitivity.png")
 
 
-QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-"""Of a Trainer that says nothing."""
-
-
 def is_validated(module: LightningModule, data: LightningDataModule | None) -> bool:
     """Whether a module has a validation, and data for it."""
     return implements(module, "validation_step") and (data is not None or implements(module, "val_dataloader"))
@@ -82,9 +79,7 @@ def validator(batches: int | None = None) -> Trainer:
     Args:
         batches: of the validation data; None for all.
     """
-    return Trainer(
-        devices=1, enable_checkpointing=False, limit_val_batches=1.0 if batches is None else batches, **QUIET
-    )
+    return quiet_trainer(limit_val_batches=1.0 if batches is None else batches)
 
 
 def validated(trainer: Trainer, module: LightningModule, data: LightningDataModule | None) -> dict[str, float]:

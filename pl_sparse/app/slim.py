@@ -12,15 +12,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from pl_sparse.app.deploy import deploy, training_inputs
 from pl_sparse.app.instantiate import network, refuse_other_outputs
-from pl_sparse.app.sensitivity import QUIET, is_validated, metric_of, sensitivity, validated, validator
+from pl_sparse.app.sensitivity import is_validated, metric_of, sensitivity, validated, validator
 from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.trainer import quiet_trainer
 from pl_sparse.callbacks import CostTarget, Distill, History, Sparsity
 from pl_sparse.callbacks.run.progress import ProgressLines
 from pl_sparse.core.files import write_json
@@ -243,9 +244,10 @@ def _fine_tune(
         ProgressLines(),
         best,
     ]
-    trainer = Trainer(
-        max_epochs=epochs, devices=1, callbacks=callbacks, default_root_dir=folder, num_sanity_val_steps=0, **QUIET
-    )
+    trainer = quiet_trainer(
+        max_epochs=epochs, enable_checkpointing=True, callbacks=callbacks, default_root_dir=folder,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
     try:
         trainer.fit(module, data)
     except ValueError as error:

@@ -26,7 +26,7 @@ from pl_sparse.callbacks.strategies import refuse_strategy
 from pl_sparse.core.upstream import of_kind
 from pl_sparse.integrations.servers import obstacle
 
-__all__ = ["make_trainer"]
+__all__ = ["make_trainer", "quiet_trainer"]
 
 _FEW = 4
 """So many processes are started on fewer cores, too: to try how a training is spread."""
@@ -82,6 +82,16 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
             "has whole ones: use the Sparsity callback in a script of your own (docs/clusters.md), or strategy=ddp"
         )
     return trainer
+
+
+def quiet_trainer(**options: Any) -> Trainer:
+    """A Trainer of one process that prints, logs and writes nothing.
+
+    Args:
+        options: others of the Trainer, or other values of these.
+    """
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return Trainer(**{"devices": 1, **dict.fromkeys(quiet, False), **options})
 
 
 def _refuse_more_processes_than_cores(node: DictConfig) -> None:
