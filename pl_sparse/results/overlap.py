@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,17 @@ class Masks:
     bits: Mapping[str, Bits]
     shapes: Mapping[str, tuple[int, ...]]
 
+    @cached_property
+    def kept(self) -> dict[str, int]:
+        """How many weights of each layer are kept."""
+        return {name: _ones(bits) for name, bits in self.bits.items()}
+
 
 def main() -> None:
     """`pl-sparse overlap RUN [RUN]`: overlap.csv and overlap.png in the folder of the first run."""
     parser = argparse.ArgumentParser(
         prog="pl-sparse overlap",
-        description="Tell how masks changed over a training with callbacks=masks: the overlap |A and B| / |A or B| "
+        description="Show how masks changed over a training with callbacks=masks: the overlap |A and B| / |A or B| "
         "(Jaccard) of the kept weights with those of the first, the previous and the last update, and with those of "
         "another run at the same step. Writes overlap.csv and overlap.png into the folder of the first.",
     )
@@ -115,16 +121,15 @@ def overlaps(run: Path, other: Path | None = None) -> list[dict[str, Any]]:
         at = max((s for s in others if s <= step), default=None)
         if at is not None and (beside is None or beside.step != at):
             beside = _read(others[at], at)
+        compared = {"first": first, "previous": previous, "last": last} | ({} if beside is None else {"other": beside})
+        shared = {key: _shared(now, then) for key, then in compared.items()}
         for layer in ("all", *now.bits):
             names = list(now.bits) if layer == "all" else [layer]
             size = sum(prod(now.shapes[name]) for name in names)
-            row: dict[str, Any] = {"step": step, "layer": layer, "density": _count(now, names) / size}
-            row |= {
-                key: _overlap(now, then, names)
-                for key, then in (("first", first), ("previous", previous), ("last", last))
-            }
+            row: dict[str, Any] = {"step": step, "layer": layer, "density": sum(now.kept[n] for n in names) / size}
+            row |= {key: _ratio(counts, names) for key, counts in shared.items()}
             if other is not None:
-                row["other"] = None if beside is None else _overlap(now, beside, names)
+                row["other"] = row.get("other")  # None before the other's first update
                 row["chance"] = None if beside is None else _chance(now, beside, names)
             rows.append(row)
         previous = now
@@ -152,21 +157,26 @@ def _read(path: Path, step: int) -> Masks:
     return masks
 
 
-def _count(masks: Masks, names: list[str]) -> int:
-    return sum(int(np.unpackbits(masks.bits[name]).sum()) for name in names)
-
-
-def _overlap(one: Masks, two: Masks, names: list[str]) -> float:
-    both = either = 0
-    for name in names:
+def _shared(one: Masks, two: Masks) -> dict[str, tuple[int, int]]:
+    """|A and B| and |A or B| of each layer."""
+    counts = {}
+    for name, bits in one.bits.items():
         if one.shapes[name] != two.shapes.get(name):
             raise ValueError(
                 f"masks are of different networks: {name} is {one.shapes[name]} at step {one.step}, "
                 f"{two.shapes.get(name, 'not there')} at step {two.step} of the other"
             )
-        both += int(np.unpackbits(one.bits[name] & two.bits[name]).sum())
-        either += int(np.unpackbits(one.bits[name] | two.bits[name]).sum())
-    return both / max(either, 1)
+        counts[name] = _ones(bits & two.bits[name]), _ones(bits | two.bits[name])
+    return counts
+
+
+def _ratio(counts: Mapping[str, tuple[int, int]], names: list[str]) -> float:
+    """The overlap in some layers together."""
+    return sum(counts[name][0] for name in names) / max(sum(counts[name][1] for name in names), 1)
+
+
+def _ones(bits: Bits) -> int:
+    return int(np.unpackbits(bits).sum())
 
 
 def _chance(one: Masks, two: Masks, names: list[str]) -> float:
@@ -174,7 +184,7 @@ def _chance(one: Masks, two: Masks, names: list[str]) -> float:
 
     |A and B| is then |A| |B| / n on average in a layer of n weights.
     """
-    counts = [(_count(one, [name]), _count(two, [name]), prod(one.shapes[name])) for name in names]
+    counts = [(one.kept[name], two.kept[name], prod(one.shapes[name])) for name in names]
     both = sum(a * b / n for a, b, n in counts)
     return both / max(sum(a + b for a, b, _ in counts) - both, 1)
 
