@@ -694,10 +694,9 @@ class Pruner(MaskedModel):
 
     def _look(self) -> None:
         """After masks changed: note layers that died, and see at the model's next call whether anything passes."""
-        whole = {
-            p for group in self.groups for p, layout in group.members if isinstance(layout, Part)
-        }  # a network is left
-        dead = [p.name for p in self.params if p.kept == 0 and p not in whole] if self.level < 1 else []
+        # a weight that is one unit may go as a whole
+        may_go = {p for group in self.groups for p, layout in group.members if isinstance(layout, Part)}
+        dead = [p.name for p in self.params if p.kept == 0 and p not in may_go] if self.level < 1 else []
         self.collapse.look(dead)
         self._unwatch()
         if dead and self.watches and self._model is not None:

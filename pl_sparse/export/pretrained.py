@@ -20,7 +20,7 @@ from pl_sparse.core.files import replacing, write_text
 from pl_sparse.export.card import CARD, Card, typed
 from pl_sparse.export.format import Executable, Export, missing
 from pl_sparse.network.attention import HEAD_COUNTS
-from pl_sparse.network.hooks import called
+from pl_sparse.network.hooks import called, hooked
 from pl_sparse.structure import Structure
 from pl_sparse.surgery.plan import RemovalPlan
 from pl_sparse.surgery.saved import load_shrunk, save_shrunk
@@ -234,11 +234,8 @@ class HuggingFace(Export):
             raise ValueError(f"there is no model of transformers in {type(net).__name__}")
         prefix, model = found
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-        try:
+        with hooked([model], pre=lambda _, args, kwargs: calls.append((args, kwargs))):
             smaller(example[:2])
-        finally:
-            handle.remove()
         plan = removal.plan.below(f"{prefix}." if prefix else "")
         args, kwargs = calls[0]
         plain = save_pretrained(model, plan, path, kwargs if kwargs else args, Card(command=typed()))

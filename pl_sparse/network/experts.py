@@ -62,6 +62,10 @@ class Experts:
                     full = ".".join(filter(None, (path, sub, name)))
                     yield plain_name(full), module, name, parameter, unit
 
+    def is_weight(self, parameter: Tensor) -> bool:
+        """Whether a parameter of an expert is a weight, and no bias, of it."""
+        return parameter.dim() > (1 if self.parts else 2)
+
     def rows(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
         """The parameters of the router, with an entry per expert: name in the model, module, name there, parameter."""
         router = model.get_submodule(self.router)

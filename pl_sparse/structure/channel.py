@@ -17,6 +17,7 @@ from pl_sparse.core.registry import register
 from pl_sparse.network.layers import Held, held
 from pl_sparse.network.units import Coupling
 from pl_sparse.structure.base import Structure
+from pl_sparse.structure.units import RowUnits
 from pl_sparse.surgery.trial import couplings
 
 __all__ = ["Channel", "Feature"]
@@ -25,7 +26,7 @@ __all__ = ["Channel", "Feature"]
 @register("coupled", coupled=True)
 @register
 @dataclass(frozen=True)
-class Channel(Structure):
+class Channel(RowUnits):
     """Whole output channels: the filters of a convolution, the neurons of a linear layer (its rows).
 
     The last layer stays dense unless `last=True` is given: its outputs are the model's.
@@ -83,15 +84,6 @@ class Channel(Structure):
     @property
     def removes_outputs(self) -> bool:
         return True
-
-    def pool(self, scores: Tensor) -> Tensor:
-        return scores.flatten(1).mean(1)
-
-    def alive(self, mask: Tensor) -> Tensor:
-        return mask.flatten(1).amax(1)
-
-    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
-        return chosen.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape)
 
 
 def _group(

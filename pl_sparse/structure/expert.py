@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import Along, Layout, Part
@@ -46,9 +46,7 @@ class Expert(Whole):
             if not any(members):  # left dense by include and exclude
                 continue
             lacking = [
-                name
-                for (name, _, short, p, _), m in zip(tensors, members, strict=True)
-                if m is None and _is_weight(short, p, layer)
+                name for (name, _, _, p, _), m in zip(tensors, members, strict=True) if m is None and layer.is_weight(p)
             ]
             if lacking:
                 raise ValueError(
@@ -69,17 +67,12 @@ class Expert(Whole):
         return groups
 
 
-def _is_weight(short: str, parameter: Tensor, layer: Experts) -> bool:
-    """Whether a parameter of an expert is a weight, and no bias, of it."""
-    return parameter.dim() > (1 if layer.parts else 2)
-
-
 def _group(model: nn.Module, layer: Experts, by_weight: dict[int, MaskedParameter]) -> Group:
     members: list[tuple[MaskedParameter, Layout]] = []
     companions: list[tuple[MaskedParameter, Layout]] = []
-    for name, module, short, parameter, unit in layer.tensors(model):
+    for name, module, _, parameter, unit in layer.tensors(model):
         layout: Layout = Along(0) if unit is None else Part(unit, layer.count)
-        param = by_weight.get(id(parameter)) if _is_weight(short, parameter, layer) else None
+        param = by_weight.get(id(parameter)) if layer.is_weight(parameter) else None
         if param is not None:
             members.append((param, layout))
         else:

@@ -10,11 +10,25 @@ from torch import Tensor, nn
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.structure.base import Structure
 
-__all__ = ["Whole", "beside"]
+__all__ = ["RowUnits", "Whole", "beside"]
 
 
 @dataclass(frozen=True)
-class Whole(Structure):
+class RowUnits(Structure):
+    """A structure whose units are the rows of (units, ...): the score of one is the mean over it."""
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores.flatten(1).mean(1)
+
+    def alive(self, mask: Tensor) -> Tensor:
+        return mask.flatten(1).amax(1)
+
+    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
+        return chosen.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape)
+
+
+@dataclass(frozen=True)
+class Whole(RowUnits):
     """A structure whose layouts see each weight as (units, ...), all of which goes with the unit."""
 
     @property
@@ -31,15 +45,6 @@ class Whole(Structure):
     @property
     def joins(self) -> bool:
         return True
-
-    def pool(self, scores: Tensor) -> Tensor:
-        return scores.flatten(1).mean(1)
-
-    def alive(self, mask: Tensor) -> Tensor:
-        return mask.flatten(1).amax(1)
-
-    def expand(self, chosen: Tensor, shape: torch.Size) -> Tensor:
-        return chosen.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape)
 
 
 def beside(name: str, module: nn.Module, parameter: nn.Parameter) -> MaskedParameter:

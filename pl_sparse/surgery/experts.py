@@ -33,7 +33,7 @@ def dead_experts(model: nn.Module, masks: Mapping[str, Tensor] | None = None) ->
         if layer.reason is not None:
             continue
         for name, _, _, parameter, unit in layer.tensors(model):
-            if parameter.dim() < (2 if layer.parts else 3):
+            if not layer.is_weight(parameter):
                 continue
             kept = parameter.detach() != 0 if masks is None else masks.get(name)
             if kept is None:

@@ -318,7 +318,7 @@ def changed_attributes(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[str, d
         for short in shapes:
             cut = cuts.get(_full(path, short))
             if cut is not None:
-                shapes[short] = tuple(len(cut.kept(dim)) for dim in range(len(cut.shape)))
+                shapes[short] = cut.left
         after = _attributes(module, shapes).items()
         before: dict[str, int] = {key: int(getattr(module, key)) for key, _ in after}
         layers[path] = {key: (before[key], value) for key, value in after if before[key] != value}

@@ -80,5 +80,4 @@ class RandomWeights(DispatchMode):
         if recipe is None:
             return cut.take(tensor.detach())
         recipe.changes.append(cut.take)
-        left = [len(cut.kept(dim)) for dim in range(len(cut.shape))]
-        return recipe.values.new_zeros(1).expand(left)
+        return recipe.values.new_zeros(1).expand(cut.left)
