@@ -18,6 +18,11 @@ DST = {
     for density in (0.01, 0.02, 0.05, 0.1)
     for method in METHODS
 }
+LONG = Run(
+    "sparse_momentum_0.01_100",
+    "experiment=mnist_lenet300 method=sparse_momentum sparsity=0.99 trainer.max_epochs=100",
+    seeds=2,
+)
 PUBLISHED = {
     0.01: {"sparse_momentum": "97.53", "set": "95.80"},
     0.02: {"sparse_momentum": "98.20", "set": "97.74"},
@@ -33,14 +38,15 @@ def dst(seeds: Sequence[int]) -> str:
             run = DST[method, density]
             ours = [run.spread(seeds, accuracy), spread(run.last(seeds, "lenet300", "MNIST"), 2)]
             rows.append([f"{density:.0%}", method, published.get(method, ""), *ours, str(len(run.done(seeds)))])
+    ours = [LONG.spread(seeds, accuracy), spread(LONG.last(seeds, "lenet300", "MNIST"), 2)]
+    rows.insert(2, ["1%", "sparse_momentum, 100 epochs", "97.53", *ours, str(len(LONG.done(seeds)))])
     return section(
         "Dynamic sparse training by density",
         """
         Claim (the data of Dettmers and Zettlemoyer 2019, 100 epochs): sparse momentum above SET at every density, 97.5
         against 95.8 % accuracy at 1 %. Ours: 20 epochs, LeNet-300-100 on MNIST, all three layers sparse. The order is
         that of the claim at 1 %; from 2 % on SET is as good here. The gap at 1 % comes from the shorter training: an
-        independent implementation of sparse momentum reaches 96.88 in 20 and 97.31 in 100 epochs
-        (`trainer.max_epochs=100`; not run with ours).
+        independent implementation of sparse momentum reaches 96.88 in 20 and 97.31 in 100 epochs.
         """,
         table(["density", "method", "published accuracy %", "ours, best", "last epoch", "seeds"], rows),
         "`python train.py experiment=mnist_lenet300 method=rigl sparsity=0.99`",
@@ -124,7 +130,7 @@ def dns(seeds: Sequence[int]) -> str:
 
 
 EXPERIMENTS = {
-    "dst": Experiment(list(DST.values()), dst),
+    "dst": Experiment([*DST.values(), LONG], dst),
     "rigl": Experiment([RIGL], rigl),
     "dns": Experiment([DENSE, DNS, DENSE5, DNS5], dns),
 }

@@ -11,17 +11,17 @@ _MODEL = os.environ.get("PL_SPARSE_MINILM", "sentence-transformers/all-MiniLM-L6
 _DATA = os.environ.get("PL_SPARSE_DATA", "data") + "/movie_reviews"
 _EXPERIMENT = "experiment=movie_reviews_movement"
 _PROTOCOL = (
-    "data.limit=2048 data.batch_size=16 data.max_length=32 optimizer.lr=1.0e-4 trainer.gradient_clip_val=1.0 "
+    "data.batch_size=16 data.max_length=24 optimizer.lr=1.0e-4 trainer.gradient_clip_val=1.0 "
     "trainer.max_epochs=3 threads=1"
 )
 _PLACES = f"model.path={_MODEL} data.root={_DATA}"
-_SCHEDULE = "schedule.begin=0.1 schedule.every=1"
-LEVELS = (0.9, 0.97, 0.8, 0.95, 0.5)
+_SCHEDULE = "schedule.begin=0.1 schedule.every=4"
+LEVELS = (0.9, 0.95, 0.8, 0.97, 0.5)
 """In the order of the runs: the levels that say most come first."""
 METHODS = {
-    "magnitude, uniform": "method=gmp allocation=uniform",
     "magnitude, global": "method=gmp allocation=global",
     "movement": "method=movement",
+    "magnitude, uniform": "method=gmp allocation=uniform",
     "movement, equation 3": "method=movement scorer.rule=sum",
     "soft movement, Lagrangian": "method=soft_movement_target",
     "L0, Lagrangian": "method=l0_target",
@@ -37,8 +37,8 @@ RUNS = {
         seeds=2,
         light=True,
     )
-    for level in LEVELS
     for taught in (False, True)
+    for level in LEVELS
     for label, arguments in METHODS.items()
 }
 
@@ -56,10 +56,11 @@ def text(seeds: Sequence[int]) -> str:
         f"""
         Claim (Sanh et al. 2020, figure 2; BERT-base): from 85 % of the encoder removed on, movement is above magnitude,
         soft movement above both, and distillation helps all of them. Ours: MiniLM-L6 (10.6 million encoder weights) on
-        the sentence polarity of Pang and Lee, 2,048 sentences of at most 32 tokens, 3 epochs of batches of 16, AdamW at
-        1e-4 with a linear fall, pruning between 10 and 75 % of training, gradients clipped to 1 for all methods. Test
-        accuracy of the best epoch at the target; 1,066 sentences, so that one standard error is 1.3 points.
-        {count} of {2 + 2 * len(RUNS)} runs are there.
+        the sentence polarity of Pang and Lee, 8,530 sentences of at most 24 tokens, 3 epochs of batches of 16 (1,602
+        steps), AdamW at 1e-4 with a linear fall, pruning between 10 and 75 % of training with masks anew every four
+        steps, gradients clipped to 1 for all methods. With 2,048 sentences (384 steps) magnitude and movement both end
+        at chance at 97 %. Test accuracy of the best epoch at the target; 1,066 sentences, so that one standard error is
+        1.3 points. {count} of {2 + 2 * len(RUNS)} runs are there.
         """,
         table(["method", "teacher", *(f"{level:.0%}" for level in levels)], rows),
         "`PL_SPARSE_MINILM=FOLDER PL_SPARSE_DATA=FOLDER python -m benchmarks.reproduce --only text --seeds 2 --jobs 1`",
