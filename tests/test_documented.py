@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
@@ -227,6 +228,15 @@ def test_commands_are_found() -> None:
     assert any(text.startswith("python train.py scorer=movement structure=nm24") for text in texts)
     assert any("hydra.launcher.ray.remote.num_gpus" in text for text in texts)
     assert any(text.startswith("pl-sparse bench RUN") for text in texts)
+
+
+def test_a_group_that_a_run_has_is_not_appended() -> None:
+    """Hydra refuses `+experiment=mine`, as conf/train.yaml names the group already."""
+    defaults = yaml.safe_load((ROOT / "conf" / "train.yaml").read_text())["defaults"]
+    named = {key for entry in defaults if isinstance(entry, dict) for key in entry}
+    text = "\n".join(re.findall(r"^.*\+\w+=.*$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE))
+    added = set(re.findall(r"(?<![+\w])\+(\w+)=", text))
+    assert "experiment" in named and added & named == set()
 
 
 def test_what_is_no_training_exists() -> None:

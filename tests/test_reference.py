@@ -8,13 +8,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
+import hydra
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from pl_sparse import Pruner
 from pl_sparse.app import explain
 from pl_sparse.app.docstrings import docstring_of, sentence
+from pl_sparse.app.hydra_api import composition
 from pl_sparse.app.reference import GROUPS, NOTES, Option, _Reader, groups, option, options, top
-from pl_sparse.app.settings import CONF, ConfigError
+from pl_sparse.app.settings import CONF, ConfigError, check
 from pl_sparse.core import registry
 from pl_sparse.scorer import Magnitude, Movement
 
@@ -175,6 +178,46 @@ def test_every_method_has_the_notes_of_its_card(name: str) -> None:
     )
     assert set(found.notes) <= set(NOTES)
     assert name in ("dense", "random", "static", "magnitude_oneshot") or re.search(r"\b(19|20)\d\d\b", found.text[0])
+
+
+SETTING = re.compile(r"(?<![\w.])([a-z_]+(?:\.[a-z_]+)*)=(\"[^\"]+\"|\[[^]]+\]|[\w.]*\w)")
+
+
+def settings_of_cards() -> list[tuple[str, str]]:
+    """What the comments of presets name as a setting, with the preset that it is for."""
+    found = []
+    for name in options("method"):
+        comment = "\n".join(re.findall(r"^# (.*)", (CONF / "method" / f"{name}.yaml").read_text(), re.M))
+        found += [(name, f"{key}={value}") for key, value in dict.fromkeys(SETTING.findall(comment))]
+    return found
+
+
+def composed(*overrides: str) -> DictConfig:
+    with composition():
+        cfg = hydra.compose("train", ["output_dir=somewhere", *overrides])
+    OmegaConf.set_struct(cfg, False)
+    return cfg
+
+
+@pytest.mark.parametrize(("method", "setting"), settings_of_cards())
+def test_a_setting_that_a_card_names_is_accepted(method: str, setting: str) -> None:
+    teacher = ["distill=teacher", "distill.teacher=RUN"] if setting.startswith("distill") else []
+    alone = setting.startswith(("method=", "experiment="))
+    cfg = composed(*([] if alone else [f"method={method}"]), *teacher, setting)
+    check(cfg)
+    axes = ("scorer", "schedule", "structure", "allocation", "updater", "masking")
+    Pruner(**{axis: hydra.utils.instantiate(cfg[axis]) for axis in axes})
+
+
+def test_the_settings_of_cards_are_found() -> None:
+    assert {("l0", "structure=channel"), ("gmp", "first=false"), ("lth", "schedule.to=0.05")} < set(settings_of_cards())
+
+
+def test_methods_that_differ_from_their_papers_have_it_on_the_card() -> None:
+    """The table of docs/methods.md names them."""
+    text = (ROOT / "docs" / "methods.md").read_text().partition("## Where older presets differ")[2]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", text, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert len(named) > 12 and [name for name in named if "Differs" not in option("method", name).notes] == []
 
 
 def test_every_method_has_a_row_with_what_it_is_made_of() -> None:
