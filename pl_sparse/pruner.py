@@ -163,6 +163,7 @@ class Pruner(MaskedModel):
         """
         model = unwrapped(model)
         if self.attached and model is self._model:
+            self.refuse_unfollowed()
             self.find_again(example)
             return
         if self.attached:
@@ -267,12 +268,7 @@ class Pruner(MaskedModel):
         now = {param.name: param for param in self.masked}
         same = [name for name, param in before.items() if name in now and now[name].shape == param.shape]
         lost = [name for name, param in before.items() if param.pruned and name not in same]
-        if lost:
-            raise RuntimeError(
-                f"{', '.join(lost)}: pruned, and now gone from the model or of another shape, as something replaced "
-                "the layer while training went on. Replace layers before training (in configure_model), or keep their "
-                "names and shapes"
-            )
+        _refuse_lost(lost)
         for name in same:
             now[name].cut = before[name].cut
         new = [param for name, param in now.items() if name not in same]
@@ -741,6 +737,7 @@ class Pruner(MaskedModel):
     @torch.no_grad()
     def written(self) -> None:
         """After all weights were written from outside: they are the latent values too, and the masks hold."""
+        self.refuse_unfollowed()
         for param in self.masked:
             if param.latent is not None:
                 param.latent.copy_(self.masking.behind(param.data))
@@ -828,6 +825,7 @@ class Pruner(MaskedModel):
         """Masks, latent values, what the scorer gathered, and counters."""
         if self._pending is not None:
             return dict(self._pending)
+        self.refuse_unfollowed()
         return {
             "version": _VERSION,
             "step": self.step,
@@ -874,9 +872,25 @@ class Pruner(MaskedModel):
         self._stale = set(state["stale"])
         self._estimates = state.get("estimates")
 
+    def refuse_unfollowed(self) -> None:
+        super().refuse_unfollowed()
+        if self.moved and self._model is not None:
+            there = {plain_name(name): weight.shape for name, weight in self._model.named_parameters()}
+            _refuse_lost([p.name for p in self.masked if p.pruned and there.get(p.name) != p.shape])
+
     def _require_attached(self) -> None:
         if not self.attached:
             raise ValueError("the pruner has no model yet: call attach(model) first")
+        self.refuse_unfollowed()
+
+
+def _refuse_lost(names: Sequence[str]) -> None:
+    if names:
+        raise RuntimeError(
+            f"{', '.join(names)}: pruned, and now gone from the model or of another shape, as something replaced the "
+            "layer while training went on, or removed it. Replace layers before training (in configure_model), or keep "
+            "their names and shapes; read figures before a removal, and prune what is left by a new Pruner"
+        )
 
 
 def _member(kind: type[A], value: str | A) -> A:

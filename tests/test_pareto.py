@@ -173,6 +173,22 @@ def test_seeds_are_one_series_and_settings_are_not(tmp_path: Path) -> None:
     assert math.isnan(next(s for s in all_series if len(s.points) == 1).spread(KEY))
 
 
+def test_settings_that_decide_nothing_set_no_run_apart(tmp_path: Path) -> None:
+    shown = [
+        {"trainer": {"max_epochs": 2, "enable_progress_bar": True, "profiler": None}, "threads": 2, "trust": True},
+        {"trainer": {"max_epochs": 2, "enable_progress_bar": False, "log_every_n_steps": 1}, "prefix_cache": "off"},
+        {"trainer": {"max_epochs": 2, "profiler": {"_target_": "P", "filename": "p"}}, "resume_with": "changed"},
+    ]
+    for seed, config in enumerate(shown):
+        overrides = ["trainer.enable_progress_bar=true", "threads=2"] if seed == 0 else ["+trainer.profiler=simple"]
+        data = {"_target_": "Digits", "seed": seed, "num_workers": seed}
+        made(tmp_path / str(seed), seed=seed, config={**config, "data": data}, overrides=overrides)
+    (series,) = merge_seeds(gather([tmp_path]))
+    assert len(series.points) == 3 and series.label == "magnitude"
+    made(tmp_path / "longer", seed=3, config={"trainer": {"max_epochs": 3}}, overrides=["trainer.max_epochs=3"])
+    assert [len(series.points) for series in merge_seeds(gather([tmp_path]))] == [3, 1]
+
+
 def test_the_spread_of_a_cost_is_zero_where_the_seeds_agree(tmp_path: Path) -> None:
     for seed, size in enumerate((1000, 1100, 1300)):
         made(tmp_path / str(seed), seed=seed, size=size, sparsity=0.9)  # the mean of three times 0.1 is rounded

@@ -185,6 +185,7 @@ def test_places_see_what_is_not_where_it_was() -> None:
         lambda: net.__delitem__(2),
         lambda: net[1].register_parameter("scale", nn.Parameter(torch.ones(1))),
         lambda: setattr(net[1], "bias", None),
+        lambda: setattr(net, "_modules", dict(net._modules)),
     ):
         change()
         assert not places.hold

@@ -21,6 +21,7 @@ from pl_sparse.export import (
     save_shrunk,
     shrink,
 )
+from pl_sparse.results.summary import summarize
 from pl_sparse.schedule import Linear
 from pl_sparse.structure import Channel, Head
 from pl_sparse.surgery.heads import FewerHeads
@@ -435,3 +436,37 @@ def test_cuts_compose() -> None:
     assert RemovalPlan.from_state_dict(
         RemovalPlan({"w": both}, {"l": {"in_features": (6, 3)}}).state_dict()
     ) == RemovalPlan({"w": both}, {"l": {"in_features": (6, 3)}})
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        lambda pruner, net: pruner.sparsity,
+        lambda pruner, net: pruner.kept,
+        lambda pruner, net: pruner.state_dict(),
+        lambda pruner, net: pruner.attach(net),
+        lambda pruner, net: pruner.before_step(11),
+        lambda pruner, net: pruner.apply(),
+        lambda pruner, net: summarize(pruner, net),
+    ],
+)
+def test_a_pruner_that_did_not_follow_a_removal_says_so(report: Callable[[Pruner, nn.Module], Any]) -> None:
+    net, x = NETS["lenet300"](), torch.randn(2, 1, 8, 8)
+    pruner = trained(net, Channel(coupled=True))
+    plan = shrink(net, x).plan
+    with pytest.raises(RuntimeError, match=r"fc1\.weight has shape .* Call pruner\.shrink\(result\.plan\.tensors\)"):
+        report(pruner, net)
+    pruner.shrink(plan.tensors)
+    assert pruner.sparsity == summarize(pruner, net).sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_pruner_whose_blocks_were_removed_says_so() -> None:
+    net, x = NETS["resnet20"]().eval(), torch.randn(2, 1, 8, 8)
+    pruner = Pruner("magnitude", "oneshot", "layer", "uniform", sparsity=0.5)
+    pruner.attach(net, x)
+    pruner.prepare(1)
+    assert pruner.sparsity > 0.4 and summarize(pruner, net).kept > 0
+    assert shrink(net, x).plan.lists
+    for report in (lambda: pruner.sparsity, lambda: summarize(pruner, net), pruner.state_dict):
+        with pytest.raises(RuntimeError, match=r"stage\d\.\d.* gone from the model"):
+            report()

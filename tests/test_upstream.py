@@ -372,9 +372,9 @@ def test_an_empty_model_is_unwrapped_too() -> None:
 
 def test_where_modules_keep_what_is_theirs() -> None:
     layer = nn.Sequential(nn.Linear(2, 2))
-    parameters, modules = upstream.registries(layer[0])
+    (_, parameters), (_, modules) = upstream.registries(layer[0])
     assert parameters["weight"] is layer[0].weight and not modules
-    assert next(iter(list(upstream.registries(layer))[1].values())) is layer[0]
+    assert next(iter(dict(upstream.registries(layer))["_modules"].values())) is layer[0]
 
 
 def test_memory_of_8_bits() -> None:

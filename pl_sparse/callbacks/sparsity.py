@@ -406,7 +406,7 @@ class Sparsity(Callback):
         """After masks changed: log the sparsity, mask averaged weights."""
         self._seen = self.pruner.num_updates
         refuse_difference(self.pruner, trainer)
-        self.sparsity = 1 - sum(param.kept for param in self.pruner.params) / self.pruner.numel
+        self.sparsity = self.pruner.sparsity
         for logger in trainer.loggers:
             logger.log_metrics({self._log_name: self.sparsity}, step=trainer.global_step)
         self.mask_averages(trainer)

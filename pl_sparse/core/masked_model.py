@@ -90,14 +90,30 @@ class MaskedModel:
         """All that has a mask: the weights, and their companions."""
         return [*self.params, *self.companions]
 
+    def refuse_unfollowed(self) -> None:
+        """Refuse to speak of a model that lost weights, or parts of them, while their masks stayed as they were.
+
+        Raises:
+            RuntimeError: a weight and its mask have different shapes, or a pruned weight is gone.
+        """
+        for param in () if self.shared else self.masked:
+            if param.mask.shape != param.weight.shape:
+                raise RuntimeError(
+                    f"{param.name} has shape {tuple(param.weight.shape)} and its mask {tuple(param.mask.shape)}: the "
+                    "model was shrunk, and the pruner was not. Call pruner.shrink(result.plan.tensors) after "
+                    "result = shrink(model, ...)"
+                )
+
     @property
     def kept(self) -> int:
         """How many weights the masks keep."""
+        self.refuse_unfollowed()
         return sum(param.kept for param in self.params)
 
     @property
     def numel(self) -> int:
         """How many weights can be pruned."""
+        self.refuse_unfollowed()
         return sum(param.numel for param in self.params)
 
     @property

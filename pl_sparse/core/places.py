@@ -25,12 +25,14 @@ class Places:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._registries = [registry for module in model.modules() for registry in registries(module)]
+        # a list that a module leaves gets another registry
+        owned = [(vars(module), *registry) for module in model.modules() for registry in registries(module)]
+        self._registries = [registry for _, _, registry in owned]
         self._sizes = [len(registry) for registry in self._registries]
-        entries = [(registry, *entry) for registry in self._registries for entry in registry.items()]
+        entries = owned + [(registry, *entry) for registry in self._registries for entry in registry.items()]
         self._of: list[dict[str, Any]] = [registry for registry, _, _ in entries]
         self._names = [name for _, name, _ in entries]
-        self._held = [held for _, _, held in entries]
+        self._held: list[Any] = [held for _, _, held in entries]
         self._identities = set(map(id, self._held))
 
     @property

@@ -295,9 +295,11 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def registries(module: nn.Module) -> Iterator[dict[str, Any]]:
+def registries(module: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where a module keeps its own parameters and its submodules, by name; scripted ones keep them elsewhere."""
-    yield from (held for held in (module._parameters, module._modules) if isinstance(held, dict))
+    for name in ("_parameters", "_modules"):
+        if isinstance(held := vars(module).get(name), dict):
+            yield name, held
 
 
 def replace_data(tensor: Tensor, data: Tensor) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from pl_sparse.results.runs import CHOICES, Run, key_of
+from pl_sparse.results.runs import CHOICES, Run, beside, key_of
 
 __all__ = [
     "AXES",
@@ -33,8 +33,8 @@ __all__ = [
     "smallest",
 ]
 
-# Settings that no label shows: the seed, the sparsity, which is an axis of its own, and where files are.
-_UNLABELLED = ("seed", "sparsity", "schedule.final", "front", "resume", "logger", "output_dir", "ckpt_path")
+# Settings that no label shows, but those beside: the seed, the sparsity, which is an axis of its own, and loggers.
+_UNLABELLED = ("seed", "sparsity", "schedule.final", "front", "logger")
 
 
 # Costs
@@ -153,7 +153,7 @@ class Series:
     @property
     def task(self) -> str:
         """Data and model. Accuracies are compared within a task."""
-        settings = self.points[0].run.settings
+        settings = self.points[0].run.decisive
         return repr(sorted((key, value) for key, value in settings.items() if key.startswith(("data.", "model."))))
 
 
@@ -163,7 +163,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def merge_seeds(runs: Sequence[Run]) -> list[Series]:
-    """The models of some runs, merged where they differ by the seed alone.
+    """The models of some runs, merged where they differ by the seed alone, and in what decides nothing of a training.
 
     Args:
         runs: the runs, each with any number of models.
@@ -177,7 +177,7 @@ def merge_seeds(runs: Sequence[Run]) -> list[Series]:
     for point in points:
         level = round(point.value("sparsity"), 3) if len(point.run.models) > 1 else None
         if point.run.config:
-            settings = repr(sorted(point.run.settings.items()))
+            settings = repr(sorted(point.run.decisive.items()))
         else:  # the metrics have to do
             settings = repr([point.metrics.get(key) for key in (*CHOICES, "sparsity_requested")])
         members[labels[id(point)], settings, level].append(point)
@@ -191,7 +191,7 @@ def _labels(points: Sequence[Point]) -> dict[int, str]:
     """
     keys = dict.fromkeys(key_of(o) for point in points for o in point.run.overrides)
     parts: dict[int, tuple[str, ...]] = {id(point): () for point in points}
-    for key in (*CHOICES, *(key for key in keys if key not in (*_UNLABELLED, *CHOICES))):
+    for key in (*CHOICES, *(key for key in keys if key not in (*_UNLABELLED, *CHOICES) and not beside(key))):
         values = {
             id(point): str((point.metrics.get(key) if key in CHOICES else point.run.setting(key)) or "")
             for point in points

@@ -15,11 +15,22 @@ from rich.markup import escape
 
 from pl_sparse.core.files import read_yaml
 
-__all__ = ["CHOICES", "Run", "flat", "gather", "is_run", "key_of", "printable", "read", "shown"]
+__all__ = ["BESIDE", "CHOICES", "Run", "beside", "flat", "gather", "is_run", "key_of", "printable", "read", "shown"]
 
 _LARGEST = 1 << 26  # bytes of a file of figures
 CHOICES = ("method", "scorer", "structure", "schedule", "allocation", "masking")
 """The metrics that name the parts of a run's method."""
+BESIDE = (
+    "output_dir", "ckpt_path", "resume", "resume_with", "overwrite", "prefix_cache", "threads", "print_config",
+    "trust",
+)  # fmt: skip
+"""Settings that say where and how, not what is trained."""
+_SHOWN = (
+    "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler", "num_sanity_val_steps",
+    "default_root_dir", "detect_anomaly", "logger",
+)  # fmt: skip
+"""Settings of a Trainer that change what it shows, and where."""
+_LOADING = ("workers", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "download")
 
 
 @dataclass
@@ -62,6 +73,11 @@ class Run:
             and not (output_dir and isinstance(value, str) and str(output_dir) in value)
         }
 
+    @cached_property
+    def decisive(self) -> dict[str, Any]:
+        """The part of `settings` that decides what comes out of training."""
+        return {key: value for key, value in self.settings.items() if not beside(key)}
+
     def setting(self, key: str) -> str | None:
         """The value of a setting in one word.
 
@@ -81,6 +97,18 @@ class Run:
         if isinstance(node, Mapping):
             return str(node.get("_target_", "")).rpartition(".")[2].lower() or None
         return None if node is None else str(node)
+
+
+def beside(key: str) -> bool:
+    """Whether a setting, by its dotted key, says where and how a run trains and what it shows, not what is trained.
+
+    >>> [beside(key) for key in ("trainer.enable_progress_bar", "trainer.profiler.filename", "trainer.max_epochs")]
+    [True, True, False]
+    """
+    group, *inner = key.split(".")
+    if group == "trainer":
+        return bool(inner) and inner[0] in _SHOWN
+    return group in BESIDE or (group == "data" and key.rpartition(".")[2] in _LOADING)
 
 
 def key_of(override: str) -> str:

@@ -120,7 +120,11 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
         model: the model, with its channels removed or not.
         counted: its MACs, if they are counted.
         prefix: cut from the names of layers.
+
+    Raises:
+        RuntimeError: the model was shrunk, and the pruner was not.
     """
+    pruner.refuse_unfollowed()
     rows = []
     overrides = {param.name: override for group, override in pruner.group_overrides for param, _ in group.members}
     params = {plain_name(name): weight for name, weight in model.named_parameters()}

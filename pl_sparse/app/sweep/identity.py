@@ -18,15 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from pl_sparse.app.aliases import ADDED, ADDED_WITHIN, former_targets
 from pl_sparse.app.nodes import strings, targets
 from pl_sparse.callbacks.run.status import read_status
+from pl_sparse.results.runs import BESIDE
 
 __all__ = ["code", "data", "digest", "fingerprint", "run_fingerprint", "settings"]
 
 _PACKAGE = Path(__file__).parents[2]
-_BESIDE = (
-    "output_dir", "ckpt_path", "resume", "resume_with", "overwrite", "prefix_cache", "threads", "print_config",
-    "trust",
-)  # fmt: skip
-"""Settings that say where and how, not what is trained."""
 
 
 def settings(cfg: DictConfig) -> dict[str, Any]:
@@ -35,7 +31,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     OmegaConf.set_struct(cfg, False)
     cfg.output_dir = "."
     plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    for key in _BESIDE:
+    for key in BESIDE:
         plain.pop(key, None)
     for key, default in ADDED.items():  # with its default it is a run of 0.1.0
         if plain.get(key) == default:
