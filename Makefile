@@ -85,7 +85,7 @@ docs-serve: docs ## Build the site and show it on http://localhost:8000
 	$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory docs/_build/html
 
 figures: install ## Draw the figures of the site anew
-	@for script in one_step masks schedules which_method methods payoff; do $(BIN)/python docs/figures/$$script.py || exit 1; done
+	@for script in one_step masks schedules which_method methods fashion targets payoff; do $(BIN)/python docs/figures/$$script.py || exit 1; done
 
 $(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv $(PEERS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +71,25 @@ def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+def test_the_module_of_the_page_trains_by_the_commands_of_the_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/own.md has `mymod.py` whole; other pages use it."""
+    page = (ROOT / "docs" / "own.md").read_text()
+    code = next(block for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "class Data(" in block)
+    (tmp_path / "mymod.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mymod", raising=False)
+    pages = (ROOT / "docs" / name for name in ("own.md", "start/five_minutes.md", "howto/smaller_onnx.md"))
+    lines = [re.findall(r"^    (pl-sparse train model._target_=mymod.*)$", path.read_text(), re.M) for path in pages]
+    assert [len(found) for found in lines] == [1, 1, 1]
+    for number, (line,) in enumerate(lines):
+        words = [word for word in shlex.split(line)[1:] if word != "export_measure=true"]
+        assert called(monkeypatch, *words, *SHORT, f"hydra.run.dir=run{number}") == 0
+        assert json.loads((tmp_path / f"run{number}" / "metrics.json").read_text())["sparsity"] > 0.4
+    assert (tmp_path / "run2" / "model.onnx").is_file()
 
 
 def test_a_module_and_data_of_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,13 @@ def test_links_lead_to_pages() -> None:
             assert not heading or heading in headings | {*re.findall(r"^\((.+)\)=$", text, re.M)}, link
 
 
+def test_examples_that_pages_name_are_there() -> None:
+    root = DOCS.parent
+    pages = [root / "README.md", *(path for path in DOCS.rglob("*.md") if not BUILT & {*path.parts})]
+    named = {name for page in pages for name in re.findall(r"examples/\w+\.(?:py|yaml)", page.read_text())}
+    assert len(named) > 5 and [name for name in sorted(named) if not (root / name).is_file()] == []
+
+
 def test_each_word_of_the_glossary_is_there_once() -> None:
     text = (DOCS / "start" / "glossary.md").read_text()
     words = [w.strip() for row in re.findall(r"^\| ([^|]+) \|", text, re.M) for w in row.split(",")]

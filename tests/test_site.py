@@ -112,6 +112,25 @@ def test_the_figure_of_methods_is_of_the_table(monkeypatch: pytest.MonkeyPatch) 
         assert figure.source() in path.read_text(), "make figures"
 
 
+def test_the_figure_of_fashion_mnist_is_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded(DOCS / "figures" / "methods.py", monkeypatch)
+    figure = loaded(DOCS / "figures" / "fashion.py", monkeypatch)
+    assert ("gmp", 90, 84.85, 0.11) in figure.rows() and len(figure.rows()) == 17
+    for path in (DOCS / "figures").glob("fashion_*.svg"):
+        assert figure.source() in path.read_text(), "make figures"
+
+
+def test_the_figure_of_targets_is_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = loaded(DOCS / "figures" / "targets.py", monkeypatch)
+    first, _, second = (DOCS / "targets.md").read_text().partition("## One network")
+    assert len(figure.cells()) > 8
+    for key, value in figure.cells():
+        row = re.search(rf"^\| {re.escape(key)}.*$", first, re.MULTILINE)
+        assert row is not None and (value in row[0] or f" {value} " in second), (key, value)
+    for path in (DOCS / "figures").glob("targets_*.svg"):
+        assert figure.source() in path.read_text(), "make figures"
+
+
 def test_a_card_has_the_result_of_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     generated = loaded(DOCS / "_ext" / "generated.py", monkeypatch)
     results = generated.results()
