@@ -10,7 +10,8 @@ Source: Fang et al., DepGraph: towards any structural pruning, 2023, arXiv:2301.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,8 @@ from pl_sparse.core.upstream import DispatchMode, below_autograd
 from pl_sparse.network.attention import Attention, attentions
 from pl_sparse.network.couples import NONE, Call, Rule, Track
 from pl_sparse.network.hooks import called, hooked, stand_ins, unfused
-from pl_sparse.network.layers import CONVS, RECURRENT, TRANSPOSED, End, is_depthwise, is_weighted, sides
+from pl_sparse.network.layers import CONVS, RECURRENT, TRANSPOSED, End, held, is_depthwise, is_weighted, sides
+from pl_sparse.network.norms import is_over_left, norm_over_all
 from pl_sparse.network.origins import Origins
 from pl_sparse.network.products import contract as _products  # noqa: F401  its rules are in the table then
 from pl_sparse.network.rules import MOVING, elementwise, index, moved, rule_of, unknown
@@ -34,6 +36,8 @@ __all__ = ["short", "traced_couplings"]
 
 def traced_couplings(model: nn.Module, example: Any) -> list[Coupling]:
     """The couplings of a model, each with why its units cannot be removed, if the rules say so.
+
+    Norms that take their statistics over the channels that are left (`norms.norm_over_left`) let them go.
 
     Args:
         model: it is left as it is.
@@ -55,7 +59,8 @@ def traced_couplings(model: nn.Module, example: Any) -> list[Coupling]:
         _check_call(model, example)
         return _all_stay(model, f"keeps its channels: they could not be followed ({short(error)})")
     follow.forget_heads()
-    _block_ports(units, model)
+    _name_norms(units)
+    _block_ports(units, model, bool(follow.norms))
     return units.couplings()
 
 
@@ -97,7 +102,7 @@ def _outputs(module: nn.Module, weight: Tensor) -> int:
 
 
 class _Follow(DispatchMode):
-    """Within the block each operation has its rule applied.
+    """Within the block each operation has its rule applied. It takes hooks off norms.
 
     Operations that are made of others are seen whole; where one has no rule, those that it is made of are seen.
 
@@ -115,6 +120,9 @@ class _Follow(DispatchMode):
         self._origins = Origins(model)
         # units of attention layers are heads
         self._heads = {m for each in attentions(model) if isinstance(each, Attention) for m, _, _ in each.weights[:-1]}
+        self.norms = {module for module in model.modules() if is_over_left(module)}
+        for norm in self.norms:  # what its hooks do is not followed
+            norm_over_all(norm)
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._inside.append(module)
@@ -133,7 +141,9 @@ class _Follow(DispatchMode):
         out = func(*args, **kwargs)
         module = self._inside[-1]
         place = self._paths[module], module
-        call = Call(func, args, kwargs, out, self.units, self._tracks.get, place, self._origins, self._heads)
+        call = Call(
+            func, args, kwargs, out, self.units, self._tracks.get, place, self._origins, self._heads, self.norms
+        )
         if any(call.track(tensor) is not None for tensor in call.tensors()) or rule is not None:
             self._note(call, rule or unknown)
         self._note_origin(call, rule)
@@ -186,11 +196,36 @@ class _Follow(DispatchMode):
                 self.units.block([s for s in track.slots if s != NONE], "its channels are outputs of the model")
 
 
-def _block_ports(units: Units, model: nn.Module) -> None:
-    """Block the units whose channels some layer does not let go, and join those that groups of a layer share."""
+def _name_norms(units: Units) -> None:
+    """Give the scale of each norm over channels its side; one without a scale keeps them."""
+    scaled = {end.path for end in units.ports if end.side == "scale"}
+    for path, slots in units.norms.items():
+        if path not in scaled:
+            units.block(slots, f"its channels go through {path}, which has no scale that tells those that are left")
+    units.ports = {
+        end._replace(side="norm") if end.side == "scale" and end.path in units.norms else end: slots
+        for end, slots in units.ports.items()
+    }
+
+
+def _block_ports(units: Units, model: nn.Module, tied: bool) -> None:
+    """Block the units whose channels some layer does not let go, and join those that groups of a layer share.
+
+    Args:
+        tied: whether channels may go of a weight that several layers have, if it has them along the same dimension.
+    """
     uses = {id(parameter): 0 for parameter in model.parameters()}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
+    for module in model.modules() if tied else ():  # one that has several names counts once
+        for parameter in module.parameters(recurse=False):
+            uses[id(parameter)] += 1
+    for _, parameter in () if tied else model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] += 1
+    joined = _join_tied(units, model, uses) if tied else set()
+
+    def twice(layer: nn.Module, end: End) -> bool:
+        keys = {(id(getattr(layer, part.name)), part.dim) for part in held(layer, end)}
+        return any(uses.get(key[0], 1) > 1 and key not in joined for key in keys)
+
     for end, slots in units.ports.items():
         path, layer = end.path, model.get_submodule(end.path)
         own = [getattr(layer, end.tensor)] if isinstance(getattr(layer, end.tensor or "_", None), Tensor) else None
@@ -200,11 +235,36 @@ def _block_ports(units: Units, model: nn.Module) -> None:
             reason = f"its channels go through {path} ({type(layer).__name__}), which needs all of them"
         elif is_computed(layer) or (isinstance(layer, RECURRENT) and hasattr(layer, "parametrizations")):
             reason = f"the weight of {path} is computed from other tensors"
-        elif any(uses.get(id(tensor), 1) > 1 for tensor in own or layer.parameters(recurse=False)):
+        elif twice(layer, end) if tied else any(uses.get(id(t), 1) > 1 for t in own or layer.parameters(recurse=False)):
             reason = f"the weights of {path} are used twice"
         else:
             continue
         units.block(slots.values(), reason)
+
+
+def _join_tied(units: Units, model: nn.Module, uses: Mapping[int, int]) -> set[tuple[int, int]]:
+    """Make the channels at the same place of a tied weight one unit.
+
+    Args:
+        uses: by the identity of a parameter, how many modules have it.
+
+    Returns:
+        The tensors, by identity, and the dimensions along which all that have the tensor have its channels.
+    """
+    lines: dict[tuple[int, int], list[dict[int, int]]] = defaultdict(list)
+    for end, slots in units.ports.items():
+        layer = model.get_submodule(end.path)
+        for part in held(layer, end) if end.tensor or sides(layer) else ():
+            line = {index: slot for place, slot in slots.items() for index in part.indices([place])}
+            lines[id(getattr(layer, part.name)), part.dim].append(line)
+    whole = {key for key, (first, *rest) in lines.items() if len(rest) + 1 == uses.get(key[0], 0) > 1}
+    whole = {key for key in whole if len({frozenset(line) for line in lines[key]}) == 1}
+    for key in whole:
+        first, *rest = lines[key]
+        for line in rest:
+            for place, slot in line.items():
+                units.join(first[place], slot)
+    return whole
 
 
 def _join_groups(units: Units, slots: dict[int, int], side: str, module: nn.Module) -> None:

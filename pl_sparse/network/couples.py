@@ -67,6 +67,7 @@ class Call:
         path: of the innermost module that it was called in.
         module: that module.
         heads: layers whose outputs are heads of attention, and are removed as such.
+        norms: norms that take their statistics over the channels that are left.
     """
 
     def __init__(
@@ -80,12 +81,14 @@ class Call:
         place: tuple[str, nn.Module],
         origins: Origins,
         heads: Collection[nn.Module] = (),
+        norms: Collection[nn.Module] = (),
     ) -> None:
         self.operation = operation
         self.output = output
         self.units = units
         self.path, self.module = place
         self.heads = heads
+        self.norms = norms
         self._args, self._kwargs = list(args), kwargs
         self._tracks = tracks
         self._origins = origins
@@ -203,7 +206,13 @@ class Call:
         self.keep(track, f"its channels go through {path}{kind}, which needs all of them")
 
     def need_here(self, track: Track | None) -> None:
-        """Note that the module, if it is a single layer, or else the operation needs all channels of a track."""
+        """Note that the module, if it is a single layer, or else the operation needs all channels of a track.
+
+        A norm that takes its statistics over the channels that are left does not.
+        """
+        if track is not None and self.module in self.norms and NONE not in track.slots:
+            self.units.norms[self.path] = track.slots
+            return
         if next(self.module.children(), None) is None and self.path:
             self.need(track, self.path, self.module)
         else:

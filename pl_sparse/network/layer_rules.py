@@ -28,7 +28,11 @@ def weighted(call: Call, source: Tensor, weight: Tensor, dim: int, inputs: int, 
     track = call.track(source)
     path, layer = _layer(call, weight)
     if layer in call.heads and isinstance(layer, nn.MultiheadAttention):
-        call.need(track, path, layer)
+        columns = call.claim(weight, 1, "in") if call.norms and track is not None and track.dim == dim else None
+        if columns is None or track is None:
+            call.need(track, path, layer)
+        else:
+            call.join(track.slots, columns)
         return None
     if not is_weighted(layer):
         return _own(call, track, weight, dim, inputs)
@@ -113,11 +117,16 @@ def channel_norm(call: Call) -> Track | None:
 
 @couples(*named("layer_norm rms_norm native_layer_norm"))
 def layer_norm(call: Call) -> Track | None:
-    """Over other dimensions than that of the channels."""
+    """Over other dimensions than that of the channels, or over those that are left."""
     source: Tensor = call["input"]
     track = call.track(source)
     if track is not None and track.dim >= source.dim() - len(call["normalized_shape"]):
         call.need_here(track)
+        for name, side in (("weight", "scale"), ("bias", "shift")) if call.module in call.norms else ():
+            given = call[name] if name == "weight" or "layer" in call.name else None
+            own = call.claim(given, 0, side) if isinstance(given, Tensor) else None
+            if own is not None:
+                call.join(track.slots, own)
     return track
 
 

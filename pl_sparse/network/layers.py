@@ -44,7 +44,8 @@ class End(NamedTuple):
     Attributes:
         path: the name of the layer.
         side: "out" where channels come out of it, and what changes each on its own (norms); "in" where it takes them
-            in; "scale" where they are multiplied by a tensor of it, "shift" where one is added.
+            in; "scale" where they are multiplied by a tensor of it, "norm" where that is the scale of a norm that looks
+            at all of them, "shift" where one is added.
         tensor: the parameter or buffer that the channels are indices of, or a part of a recurrent layer; "" for a layer
             of a kind that is known.
         dim: the dimension of that tensor.

@@ -323,7 +323,8 @@ def reduction(call: Call) -> Any:
     dims = [given] if isinstance(given, int) else list(given or range(source.dim()))
     dims = [dim % source.dim() for dim in dims]
     if track.dim in dims:
-        if call.name.startswith(("aten.sum", "aten.linalg_vector_norm", "aten.norm")):  # what is zero adds nothing
+        sums = call.name.startswith(("aten.sum", "aten.linalg_vector_norm", "aten.norm"))
+        if sums and call.module not in call.norms:  # what is zero adds nothing
             call.units.read(slot for slot in track.slots if slot != NONE)
         else:
             call.need_here(track)

@@ -68,13 +68,19 @@ class Coupling:
 
 
 class Units:
-    """Slots that are one unit: union and find. A slot is known by its number."""
+    """Slots that are one unit: union and find. A slot is known by its number.
+
+    Attributes:
+        ports: by the end of a layer, the slot of each channel there.
+        norms: by the name of a norm, the slots that it takes its statistics over.
+    """
 
     def __init__(self) -> None:
         self.ports: dict[End, dict[int, int]] = {}
         self._above: list[int] = []
         self._reasons: dict[int, str] = {}
         self._read: set[int] = set()  # slots that a product takes in
+        self.norms: dict[str, tuple[int, ...]] = {}
 
     def port(self, path: str, side: str, indices: Iterable[int], tensor: str = "", dim: int = 0) -> tuple[int, ...]:
         """The slots of some channels of a layer; they are added where they are new."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from pl_sparse.core.layouts import Along, InputsFirst, Layout, Plain, Rows, Unor
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.parametrized import behind, is_computed
 from pl_sparse.core.registry import register
-from pl_sparse.network.layers import Held, held
+from pl_sparse.network.layers import TABLES, Held, held
+from pl_sparse.network.norms import kept_channels, last_norms, norm_over_all, norm_over_left
 from pl_sparse.network.units import Coupling
 from pl_sparse.structure.base import Structure
 from pl_sparse.structure.units import RowUnits
+from pl_sparse.surgery.shrink import dead
 from pl_sparse.surgery.trial import couplings
 
 __all__ = ["Channel", "Feature"]
@@ -37,14 +39,28 @@ class Channel(RowUnits):
     over its weights in all layers. Layers whose outputs cannot be removed stay dense: the model's own outputs, what a
     LayerNorm reads, and what is joined with a layer that is excluded.
 
+    With `through_norms` the channels that a LayerNorm or RMSNorm reads can go too, such as the residual width of a
+    transformer. Such a norm then takes mean and variance over the channels that are left, by hooks
+    (`network.norms.norm_over_left`), so that the masked model is the one without them. The dense model's outputs change
+    more at the moment of pruning than by zeros alone, and training goes on from there. Look-up tables (of tokens, of
+    positions) are masked with the channels, without being scored or counted.
+
     Sources: Li et al., Pruning filters for efficient ConvNets, 2016, arXiv:1608.08710. Fang et al., DepGraph: towards
     any structural pruning, 2023, arXiv:2301.12900, for the coupling; there inputs count in a unit's score too.
+    Muralidharan et al., Compact language models via pruning and knowledge distillation (Minitron), 2024,
+    arXiv:2407.14679, for the width of transformers; there units are scored by activations.
 
     Args:
         coupled: whether channels that are joined are one unit.
+        through_norms: whether channels that a LayerNorm or RMSNorm takes its statistics over are pruned too.
     """
 
     coupled: bool = False
+    through_norms: bool = False
+
+    def __post_init__(self) -> None:
+        if self.through_norms and not self.coupled:
+            raise ValueError("through_norms=true is of coupled channels: use structure=coupled (coupled=true)")
 
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
         if not self.coupled:
@@ -59,12 +75,20 @@ class Channel(RowUnits):
         by_weight = {id(param.weight): param for param in params}
         companions: dict[str, MaskedParameter] = {}  # a norm that several groups share is one
         groups = []
+        norms = dict(last_norms(model)) if self.through_norms else {}
+        for norm in norms.values():
+            norm_over_left(norm)
         for coupling in couplings(model, example):
-            group = _group(coupling, dict(model.named_modules()), by_weight, companions)
+            coupling = _with_silent_scales(model, coupling)
+            group = _group(coupling, dict(model.named_modules()), by_weight, companions, self.through_norms)
             if group is not None:
                 group.members = tuple(sorted(group.members, key=lambda member: order[member[0].name]))
                 group.name = group.members[0][0].name
                 groups.append(group)
+        pruned = {companion.module for group in groups if not group.reason for companion, _ in group.companions}
+        for norm in norms.values():
+            if norm not in pruned:
+                norm_over_all(norm)
         grouped = {param.name for group in groups for param, _ in group.members}
         reason = "no channel that can be removed was found in it"
         groups += [Group(p.name, ((p, p.layout),), reason=reason) for p in params if p.name not in grouped]
@@ -91,12 +115,14 @@ def _group(
     modules: Mapping[str, nn.Module],
     by_weight: Mapping[int, MaskedParameter],
     companions: dict[str, MaskedParameter],
+    tables: bool,
 ) -> Group | None:
     """The weights that a coupling goes through, as a group without a name; None if none of them is pruned.
 
     Args:
         by_weight: the weights that are pruned, by the identity of the parameter.
         companions: biases and norms seen so far, by name; those of this coupling are added.
+        tables: whether look-up tables are companions too.
     """
     group = Group("", (), reason=coupling.reason)
     for port in coupling.ports:
@@ -120,13 +146,30 @@ def _group(
                 group.members += ((param, layout),)
             elif group.reason is not None:
                 continue
-            elif port.side == "out" and tensor.dim() > 1:
+            elif port.side == "out" and tensor.dim() > 1 and not (tables and isinstance(module, TABLES)):
                 group.reason = f"its channels are joined with those of {port.path or 'the model'}, which is not pruned"
             elif not isinstance(module, nn.PReLU):  # a slope is harmless, too
                 mask = torch.ones_like(tensor, dtype=torch.bool, requires_grad=False)
                 companion = companions.setdefault(name, MaskedParameter(name, module, tensor, mask))
                 group.companions += ((companion, _units_as_rows(companion, each, port.places)),)
     return group if group.members else None
+
+
+def _with_silent_scales(model: nn.Module, coupling: Coupling) -> Coupling:
+    """A coupling, which stays if the scale of a norm is zero where its channels are not: they would pass for masked."""
+    alive = torch.ones(coupling.units, dtype=torch.bool)
+    for _, units in dead(model, [coupling]):
+        alive[units] = False
+    for port in coupling.ports if coupling.reason is None else ():
+        if port.side == "norm":
+            kept = kept_channels(model.get_submodule(port.path)).cpu()[torch.tensor(port.places)]  # (units, places)
+            silent = int((alive & ~kept.all(1)).sum())
+            if silent:
+                reason = (
+                    f"the scale of {port.path} is zero for {silent} of its channels, which would be taken for masked"
+                )
+                return replace(coupling, reason=reason)
+    return coupling
 
 
 def _unpruned(name: str, each: Held, module: Any, weight: Any) -> MaskedParameter:

@@ -89,17 +89,20 @@ def _replace_config(
 
 
 def attribute(module: nn.Module, key: str) -> Any:
-    """An attribute of a module, or of its config: "config.num_experts"."""
+    """An attribute of a module, of its config, or in a tuple: "config.num_experts", "normalized_shape.0"."""
     owner: Any = module
     for part in key.split("."):
-        owner = getattr(owner, part)
+        owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
     return owner
 
 
 def set_attribute(model: nn.Module, module: Any, key: str, value: Any) -> None:
     """Set it. A config is replaced by a copy, wherever the model has it."""
     first, _, rest = key.partition(".")
-    if rest:
+    if rest.isdigit():
+        before = getattr(module, first)
+        setattr(module, first, (*before[: int(rest)], value, *before[int(rest) + 1 :]))
+    elif rest:
         _replace_config(model, getattr(module, first), lambda new: setattr(new, rest, value), nn.Module.__setattr__)
     else:
         setattr(module, key, value)

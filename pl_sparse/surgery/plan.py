@@ -98,7 +98,7 @@ class RemovalPlan:
             for name, dim in attention.tables(module) if "tables" in more else ():
                 indices[_full(path, name)][dim] |= set(gone)
         tensors = _cuts(model, indices)
-        return cls(tensors, _merged(changed_attributes(model, tensors), layers))
+        return cls(tensors, _merged(changed_attributes(model, _everywhere(model, tensors)), layers))
 
     @torch.no_grad()
     def apply(
@@ -309,6 +309,13 @@ def _cuts(model: nn.Module, indices: Indices) -> dict[str, Cut]:
     return cuts
 
 
+def _everywhere(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[str, Cut]:
+    """The cuts by all names that the tensors have: tied weights have several."""
+    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    every = model.named_parameters(remove_duplicate=False)
+    return dict(cuts) | {name: cuts[names[id(p)]] for name, p in every if names[id(p)] in cuts}
+
+
 def changed_attributes(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[str, dict[str, tuple[int, int]]]:
     """The attributes that cuts change, before and after, by the path of each layer that loses something."""
     layers = {}
@@ -320,7 +327,7 @@ def changed_attributes(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[str, d
             if cut is not None:
                 shapes[short] = cut.left
         after = _attributes(module, shapes).items()
-        before: dict[str, int] = {key: int(getattr(module, key)) for key, _ in after}
+        before: dict[str, int] = {key: int(attribute(module, key)) for key, _ in after}
         layers[path] = {key: (before[key], value) for key, value in after if before[key] != value}
     return layers
 
@@ -337,8 +344,13 @@ def _attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dic
             return {"in_channels": out, "out_channels": out, "groups": out}
         return {"in_channels": shapes["weight"][1] * module.groups, "out_channels": out}
     if isinstance(module, nn.MultiheadAttention):
-        rows = shapes["in_proj_weight"][0] // 3 if "in_proj_weight" in shapes else shapes["q_proj_weight"][0]
-        return {"num_heads": rows // module.head_dim}
+        if "in_proj_weight" in shapes:
+            rows, width = shapes["in_proj_weight"][0] // 3, shapes["in_proj_weight"][1]
+            inputs = {"embed_dim": width, "kdim": width, "vdim": width}
+        else:
+            rows, width = shapes["q_proj_weight"]
+            inputs = {"embed_dim": width, "kdim": shapes["k_proj_weight"][1], "vdim": shapes["v_proj_weight"][1]}
+        return {"num_heads": rows // module.head_dim, **inputs}
     if keeps_inputs_first(module):
         return {"nx": shapes["weight"][0], "nf": shapes["weight"][1]}
     if isinstance(module, nn.PReLU):
@@ -351,6 +363,8 @@ def _attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dic
         sizes = {"input_size": shapes[first][1], "hidden_size": shapes[first][0] // before}
         projected = {"proj_size": shapes["weight_hr_l0"][0]} if "weight_hr_l0" in shapes else {}
         return sizes | projected
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return {"normalized_shape.0": shapes["weight"][0]}
     if isinstance(module, BARE):
         return _width(module, next(shape[0] for shape in shapes.values() if shape))
     return {}

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from pl_sparse.network.attention import Unknown, attentions
 from pl_sparse.network.channels import short
 from pl_sparse.network.layers import held
+from pl_sparse.network.norms import is_over_left, kept_channels, norm_over_all
 from pl_sparse.network.units import Coupling, Port
 from pl_sparse.surgery.constants import Fold, folds_of, is_silent, read_inputs
 from pl_sparse.surgery.optimizers import shrink_optimizers
@@ -64,7 +65,8 @@ def shrink(
     result.
 
     Parameters stay the same objects, with less in them, so that optimizers go on training them; a Pruner follows by
-    `pruner.shrink(result.plan.tensors)`.
+    `pruner.shrink(result.plan.tensors)`. Norms that took their statistics over the channels that are left (coupled
+    channels with `through_norms`) have no others then, and are plain again.
 
     Args:
         model: any model; it is changed in place.
@@ -96,6 +98,9 @@ def shrink(
         fold.apply(model)
     plan.apply(model)
     cut_states()
+    for norm in model.modules():
+        if is_over_left(norm) and bool(kept_channels(norm).all()):
+            norm_over_all(norm)
     return Removal(
         plan, {**stays, **left, **refused}, before, sum(parameter.numel() for parameter in model.parameters())
     )

@@ -141,7 +141,7 @@ def _silence(module: nn.Module, port: Port, channels: Sequence[int], weights: Ra
         channels: their places there.
         weights: those that are made when they are read.
     """
-    if port.side not in ("out", "shift") or isinstance(module, nn.PReLU):
+    if port.side not in ("out", "shift", "norm") or isinstance(module, nn.PReLU):
         return
     tensors = own_tensors(module)
     for each in held(module, port.end):

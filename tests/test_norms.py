@@ -1,0 +1,191 @@
+"""Channels that a LayerNorm or RMSNorm takes its statistics over: the masked model is the one without them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pl_sparse import Pruner
+from pl_sparse.export import load_shrunk, save_shrunk, shrink
+from pl_sparse.network.hooks import called
+from pl_sparse.network.norms import is_over_left, norm_over_all, norm_over_left
+from pl_sparse.structure import Channel
+from pl_sparse.surgery.trial import couplings
+
+WIDTH = Channel(coupled=True, through_norms=True)
+
+
+class ShiftedNorm(nn.Module):
+    """An RMSNorm as Gemma has it, whose scale is 1 + weight."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-3).rsqrt() * (1 + self.weight)
+
+
+class OwnLayerNorm(nn.Module):
+    """A LayerNorm written out."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * (centred.square().mean(-1, keepdim=True) + 1e-3).rsqrt() * self.weight + self.bias
+
+
+def naive(norm: nn.Module, x: Tensor, kept: list[int]) -> Tensor:
+    """The norm of some channels alone, by loops over rows; the others are zero."""
+    out = torch.zeros_like(x)
+    scale = norm.weight + 1 if isinstance(norm, ShiftedNorm) else norm.weight
+    for row in range(len(x)):
+        values = [float(x[row, i]) for i in kept]
+        centres = isinstance(norm, (nn.LayerNorm, OwnLayerNorm))
+        mean = sum(values) / len(values) if centres else 0.0
+        deviation = (sum((v - mean) ** 2 for v in values) / len(values) + 1e-3) ** 0.5
+        for i, value in zip(kept, values, strict=True):
+            out[row, i] = (value - mean) / deviation * scale[i] + (norm.bias[i] if centres else 0)  # type: ignore[index]
+    return out
+
+
+@pytest.mark.parametrize(
+    "make", [lambda n: nn.LayerNorm(n, 1e-3), lambda n: nn.RMSNorm(n, 1e-3), ShiftedNorm, OwnLayerNorm]
+)
+def test_statistics_over_the_channels_left_against_loops(make: Callable[[int], nn.Module]) -> None:
+    torch.manual_seed(0)
+    norm, x, gone = make(7), torch.randn(4, 7) * 0.1 + 1, [1, 2, 6]
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    plain, kept = norm(x), [0, 3, 4, 5]
+    norm_over_left(norm)
+    assert torch.equal(norm(x), plain)  # to the bit, while nothing is masked
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter[gone] = 0
+        x[:, gone] = 0
+    assert torch.allclose(norm(x)[:, kept], naive(norm, x, kept)[:, kept], atol=1e-5)
+    assert torch.allclose(copy.deepcopy(norm)(x), norm(x))  # a copy has it too
+    assert not torch.allclose(norm(x)[:, kept], plain[:, kept], atol=1e-2)
+    norm_over_all(norm)
+    assert not is_over_left(norm) and not torch.allclose(norm(x)[:, kept], naive(norm, x, kept)[:, kept], atol=1e-2)
+
+
+class Encoder(nn.Module):
+    """torch's own transformer, with positions and a class token beside the patches."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(1, 16, 2, 2), nn.Parameter(torch.randn(1, 1, 16))
+        self.positions = nn.Parameter(torch.randn(1, 5, 16))
+        layer = nn.TransformerEncoderLayer(16, 2, 24, 0.0, norm_first=first, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(16), enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.patches(x).flatten(2).transpose(1, 2)], 1)
+        return self.head(self.encoder(x + self.positions)[:, 0])
+
+
+def _of_hugging_face(model: str, config: str, **settings: Any) -> tuple[nn.Module, Any]:
+    library = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    made = getattr(library, model)(getattr(library, config)(**{**sizes, "intermediate_size": 24, **settings}))
+    return made, {"input_ids": torch.randint(3, 40, (2, 6))}
+
+
+_LLAMA = {"num_key_value_heads": 1, "use_cache": False, "max_position_embeddings": 16}
+MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "torch": lambda: (Encoder(first=False), torch.randn(2, 1, 4, 4)),
+    "torch, norm first": lambda: (Encoder(first=True), torch.randn(2, 1, 4, 4)),
+    "bert": lambda: _of_hugging_face("BertForSequenceClassification", "BertConfig", max_position_embeddings=8),
+    "bert, tied": lambda: _of_hugging_face("BertForMaskedLM", "BertConfig", max_position_embeddings=8),
+    "llama": lambda: _of_hugging_face("LlamaForCausalLM", "LlamaConfig", **_LLAMA),
+    "llama, tied": lambda: _of_hugging_face("LlamaForCausalLM", "LlamaConfig", tie_word_embeddings=True, **_LLAMA),
+}
+
+
+def halved(net: nn.Module, x: Any, structure: Channel = WIDTH) -> Pruner:
+    """Prune in training, a few steps."""
+    pruner = Pruner("magnitude", "linear", structure, "uniform", sparsity=0.5)
+    pruner.attach(net, x)
+    optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9)
+    for step in range(6):
+        optimizer.zero_grad()
+        next(iter(called(net.train(), x))).square().mean().backward()
+        pruner.before_step(step, 6, optimizer)
+        optimizer.step()
+        pruner.after_step()
+    net.eval()
+    return pruner
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_half_of_the_width_goes_and_outputs_are_those_of_the_masked_model(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = MODELS[name]()
+    fresh, before = copy.deepcopy(net), sum(p.numel() for p in net.parameters())
+    pruner = halved(net, x)
+    masked = [out.detach() for out in called(net, x)]
+    plain = copy.deepcopy(net)
+    for module in plain.modules():
+        norm_over_all(module)
+    assert not torch.allclose(called(plain, x)[0], masked[0], atol=1e-3)  # the hooks are what makes the difference
+    result = shrink(net, x, {p.name: p.mask for p in pruner.masked if p.pruned})
+    assert not result.left and result.after < 0.5 * before
+    for out, expected in zip(called(net, x), masked, strict=True):
+        assert torch.allclose(out, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+    assert not any(is_over_left(module) for module in net.modules())
+    assert {len(p) for name, p in net.named_parameters() if "norm" in name.lower()} == {8}
+    save_shrunk(net, result.plan, tmp_path)
+    load_shrunk(fresh.eval(), tmp_path)
+    assert torch.equal(called(fresh, x)[0], called(net, x)[0])
+
+
+def test_without_the_option_all_is_as_before() -> None:
+    net, x = MODELS["torch"]()
+    reasons = {port.path: c.reason for c in couplings(net, x) for port in c.sources(net)}
+    assert "self_attn (MultiheadAttention), which needs all of them" in str(reasons["patches"])
+    pruner = Pruner(structure=Channel(coupled=True), sparsity=0.5)
+    pruner.attach(net, x)
+    assert [group.name for group in pruner.groups] == [f"encoder.layers.{i}.linear1.weight" for i in (0, 1)]
+    assert not any(is_over_left(module) for module in net.modules())
+
+
+class Narrow(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.a, self.norm, self.b, self.c = nn.Linear(4, 8), norm, nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.norm(self.a(x))).relu())
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (nn.LayerNorm(8, elementwise_affine=False), "norm (LayerNorm), which needs all of them"),
+        (ShiftedNorm(8), "the scale of norm is zero for 8 of its channels"),
+        (nn.GroupNorm(1, 8), "norm (GroupNorm), which needs all of them"),
+    ],
+)
+def test_norms_that_do_not_tell_what_is_left_keep_their_channels(norm: nn.Module, reason: str) -> None:
+    net = Narrow(norm)
+    pruner = Pruner(structure=WIDTH, sparsity=0.5)
+    pruner.attach(net, torch.randn(2, 4))
+    assert reason in pruner.skipped["a.weight"] and [group.name for group in pruner.groups] == ["b.weight"]
+    assert not is_over_left(norm)
+
+
+def test_the_option_is_of_coupled_channels() -> None:
+    with pytest.raises(ValueError, match="structure=coupled"):
+        Channel(through_norms=True)
