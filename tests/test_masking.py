@@ -232,8 +232,11 @@ def test_topkast_trains_more_than_it_uses() -> None:
     assert moved
 
 
+@pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("masking", ["hard", "ste", "frozen"])
-def test_large_masks_are_applied_without_a_copy_in_numbers(masking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_masks_are_applied_without_a_copy_in_numbers(
+    masking: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the bit what small masks come to, infinite and NaN gradients too, and a byte a weight is all that stays."""
 
     def trained() -> tuple[torch.Tensor, Pruner]:
@@ -255,9 +258,27 @@ def test_large_masks_are_applied_without_a_copy_in_numbers(masking: str, monkeyp
     small, pruner = trained()
     assert all(param._bits is not None for param in pruner.params)
     monkeypatch.setattr(parameter, "_LARGE", 30)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     large, pruner = trained()
     assert torch.equal(small.view(torch.int32), large.view(torch.int32)) and (large == 0).sum() == 96
     assert all(param._bits is None and param._factor is None for param in pruner.params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_mask_is_applied_to_the_bit(threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parameter, "_LARGE", 30)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weight = torch.nn.Parameter(torch.randn(4, 3, 5, 5).to(dtype).to(memory_format=torch.channels_last))
+    param = parameter.MaskedParameter("w", torch.nn.Module(), weight, torch.rand(4, 3, 5, 5) < 0.5)
+    values = torch.randn(4, 3, 5, 5).to(dtype)
+    values.view(-1)[:4] = torch.tensor([-0.0, float("inf"), -float("inf"), float("nan")])
+    expected = torch.where(param.mask, values, 0)
+    for found in (values.clone(), values.clone(memory_format=torch.channels_last)):
+        parameter.zero_pruned([found], [param])
+        assert torch.equal(found.contiguous().view(torch.uint8), expected.view(torch.uint8))
+    parameter.zero_pruned([weight], [param], [values])
+    assert torch.equal(weight.detach().contiguous().view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
