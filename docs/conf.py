@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE / "_ext")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the tutorials: their tensors are small
 
 import pl_sparse  # noqa: E402
 

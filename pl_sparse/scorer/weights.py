@@ -54,9 +54,9 @@ class Slimming(Scorer):
     """|gamma| of the batch norm that takes a layer's output, the same for all weights of an output channel.
 
     A forward pass shows which norm that is. Layers without a norm after them score above all others, so that one
-    threshold prunes them last; leave them out by `exclude`. The channel with the largest scale of each layer scores as
-    high, so that no layer is removed as a whole. For `structure=channel allocation=global`, after training with the
-    penalty `regularizer=slimming`.
+    threshold prunes them last; leave them out by `exclude`. The channel with the largest scale of each layer also
+    scores above the others, so that no layer is removed as a whole. For `structure=channel allocation=global`, after
+    training with the penalty `regularizer=slimming`.
 
     Source: Liu et al., Learning efficient convolutional networks through network slimming, 2017, arXiv:1708.06519,
     section 3, which has no such guard.
