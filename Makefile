@@ -105,5 +105,5 @@ reproduce: install ## Run the published experiments (resumable) and write docs/r
 	$(BIN)/python -m benchmarks.reproduce
 
 clean: ## Remove the virtual environment, caches and build outputs
-	rm -rf $(VENV) $(LOWEST) $(ZOO) $(PEERS) docs/_build docs/generated docs/tutorials build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(ZOO) $(PEERS) docs/_build docs/generated docs/tutorials examples/outputs build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -61,7 +61,8 @@ def found(text: str) -> list[tuple[int, str, str]]:
 
 
 def main(names: list[str]) -> int:
-    files = [Path(name) for name in names] or sorted({path for glob in FILES for path in ROOT.glob(glob)})
+    ours = {path for glob in FILES for path in ROOT.glob(glob) if path.is_file()}
+    files = [Path(name) for name in names] or sorted(ours)
     lines = [
         f"{file}:{line}: {words!r}: {advice}"
         for file in files

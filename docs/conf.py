@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE / "_ext")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the tutorials: their tensors are small
 
 import pl_sparse  # noqa: E402
 
@@ -57,8 +59,12 @@ def has_header(path: Path) -> bool:
     return len(lines) > 1 and bool(re.fullmatch(r"[=#*-]{3,}", lines[1].strip()))
 
 
-QUICK = ("plain_loop.py",)
-"""Tutorials that take seconds: building the site runs them, and shows the others as they are."""
+QUICK = (
+    *("accelerate_loop.py", "bert_hugging_face.py", "fabric.py", "llama_moe.py", "lstm_forecaster.py"),
+    *("own_scorer.py", "plain_loop.py", "rigl_from_scratch.py", "sparse_int8.py", "two_four_tensorrt.py"),
+    "vit_heads.py",
+)
+"""Tutorials that take up to ten seconds each: building the site runs them. The others say that they were not run."""
 
 _scripts = sorted((ROOT / "examples").glob("*.py"))
 _others = [re.escape(path.name) for path in _scripts if not has_header(path)]

@@ -16,7 +16,7 @@ from pl_sparse import Pruner
 
 
 def main(folder: Path, start: int = 0, stop: int = 20, total: int = 20) -> tuple[nn.Module, Pruner]:
-    """Train from a step to another; from a later one than 0 the checkpoint in the folder is loaded first."""
+    """Train from step `start` to step `stop`. If `start` is not 0, the checkpoint in the folder is loaded first."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
     net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))

@@ -2,9 +2,10 @@
 BERT with Hugging Face's Trainer: sparse, or with fewer heads in a folder for the hub
 =====================================================================================
 
-A small BERT from a configuration, so that nothing is downloaded. ``SparsityCallback`` goes into the Trainer that you
-have. Its checkpoints resume, and `save_model` writes the sparse weights. Pruned heads leave the model, which goes to
-a folder with weights as safetensors, what is gone as JSON, and a page. Needs the extra ``transformers``.
+A small BERT from a configuration, so that nothing is downloaded. ``SparsityCallback`` is added to the Trainer that you
+have. Its checkpoints resume, and ``save_model`` writes the sparse weights. Pruned heads are removed from the model,
+which is saved as a folder: weights as safetensors, the removed heads as JSON, and a page. Needs the extra
+``transformers``.
 """
 
 import sys

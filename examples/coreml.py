@@ -2,8 +2,8 @@
 A sparse network for Core ML
 ============================
 
-Core ML keeps a bit per weight and the float16 values that are not zero. coremltools converts on Linux; the package is
-read back and compared with the network weight by weight, as predictions need an Apple device. Needs the extra
+Core ML stores one bit per weight and the nonzero values in float16. coremltools converts on Linux. Predictions need an
+Apple device, so the package is read back and compared with the network weight by weight. Needs the extra
 ``coreml``; without it the example ends with a line that names the extra.
 """
 

@@ -2,7 +2,7 @@
 Lightning Fabric
 ================
 
-The pruner is attached to the model, and stands in ``fabric.save`` beside it.
+The pruner is attached to the model, and its state is saved beside it by ``fabric.save``.
 """
 
 import sys

@@ -3,8 +3,8 @@ A decoder with experts: zeros within the experts alone
 ======================================================
 
 A Llama-shaped decoder whose feed-forward layers are mixtures of experts (Mixtral). Most of its weights are in experts,
-each of which sees a part of the tokens. They are pruned to 80 %, attention, routers and embeddings stay dense. Needs
-the extra ``transformers``; the model is made from a configuration.
+each of which sees a part of the tokens. The experts are pruned to 80 %; attention, routers and embeddings stay dense.
+Needs the extra ``transformers``; the model is made from a configuration.
 """
 
 import torch
@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from pl_sparse import Pruner
 
 # %%
-# A language to learn: each token is the sum of the two before it, modulo 17.
+# The language: each token is the sum of the two before it, modulo 17.
 
 
 def texts(count: int, length: int = 12, seed: int = 0) -> torch.Tensor:
@@ -52,7 +52,7 @@ for step in range(steps):
     pruner.after_step()
 
 # %%
-# The zeros of each expert, and what the model still knows.
+# The zeros of each expert, and the accuracy of the model.
 
 for name, weight in model.named_parameters():
     if ".experts." in name:  # (experts, out, in)

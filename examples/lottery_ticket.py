@@ -3,8 +3,8 @@ A lottery ticket, and the control that shows what it is
 =======================================================
 
 Iterative magnitude pruning (Frankle, Carbin, 2018): train, remove a part of the smallest weights, go back to the first
-weights, again and again. What is left trains as well as the dense network. The control has the same masks and new
-random weights: if it did as well, the weights would be no ticket.
+weights, again and again. The weights that are left train as well as the dense network. The control has the same masks
+and new random weights. If it did as well, the initial weights would not matter.
 """
 
 from functools import partial

@@ -3,10 +3,11 @@ An LSTM that forecasts, with fewer hidden units
 ===============================================
 
 A hidden unit of an LSTM is four rows of its input and recurrent weights, their biases, a column of the recurrent
-weights, and a column of whatever reads it. They are pruned as one, and taken out: the cell that is left is a plain
-`nn.LSTM` of another size, with the same forecasts.
+weights, and a column of each layer that reads it. They are pruned as one, and removed: the cell that is left is a plain
+``nn.LSTM`` of another size, with the same forecasts.
 """
 
+import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from pl_sparse import Sparsity
 from pl_sparse.export import shrink
 
 # %%
-# A year and a week with noise; 48 values are seen, and the next one is asked for.
+# Waves of a year and of a week, with noise: the network sees 48 values and forecasts the next one.
 
 
 def series(count: int, seed: int) -> TensorDataset:
@@ -70,7 +71,7 @@ trainer = Trainer(max_epochs=8, accelerator="cpu", callbacks=[sparsity], **quiet
 trainer.fit(module, DataLoader(series(2000, seed=0), 50, shuffle=True))
 
 # %%
-# Take them out.
+# Remove the units.
 
 net = module.net
 masked = error(net)
@@ -83,3 +84,14 @@ print(f"hidden units by layer: {sizes[0][0]}, {sizes[1][0]} of 48; parameters {r
 print(f"error {masked:.4f} with masks, {smaller:.4f} without the units; the last value again: {naive:.4f}")
 for layer, reason in result.left.items():
     print(f"{layer} stays: {reason}")
+
+# %%
+# The forecasts of the smaller network.
+
+with torch.no_grad():
+    forecasts = net.eval()(x)
+figure, axes = plt.subplots(figsize=(4, 4), layout="constrained")
+axes.scatter(y, forecasts, s=6)
+axes.plot([-1.5, 1.5], [-1.5, 1.5], color="grey", lw=1)
+axes.set(xlabel="next value", ylabel="forecast")
+figure.suptitle("Forecasts of 24 units per layer against the next value")

@@ -2,9 +2,9 @@
 A scorer of one's own, from a package of one's own
 ==================================================
 
-A method is its difference: here a weight's magnitude over that of its row, so that each output keeps inputs. The class
-is registered under its name, trains under every schedule, structure and allocation that there is, and an entry point
-makes the name known wherever the package is installed, on the command line too.
+The score here is a weight's magnitude divided by that of its row, so that each output keeps some inputs. The class is
+registered under its name and works with every schedule, structure and allocation. An entry point makes the name known
+wherever the package is installed, on the command line too.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 A plain training loop
 =====================
 
-A plain training loop to 80 % sparsity, with a checkpoint half way from which it goes on exactly.
+A plain training loop to 80 % sparsity, with a checkpoint half way, from which it resumes exactly.
 """
 
 import io

@@ -2,8 +2,8 @@
 A ResNet of timm, a third of its multiplications, as an ONNX file
 =================================================================
 
-Channels are pruned through everything that they pass: residual joins, norms, the classifier. What is masked leaves the
-network, and ONNX Runtime needs neither sparse kernels nor this package to be faster. Needs the extras ``timm`` and
+Channels are pruned through all layers that they pass: residual joins, norms, the classifier. Masked channels are
+removed, so that ONNX Runtime is faster without sparse kernels and without this package. Needs the extras ``timm`` and
 ``export``. With pictures of your own ``pl-sparse slim resnet18 --data image_folder root=pictures`` does all of it.
 """
 
@@ -42,7 +42,7 @@ data = Enlarged(batch_size=32)
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 # %%
-# The dense network. Yours is trained already.
+# The dense network. Yours may be trained already.
 
 dense = timm.create_model("resnet10t", num_classes=10, in_chans=1)
 module = Classifier(dense, 10)
@@ -53,8 +53,8 @@ teacher, example = module.net.eval(), torch.randn(2, *data.shape)
 teacher.requires_grad_(False)
 
 # %%
-# A copy is fine-tuned while it imitates the network that it was, and its channels go over the first half, by what they
-# cost and how large they are, until a third of the multiply-accumulates is left.
+# A copy is fine-tuned while it imitates the dense network. In the first half of this training channels are pruned, by
+# their cost and their magnitude, until a third of the multiply-accumulates is left.
 
 smaller = timm.create_model("resnet10t", num_classes=10, in_chans=1)
 smaller.load_state_dict(teacher.state_dict())
@@ -65,7 +65,7 @@ trainer = Trainer(max_epochs=4, accelerator="cpu", limit_val_batches=0, callback
 trainer.fit(module, data)
 
 # %%
-# The masked channels are taken out. The outputs stay what they are; the accuracy is that of the smaller network.
+# The masked channels are removed. The outputs do not change; the accuracy is that of the smaller network.
 
 masked = smaller.eval()(example)
 result = shrink(smaller, example)

@@ -2,8 +2,8 @@
 Sparse and in 8 bits: zeros of masks are zeros of integers
 ==========================================================
 
-A network is pruned to 90 %, and then trains on with rounded weights and activations. The grid of integers has zero in
-it, so that what was pruned is the integer 0. The ONNX file is a quarter as large, and a compressed one smaller by the
+A network is pruned to 90 % and then trained with rounded weights and activations. The integer grid contains zero, so
+that each pruned weight is the integer 0. The ONNX file is a quarter as large, and a compressed one smaller by the
 zeros as well. Needs the extras ``export`` and ``quantize``.
 """
 

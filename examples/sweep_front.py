@@ -3,7 +3,7 @@ Accuracy against sparsity from one training, and which model to take
 ====================================================================
 
 A staircase rests on each level and saves the model there: one run gives the whole front. ``pl-sparse pareto`` draws it,
-beside other runs, and says which is the sparsest model that loses no more than a point. On the command line:
+beside other runs, and names the sparsest model that loses no more than a point. On the command line:
 ``pl-sparse train front=true schedule=staircase levels=[0.5,0.8,0.9,0.95]``.
 """
 

@@ -2,9 +2,9 @@
 2:4 weights for TensorRT, checked in the file
 =============================================
 
-Of four neighbouring inputs two are zero: the pattern of NVIDIA's sparse tensor cores. SR-STE (Zhou et al., 2021) trains
-it from the start. TensorRT takes its sparse tactics only where the weights in the file have the pattern along the axis
-that it multiplies over, so the ONNX file is read back and each weight is checked. Needs the extra ``export``.
+Two of every four neighbouring inputs are zero: the pattern of NVIDIA's sparse tensor cores. SR-STE (Zhou et al., 2021)
+trains it from the start. TensorRT uses its sparse tactics only where the weights in the file have the pattern along
+the axis of the product. So the ONNX file is read back and each weight is checked. Needs the extra ``export``.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ data = Digits(batch_size=64)
 seed_everything(0, verbose=False)
 
 # %%
-# Train. The last layer keeps all weights: it has ten outputs, and loses most.
+# Train. The last layer keeps all weights: it has only ten outputs, and pruning costs most accuracy there.
 
 module = Classifier(lenet300(shape=data.shape, classes=10), 10)
 schedule = Constant(final=0.5, every=1)
@@ -37,7 +37,7 @@ trainer.fit(module, data)
 accuracy = trainer.test(module, data, verbose=False)[0]["test/acc"]
 
 # %%
-# Write, and check. On a machine with TensorRT:
+# Write the file and check it. On a machine with TensorRT:
 # ``trtexec --onnx=outputs/two_four.onnx --fp16 --sparsity=enable``.
 
 path, example = Path("outputs/two_four.onnx"), torch.randn(2, *data.shape)

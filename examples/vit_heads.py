@@ -2,8 +2,8 @@
 Half of the heads of a vision transformer
 =========================================
 
-Heads are scored by what the loss would lose without them (Michel, Levy, Neubig, 2019), ranked over all layers, pruned
-step by step while the network trains, and taken out. The attention layers that are left are smaller, not masked.
+The score of a head is the change of the loss without it (Michel, Levy, Neubig, 2019). Heads are ranked over all layers,
+pruned step by step during training, and removed. The attention layers that are left are smaller, not masked.
 """
 
 from functools import partial
@@ -37,7 +37,7 @@ trainer = Trainer(max_epochs=12, accelerator="cpu", limit_val_batches=0, callbac
 trainer.fit(module, data)
 
 # %%
-# Take them out, save what is left without pickle, and load it into a fresh network.
+# Remove them, save the smaller network without pickle, and load it into a new one.
 
 net, example = module.net.eval(), torch.randn(2, *data.shape)
 masked = net(example)

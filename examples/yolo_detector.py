@@ -2,9 +2,9 @@
 A detector as the YOLO family builds them: C2f, SPPF, PAN, a head without anchors
 =================================================================================
 
-Splits, concatenations, pooling pyramids and a frozen table are where tools that prune channels go wrong. Here they are
-followed, and tried out before anything is removed. Half of the channels go while a small detector learns to find
-discs and squares.
+Splits, concatenations, pooling pyramids and a frozen table are difficult for tools that prune channels. Here channels
+are followed through them, and a removal is tried before it is made. Half of the channels are pruned while a small
+detector learns to find discs and squares.
 """
 
 import torch

@@ -66,10 +66,11 @@ class Pruner(MaskedModel):
         schedule: when to prune and how much, e.g. "cubic" or `OneShot(final=0.8, begin=0.2)`.
         structure: what is pruned together, e.g. "unstructured", "nm24", "block4x4", `Channel()`.
         allocation: how the kept weights are shared among tensors: "global", "uniform", "erk", "lamp".
-        updater: the new masks from the old: "prune", "threshold", "splice", "dropgrow".
+        updater: how new masks follow from the old ones: "prune", "threshold", "splice", "dropgrow".
         masking: how a mask acts on training: "hard", "ste", "frozen", "srste", "topkast", "gated", "softthresholded",
-            or "auto" for what scorer and updater need.
-        sparsity: the final sparsity in [0, 1], for a schedule given by name; None for that of the pattern (N:M).
+            or "auto" for the one that scorer and updater need.
+        sparsity: the final sparsity in [0, 1], for a schedule that is given by name; None for that of the pattern
+            (N:M).
         targets: which weights are pruned; or the arguments of `Targets` by keyword (`exclude=["fc3"]`).
         ablation: a sanity check of a method: "shuffle" the masks within each tensor, "reinit" the weights under them,
             or "invert" the scores. Source: Frankle et al., Pruning neural networks at initialization: why are we
@@ -77,12 +78,12 @@ class Pruner(MaskedModel):
 
     Attributes:
         step: optimizer steps taken.
-        num_updates: how often masks were set.
-        level: the sparsity last asked for.
+        num_updates: the number of times masks were set.
+        level: the last level of the schedule that was set.
 
     Raises:
         ValueError: an unknown name, or arguments that contradict each other.
-        TypeError: an axis is something else than a name or a member of it.
+        TypeError: an axis is neither a name nor a member of that axis.
     """
 
     def __init__(
@@ -217,10 +218,10 @@ class Pruner(MaskedModel):
 
     @torch.no_grad()
     def thaw(self, example: Any = None) -> list[str]:
-        """Let weights join that are no longer frozen. Call it between two steps.
+        """Add weights that are no longer frozen. Call it between two steps.
 
-        Masks and all that goes with them stay. The level that is in force is set anew at the next step, among all
-        weights, so that the sparsity is that of the model again.
+        Masks and their state are kept. At the next step the present level is set anew among all weights, so that it is
+        again the sparsity of the model.
 
         Args:
             example: inputs that the model can be called with, for a structure that looks at how layers are joined.
@@ -234,10 +235,10 @@ class Pruner(MaskedModel):
 
     @torch.no_grad()
     def find_again(self, example: Any = None) -> list[str]:
-        """Take up parameters that the model has replaced or added. Call it between two steps; `before_step` does so.
+        """Adopt parameters that the model has replaced or added. Call it between two steps; `before_step` does so.
 
-        Masks go over to a new weight of the same name and shape. What has not been pruned yet may go or change its
-        shape. The level that is in force is set anew at the next step where other weights are pruned than before.
+        Masks move to the new weight of the same name and shape. A weight that has not been pruned yet may disappear or
+        change its shape. If the set of pruned weights changed, the present level is set anew at the next step.
 
         Args:
             example: inputs that the model can be called with, for a structure that looks at how layers are joined.
@@ -335,13 +336,13 @@ class Pruner(MaskedModel):
     def prepare(self, total: float, steps_per_epoch: int | None = None, probe: Probe | None = None) -> None:
         """Fit the schedule to a training of `total` optimizer steps (infinity: not known).
 
-        A level due at step 0 is met at once if the scorer needs no gradient for it, so that a network that is sparse
-        from the start never computes dense.
+        A level due at step 0 is set at once if the scorer needs no gradient, so that a network that is sparse from the
+        start is never dense in training.
 
         Args:
             total: optimizer steps of the whole training.
             steps_per_epoch: optimizer steps of an epoch, for times in epochs.
-            probe: what scorers are calibrated with that look at the whole model (SNIP, Wanda, SparseGPT).
+            probe: calibrates scorers and updaters that look at the whole model (SNIP, Wanda, SparseGPT).
 
         Raises:
             ValueError: the schedule does not fit, or has fractions of a length that is not known; or a probe is
@@ -387,7 +388,7 @@ class Pruner(MaskedModel):
             self._probe.release()
 
     def follow(self, progress: float | None, epochs: float | None = None) -> None:
-        """Let times that are fractions or epochs follow a training that turns out longer or shorter than was estimated.
+        """Adapt times that are fractions or epochs to a training that turns out longer or shorter than estimated.
 
         Call it between two steps. A level that was due by the new estimate is set at the next step.
 
@@ -406,10 +407,10 @@ class Pruner(MaskedModel):
 
     @torch.no_grad()
     def catch_up(self) -> bool:
-        """Set the masks of the schedule's last level at once, for a training that is over before it was due.
+        """Set the masks of the schedule's last level at once, for a training that ends before that level was due.
 
         Returns:
-            Whether it was due still. Levels that something else decides on, and sparsity that is learned, never are.
+            Whether it was still due. Levels that are decided during training, and learned sparsity, never are.
         """
         self._require_attached()
         if self._clock.total is None or self.at_target or not self.updater.targets_sparsity or not self._clock.last:
@@ -425,7 +426,8 @@ class Pruner(MaskedModel):
         return self._clock.total is not None and self._clock.span[1] >= self._clock.total
 
     def restart(self) -> None:
-        """Count steps from 0 again, for a further training of the same model; it starts from the sparsity reached."""
+        """Count steps from 0 again, for a further training of the same model, which starts from the present
+        sparsity."""
         self._floor = max(self._floor, self.level)
         self.step = 0
         self._updated = -1
@@ -503,8 +505,8 @@ class Pruner(MaskedModel):
         """Call between `backward` and `optimizer.step`, before gradients are clipped.
 
         Args:
-            step: optimizer steps taken so far. None leaves the masks alone: for the further optimizers of a model that
-                has several, of which one tells the time.
+            step: optimizer steps taken so far. None leaves the masks unchanged: for all but one of the optimizers of a
+                model that has several.
             total: optimizer steps of the whole training; may be left out after `prepare`.
             optimizer: the one that steps; only its weights are touched. None: there is just one.
             observe: whether the scorer sees the gradients; False where they are not finite.
@@ -602,7 +604,7 @@ class Pruner(MaskedModel):
         """Call after `optimizer.step`. Without a `before_step` since the last call it does nothing.
 
         Args:
-            optimizer: the one that stepped; None closes every open one, and ends a sample that no step followed.
+            optimizer: the one that stepped; None ends the step of every optimizer, and a sample that no step followed.
         """
         keys = list(self._open) if optimizer is None else [id(optimizer)] * (id(optimizer) in self._open)
         if keys or (optimizer is None and self._sampled):
@@ -709,11 +711,11 @@ class Pruner(MaskedModel):
             self._watch = None
 
     def judge(self, depends: Callable[[], bool], warn: Callable[[str], Any]) -> None:
-        """Say what layers mean of which the newest masks keep nothing. Call it between two optimizer steps.
+        """Judge layers of which the newest masks keep nothing. Call it between two optimizer steps.
 
         Args:
             depends: whether the loss, or what the network returns, depends on its inputs.
-            warn: what warns of layers that died beside others.
+            warn: called with a warning of layers that lost all weights beside others that did not.
 
         Raises:
             RuntimeError: nothing passes through the network.
@@ -725,7 +727,7 @@ class Pruner(MaskedModel):
 
     @torch.no_grad()
     def reinitialize(self) -> None:
-        """Draw all weights anew, by each layer's `reset_parameters`, under the masks there are."""
+        """Draw all weights anew, by each layer's `reset_parameters`, under the present masks."""
         assert self._model is not None
         for module in self._model.modules():
             reset = getattr(module, "reset_parameters", None)
@@ -736,7 +738,7 @@ class Pruner(MaskedModel):
 
     @torch.no_grad()
     def written(self) -> None:
-        """After all weights were written from outside: they are the latent values too, and the masks hold."""
+        """Call it after all weights were written from outside: they become the latent values too, and are masked."""
         self.refuse_unfollowed()
         for param in self.masked:
             if param.latent is not None:
@@ -745,15 +747,15 @@ class Pruner(MaskedModel):
 
     @torch.no_grad()
     def shrink(self, cuts: Mapping[str, Cut]) -> None:
-        """Follow weights that pruned channels were taken out of (`export.shrink`): masks and all that goes with them.
+        """Follow weights from which pruned channels were removed (`export.shrink`): masks and their state.
 
-        Sparsity stays that of the weights there were, and further masks are what they would be without the removal.
+        The sparsity remains that of the original weights, and further masks are those without the removal.
 
         Args:
-            cuts: what was taken out, by the name of the weight.
+            cuts: the removed parts, by the name of the weight.
 
         Raises:
-            ValueError: pruned weights could return, so that nothing of them may go.
+            ValueError: pruned weights could return, so that they may not be removed.
         """
         if (reason := self.unshrinkable) is not None:
             raise ValueError(reason)
@@ -809,9 +811,9 @@ class Pruner(MaskedModel):
 
     @property
     def target(self) -> float | None:
-        """The sparsity asked for at the end: of the pattern (N:M), else of the schedule, overrides included.
+        """The requested final sparsity: of the pattern (N:M), else of the schedule, overrides included.
 
-        None where it is not set but comes out of training.
+        None where it is not set but follows from training.
         """
         if not self.updater.targets_sparsity:
             return self.updater.target(self.schedule.final)
@@ -841,7 +843,7 @@ class Pruner(MaskedModel):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state; before `attach`, it is kept until then.
+        """Restore a state; before `attach` it is kept until then.
 
         A state that was saved before `attach` has no weights: a tuner of the Trainer, or a checkpoint after a
         validation, writes such a one. It changes nothing.

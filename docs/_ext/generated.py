@@ -286,6 +286,12 @@ def no_arguments(conf: Any, script: Any) -> list[str]:
     return []
 
 
+def gallery(app: Any) -> dict[str, Any]:
+    """The settings of the tutorials."""
+    settings: dict[str, Any] = app.config.sphinx_gallery_conf
+    return settings
+
+
 def links(app: Any, docname: str, source: list[str]) -> None:
     """Links to files that are no pages of the site: those of the repository's top."""
     text = source[0]
@@ -293,6 +299,9 @@ def links(app: Any, docname: str, source: list[str]) -> None:
         text = re.sub(rf"\]\((?:\.\./)*{re.escape(name)}", f"](/{page}", text)
     if docname == "methods":
         text = re.sub(r"^\| `(\w+)` \|", r"| [`\1`](generated/methods/\1.md) |", text, flags=re.MULTILINE)
+    folder, _, name = docname.partition("/")
+    if folder == "tutorials" and name != "index" and not re.search(gallery(app)["filename_pattern"], f"/{name}.py"):
+        text += f"\n.. note:: Not run when the site is built. ``python examples/{name}.py`` runs it.\n"
     lines = text.split("\n")  # a section may have no page yet
     source[0] = "\n".join(line for line in lines if not re.fullmatch(r"[\w/]+\*", line) or next(DOCS.glob(line), None))
 

@@ -23,14 +23,14 @@ __all__ = ["Budget"]
 class Budget(Allocation):
     """The channels with the least importance per cost are removed until the network meets the budget.
 
-    What is kept is worth sum over groups log(sum of the scores of its kept units), so that what counts is the share of
-    a group's importance and no group is emptied. Blocks of `multiple` channels, the least important of a group, are
-    candidates; the one that loses the least worth for the cost that its removal saves goes, costs are computed anew,
-    and so on. A group keeps at least one block. The way there follows the schedule: at a level s the budget is
-    full^(1 - p) budget^p with p = s / final, `full` being what the dense network costs. `sparsity` is the pace alone;
-    what is reached follows from the budget.
+    The worth of a network is sum over groups log(sum of the scores of its kept units), so that the share of a group's
+    importance counts and no group is emptied. The candidates are the `multiple` least important channels of each group.
+    Repeatedly, the candidate with the least loss of worth per saved cost is removed, and costs are computed anew. A
+    group keeps at least one block. The way there follows the schedule: at a level s the budget is full^(1 - p) budget^p
+    with p = s / final, `full` being what the dense network costs. `sparsity` sets only the pace; the final sparsity
+    follows from the budget.
 
-    It needs coupled channels, which are what can be removed (`structure=coupled`).
+    It needs coupled channels, because only these can be removed (`structure=coupled`).
 
     Source: Shen et al., Structural pruning via latency-saliency knapsack (HALP), 2022, arXiv:2210.06659, sections 3.2
     and 3.4; there importance is summed without the logarithm, and a knapsack solver chooses, not a greedy rule.
@@ -39,7 +39,8 @@ class Budget(Allocation):
         final: the schedule's final sparsity.
         ms: milliseconds for one batch of the example's size on this machine, by a measured table of layers.
         kb: kilobytes (1000 bytes) of weights and biases.
-        macs: multiply-accumulates: a fraction of the dense network's up to 1, above that their number for a sample.
+        macs: multiply-accumulates; a number up to 1 is a fraction of the dense network's, a larger one the number per
+            sample.
         bytes: the bytes of a weight, for kb: 4 for float32, 1 for int8.
         multiple: how many channels go at once.
         table: where latencies are kept, see `latency.LatencyTable`.

@@ -20,7 +20,7 @@ __all__ = ["ERK", "OWL", "Uniform"]
 @register
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """The same sparsity in every tensor."""
+    """The same sparsity in every tensor: each has the density 1 - sparsity."""
 
     def keep(self, groups: Sequence[Group], units: Units, sparsity: float) -> list[int]:
         return apportion(units, [1 - sparsity] * len(groups), sparsity)
@@ -31,7 +31,8 @@ class Uniform(Allocation):
 class ERK(Allocation):
     """Erdos-Renyi-kernel: the density of a tensor is in proportion to sum(shape) / prod(shape).
 
-    Tensors whose density would exceed 1 stay dense, the worst first, and the rest is solved again.
+    Tensors whose density would exceed 1 stay dense: first the one with the largest, then the others are solved again,
+    and so on.
 
     Source: Evci et al., Rigging the lottery, 2020, arXiv:1911.11134, section 3.1.
     """
@@ -66,8 +67,8 @@ class OWL(Allocation):
 
         1 - sparsity + 2 spread (D' - mean of D' over all weights),   D' = (D - min D) / (max D - min D)
 
-    so that densities lie within 2 `spread` of each other; what leaves [0, 1] is cut off. For scores of weights and
-    inputs (`scorer=wanda`), which must not be negative.
+    so that densities lie within 2 `spread` of each other; they are clipped to [0, 1]. For scores of weights and inputs
+    (`scorer=wanda`), which must not be negative.
 
     Source: Yin et al., Outlier weighed layerwise sparsity (OWL), 2023, arXiv:2310.05175, section 3. There all tensors
     of a transformer block share a density; here each has its own.

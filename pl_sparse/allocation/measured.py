@@ -1,4 +1,4 @@
-"""A sparsity for each tensor by what the model was measured to lose."""
+"""A sparsity for each tensor by the measured loss of accuracy."""
 
 from __future__ import annotations
 

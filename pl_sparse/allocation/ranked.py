@@ -63,7 +63,7 @@ def _raised(scores: Tensor, count: int) -> Tensor:
 @register
 @dataclass(frozen=True)
 class Global(_Ranked):
-    """One threshold over the scores of all tensors: the less important ones lose most.
+    """One threshold over the scores of all tensors: tensors with lower scores become sparser.
 
     It can remove a whole tensor; the report shows it.
     """
@@ -191,8 +191,8 @@ def _shares(squared: Tensor, total: Tensor) -> Tensor:
 class LAMP(_Ranked):
     """Layer-adaptive magnitude: one threshold over s^2 / (sum of the squares of the scores of its tensor >= s).
 
-    The best unit of each tensor scores 1, so that none dies while anything is left to remove elsewhere. Scores must
-    not be negative.
+    The best unit of each tensor scores 1, so that no tensor is emptied while other units remain. Scores must not be
+    negative.
 
     Source: Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, 2021, arXiv:2010.07611, equation 4.
     """

@@ -18,8 +18,8 @@ from pl_sparse.core.registry import suggestion
 __all__ = ["COMMANDS", "importing", "main", "version"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("pl_sparse.app.command:main", "train one model, or several with -m: the settings are those of train.py"),
-    "sweep": ("pl_sparse.app.command:sweep", "train several: train with -m"),
+    "train": ("pl_sparse.app.command:main", "train one model, or several with -m, by the settings of train.py"),
+    "sweep": ("pl_sparse.app.command:sweep", "train several models: the same as train -m"),
     "explain": (
         "pl_sparse.app.explain:main",
         "print what a setting means: a group, an option (scorer=movement) or a key (schedule.every)",
@@ -29,18 +29,24 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("pl_sparse.app.evaluate:predicted", "write the predictions of a finished run's model"),
     "pareto": (
         "pl_sparse.results.overview:main",
-        "compare runs: fronts of accuracy and cost, the best under a constraint",
+        "compare runs: fronts of accuracy and cost, the best model under a constraint",
     ),
     "study": ("pl_sparse.app.study:main", "compare methods over seeds, and find which differences are noise"),
-    "sensitivity": ("pl_sparse.app.sensitivity:main", "prune each layer of a finished run alone, at several levels"),
-    "connectivity": ("pl_sparse.app.connectivity:main", "validate on the straight line between two runs' weights"),
-    "slim": ("pl_sparse.app.slim_command:main", "make a trained network faster, and report what accuracy it costs"),
+    "sensitivity": (
+        "pl_sparse.app.sensitivity:main",
+        "measure what each layer of a finished run loses when it alone is pruned",
+    ),
+    "connectivity": (
+        "pl_sparse.app.connectivity:main",
+        "validate on the straight line between the weights of two runs",
+    ),
+    "slim": ("pl_sparse.app.slim_command:main", "make a trained network faster, and report the loss of accuracy"),
     "report": ("pl_sparse.integrations.wandb_report:main", "build a Weights & Biases report of runs"),
     "show": ("pl_sparse.results.inspection:show", "show settings, figures and layers of a run, and draw its masks"),
     "compare": ("pl_sparse.results.inspection:compare", "compare settings, figures and masks of two runs"),
     "overlap": (
         "pl_sparse.results.overlap:main",
-        "show how masks changed over a run, and how alike those of two runs are",
+        "show how masks changed over a run, and the overlap of those of two runs",
     ),
     "doctor": ("pl_sparse.app.doctor:main", "show versions, extras, devices, and which hardware targets work"),
     "export": ("pl_sparse.app.export_command:export", "write the model of a finished run in other formats"),
@@ -51,8 +57,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """What each subcommand calls, imported when it is asked for, and a line of help."""
 _MORE = (
-    "pl-sparse COMMAND --help has the options of a command, pl-sparse --version the versions.",
-    "Completion of settings in the shell, as Hydra has it:",
+    "pl-sparse COMMAND --help lists the options of a command, pl-sparse --version the versions.",
+    "Completion of settings in the shell, by Hydra:",
     '  eval "$(pl-sparse train -sc install=bash)"    (or install=zsh, install=fish)',
 )
 

@@ -36,17 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = parser_of("connectivity", main.__doc__)
     parser.add_argument("other", type=Path, help="the folder of another finished run of the same network")
-    parser.add_argument("--points", type=int, default=11, help="on the line, both ends included (11)")
-    parser.add_argument("--batches", type=int, help="of the validation data at each point; all if none is given")
+    parser.add_argument("--points", type=int, default=11, help="number of points on the line, both ends included (11)")
+    parser.add_argument("--batches", type=int, help="validation batches at each point (default: all)")
     parser.add_argument(
         "--norm-batches",
         type=int,
         default=50,
         help="training batches from which the statistics of batch norms are taken at each point (50)",
     )
-    parser.add_argument(
-        "--folder", type=Path, help="where the results go; the folder of the first run if none is given"
-    )
+    parser.add_argument("--folder", type=Path, help="folder of the results (default: that of the first run)")
     guarded(_connectivity, parser.parse_args(arguments))
 
 

@@ -40,9 +40,11 @@ def predicted(arguments: Sequence[str] | None = None) -> None:
         "--data",
         type=Path,
         metavar="FILE",
-        help="inputs as the model takes them, (samples, *shape): .npy, .pt, .csv; without it those of the test data",
+        help="inputs of the model, (samples, *shape), as .npy, .pt or .csv (default: the test data)",
     )
-    parser.add_argument("--to", type=Path, metavar="FILE", help="a .csv, .npy or .pt file (RUN/predictions.csv)")
+    parser.add_argument(
+        "--to", type=Path, metavar="FILE", help="output: a .csv, .npy or .pt file (RUN/predictions.csv)"
+    )
     guarded(_predict, parser.parse_args(arguments))
 
 

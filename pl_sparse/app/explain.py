@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         "settings",
         nargs="*",
         metavar="SETTING",
-        help="a group (scorer), an option (scorer=movement) or a key (schedule.every, sparsity); all groups if none",
+        help="a group (scorer), an option (scorer=movement) or a key (schedule.every, sparsity); default: all groups",
     )
     return made
 

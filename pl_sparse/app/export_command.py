@@ -47,11 +47,13 @@ def _command(name: str, arguments: Sequence[str] | None) -> None:
         "--to",
         nargs="+",
         metavar="FORMAT",
-        help=f"{', '.join(formats)}; if none is given, those of the run, else of its hardware",
+        help=f"{', '.join(formats)}; default: the formats of the run, else those of its hardware",
     )
-    parser.add_argument("--threads", type=int, help="of torch and ONNX Runtime")
+    parser.add_argument("--threads", type=int, help="threads of torch and ONNX Runtime")
     if measure:
-        parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, a format and batch size (2)")
+        parser.add_argument(
+            "--seconds", type=float, default=2.0, help="seconds of measuring per format and batch size (2)"
+        )
 
     def run(options: argparse.Namespace) -> None:
         if options.threads is not None:

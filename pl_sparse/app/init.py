@@ -15,7 +15,7 @@ _TEMPLATES = Path(__file__).parent / "project"
 def main(arguments: Sequence[str] | None = None) -> None:
     """`pl-sparse init FOLDER`: make a project of one's own, with a module, data, settings and a test."""
     parser = argparse.ArgumentParser(prog="pl-sparse init", description=main.__doc__)
-    parser.add_argument("folder", type=Path, help="where it will be: a folder that is empty, or is none yet")
+    parser.add_argument("folder", type=Path, help="the folder of the project, which is empty or does not exist yet")
     folder: Path = parser.parse_args(arguments).folder
     try:
         if folder.is_dir() and any(folder.iterdir()):

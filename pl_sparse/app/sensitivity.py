@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--levels", nargs="+", type=float, default=list(_LEVELS), help=f"sparsities ({' '.join(map(str, _LEVELS))})"
     )
-    parser.add_argument("--batches", type=int, help="of the validation data at each level; all if none is given")
+    parser.add_argument("--batches", type=int, help="validation batches at each level (default: all)")
     guarded(_sensitivity, parser.parse_args(arguments))
 
 

@@ -86,31 +86,32 @@ def slim(
     sensitive: bool = True,
     student: str | None = None,
 ) -> tuple[nn.Module, Slimmed]:
-    """A smaller network with what a trained one knows.
+    """A smaller and faster copy of a trained network.
 
-    Coupled channels of a copy are pruned over the first half of a fine-tuning in which it imitates the network that it
-    was, until it is `speedup` times faster in ONNX Runtime (`CostTarget`); the best epoch after that counts. Channels
-    are removed, the rest is exported and measured.
+    Coupled channels of a copy are pruned in the first half of a fine-tuning, in which it imitates the original network,
+    until it is `speedup` times faster in ONNX Runtime (`CostTarget`). The best epoch after that is kept. Its channels
+    are removed, and the network is exported and measured.
 
     Args:
-        model: trained; it stays as it is. A LightningModule brings its loss and its optimizer; another network returns
-            logits, and is trained as a classifier.
-        data: with training and validation batches; None if the module brings its own.
+        model: a trained network, which does not change. A LightningModule brings its loss and its optimizer; any other
+            network returns logits and is trained as a classifier.
+        data: training and validation batches; None if the module has its own.
         speedup: how many times faster: batch 1, one thread.
-        drop: what the metric of validation may lose; None: anything. It is compared, training does not end by it.
+        drop: the largest loss of the validation metric; None: no limit. It is compared at the end and does not stop
+            training.
         int8: export with 8-bit integers as well, quantized after training.
         epochs: of fine-tuning.
         lr: the first learning rate of AdamW, for a classifier.
-        folder: where files go: slim.json, slim.png, README.md, sensitivity.csv and .png, shrunk/, model.onnx, bench.*.
-        sensitive: whether each layer is pruned alone before.
-        student: of a LightningModule the submodule whose outputs are logits (or have them as `.logits`), "" for itself:
-            it imitates what it was. None: it imitates nothing.
+        folder: the folder for slim.json, slim.png, README.md, sensitivity.csv and .png, shrunk/, model.onnx, bench.*.
+        sensitive: whether each layer is first pruned alone to find out its sensitivity.
+        student: the submodule of a LightningModule whose outputs are logits (or have them as `.logits`), "" for the
+            module itself; it imitates the original. None: no imitation.
 
     Returns:
-        the smaller network, in evaluation mode, and what it costs.
+        the smaller network in evaluation mode, and its measurements.
 
     Raises:
-        ConfigError: what is given cannot be slimmed, and why; before training.
+        ConfigError: before training, if the network cannot be slimmed, with the reason.
     """
     folder = Path(folder)
     if epochs < 2:

@@ -46,22 +46,23 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         "--data",
         nargs="+",
         metavar=("DATA", "KEY=VALUE"),
-        help="an option of data=... or module:Class, and its settings; that of the run, if none is given",
+        help="an option of data=... or module:Class, and its settings (default: the data of the run)",
     )
-    parser.add_argument(
-        "--weights", metavar="FILE", help="weights of a model of timm; if none is given, those of the hub"
-    )
+    parser.add_argument("--weights", metavar="FILE", help="weights of a model of timm (default: those of the hub)")
     parser.add_argument("--speedup", type=float, default=2.0, help="how many times faster: batch 1, one thread (2)")
-    parser.add_argument("--drop", type=float, help="what the metric of validation may lose, compared at the end")
+    parser.add_argument("--drop", type=float, help="largest loss of the validation metric, compared at the end")
     parser.add_argument("--int8", action="store_true", help="export with 8-bit integers as well")
-    parser.add_argument("--epochs", type=int, default=10, help="of fine-tuning (10)")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of fine-tuning (10)")
     parser.add_argument("--lr", type=float, default=1e-3, help="the first learning rate of a classifier (0.001)")
-    parser.add_argument("--to", type=Path, default=Path("slim"), metavar="FOLDER", help="where files go (slim)")
+    parser.add_argument("--to", type=Path, default=Path("slim"), metavar="FOLDER", help="folder of the files (slim)")
     parser.add_argument(
-        "--skip-sensitivity", dest="sensitive", action="store_false", help="do not prune each layer alone before"
+        "--skip-sensitivity",
+        dest="sensitive",
+        action="store_false",
+        help="do not measure the sensitivity of each layer first",
     )
     parser.add_argument(
-        "--student", metavar="NAME", help="of a LightningModule: the submodule that gives the logits to imitate"
+        "--student", metavar="NAME", help="the submodule of a LightningModule whose logits are imitated"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trust", action="store_true", help="build whatever the run's config.yaml names")

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="pl-sparse study", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("settings", nargs="+", metavar="methods=A,B seeds=0,1,2 levels=0.8,0.9 [key=value] | FOLDER")
-    parser.add_argument("--metric", help="what is compared; the accuracy that most runs have")
+    parser.add_argument("--metric", help="metric to compare (default: the accuracy that most runs have)")
     options = parser.parse_args(arguments)
     try:
         code = 0

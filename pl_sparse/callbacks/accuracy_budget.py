@@ -27,18 +27,18 @@ class AccuracyBudget(Callback):
     fraction `rate` of the weights that are left, s' = 1 - (1 - s)(1 - rate), and is trained until an epoch's metric
     holds: m >= reference - drop (mode "max"). A level that does not hold within `patience` epochs is undone, with
     weights, masks and optimizer, and the next level removes half as much. The schedule's `final` is the highest level
-    tried. A resumed training ends as the uninterrupted one.
+    tried. A resumed training ends like an uninterrupted one.
 
     Args:
         drop: what the metric may lose, in its own unit.
-        metric: a metric that is logged at each validation; None for the one that models are judged by: an accuracy,
-            else one that is no loss (for mode "min" a loss).
+        metric: a metric that is logged at each validation; None: an accuracy, else a metric that is no loss (for mode
+            "min" a loss).
         mode: "max" if more is better, else "min".
         reference: the metric of the dense model; None for the best of the warm-up.
-        warmup: how long the model is trained dense first.
-        patience: epochs in which a level has to hold.
+        warmup: how long the model is first trained dense.
+        patience: the number of epochs within which a level must hold.
         rate: the part of the remaining weights that the next level removes.
-        least: below this rate training ends.
+        least: training ends when the rate is below this.
 
     Attributes:
         epoch: the epoch of the model that it ends with.

@@ -14,8 +14,8 @@ __all__ = ["Compact"]
 
 
 class Compact(Callback):
-    """Saves of an optimizer's state what belongs to weights that are kept: at 90 % sparsity with Adam 0.9 bytes per
-    weight in place of 8. The `Sparsity` callback reads such a checkpoint, and the training goes on bit for bit.
+    """Saves only the optimizer state of kept weights: at 90 % sparsity with Adam 0.9 bytes per weight in place of 8.
+    The `Sparsity` callback reads such a checkpoint, and the training resumes bit for bit.
 
     Weights stay as they are, under the model's own names. Where pruned weights may return (`masking` other than hard,
     `updater=dropgrow`, a schedule that falls), or the optimizer is none of torch's own, the state is saved whole.

@@ -46,7 +46,7 @@ is that of something else, and next to nothing of the network would be left."""
 
 
 class CostTarget(Callback):
-    """Prunes coupled channels until the network, with them removed, costs what is asked for, and no further.
+    """Prunes coupled channels until the network without them meets a cost, and no further.
 
     It needs a `Sparsity(structure="coupled", sparsity=0.9)` callback before it, whose allocation it makes a `Budget`;
     `sparsity` is only the pace. Before training it prunes a copy by magnitude to budgets between the cost of the dense
@@ -58,10 +58,10 @@ class CostTarget(Callback):
             turns.
         size: the fraction of the bytes of its weights and buffers that may be left.
         macs: the fraction of its multiply-accumulates that may be left.
-        seconds: the seconds that measuring a latency takes.
+        seconds: the seconds of each measurement of latency.
 
     Attributes:
-        achieved: what was asked for, measured at the end of training; None before.
+        achieved: the targeted figure as measured at the end of training; None before.
 
     Raises:
         ValueError: not one of speedup, size and macs is given, or it is out of range. Before training starts: channels

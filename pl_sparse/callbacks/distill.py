@@ -23,7 +23,7 @@ __all__ = ["Distill", "distillation"]
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(p_teacher || p_student) with p = softmax(logits / T), in float32: the mean over all but the classes.
 
-    T^2 keeps its gradient as large as that of the cross-entropy, whatever the temperature.
+    T^2 keeps its gradient as large as that of the cross-entropy at any temperature.
 
     Source: Hinton, Vinyals, Dean, Distilling the knowledge in a neural network, 2015, arXiv:1503.02531, section 2.
 
@@ -47,7 +47,7 @@ class Distill(Callback):
     (1 - hardness) loss + hardness T^2 KL(p_teacher || p_student)
 
     loss is what `training_step` returns, label smoothing included. Each time the student network is called in it, the
-    teacher gets the same inputs, in evaluation mode and without gradients. It is no part of the module: optimizers,
+    teacher gets the same inputs, in evaluation mode and without gradients. It is not part of the module: optimizers,
     checkpoints and pruning do not contain it. The divergence is logged as "train/distillation".
 
     Source: Sanh, Wolf, Rush, Movement pruning, 2020, arXiv:2005.07683, section 6, with hardness 0.5 and temperature 2.
@@ -55,7 +55,7 @@ class Distill(Callback):
     Args:
         teacher: the folder of a run, a Lightning checkpoint or a safetensors file of the student's own architecture; in
             Python also any network with the student's inputs and outputs.
-        hardness: the share of the teacher, in [0, 1].
+        hardness: the weight of the teacher's term, in [0, 1].
         temperature: softens both distributions, above 0.
         student: the name of the submodule whose output are logits (or has them as `.logits`); "" for the module itself.
 

@@ -14,19 +14,19 @@ __all__ = ["Front"]
 
 
 class Front(Callback):
-    """Saves `levels/level_00/level.ckpt`, `level_01`, ... below `folder`: the training just before each step at which
-    the schedule makes the masks sparser, and its end. So a level is saved after all its steps, not when it is first
-    reached. The schedule has to stay on its levels: Staircase, Iterative, Tickets. With steps
+    """Saves `levels/level_00/level.ckpt`, `level_01`, ... below `folder`: the state of the training just before each
+    step at which the schedule makes the masks sparser, and at its end. So a level is saved after all its steps, not
+    when it is first reached. The schedule must stay on its levels: Staircase, Iterative, Tickets. If there are steps
     before the first pruning, level 0 is dense.
 
     It comes before `Sparsity` and `Rewind`, which change the weights as a batch begins.
 
     Args:
-        folder: where `levels` is.
+        folder: the folder of `levels`.
 
     Attributes:
         paths: the checkpoints so far.
-        count: how many there are.
+        count: their number.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

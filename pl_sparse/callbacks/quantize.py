@@ -23,15 +23,14 @@ class Quantize(Callback):
     """Trains for integers: `Trainer(callbacks=[Sparsity(sparsity=0.9), Quantize(Int8())])`.
 
     From `begin` on the module's network computes with rounded weights; optimizer, masks and checkpoints keep its
-    floating-point parameters. Validation sees the rounded network too, and checkpoints and early stopping that
-    monitor a metric judge only from then on. The network stays rounded after training; `quantization.convert()` returns
-    it with integers, `quantization.release()` restores floating point. A resumed training ends as the uninterrupted
-    one.
+    floating-point parameters. Validation sees the rounded network too, and checkpoints and early stopping that monitor
+    a metric judge only from then on. The network stays rounded after training; `quantization.convert()` returns it with
+    integers, `quantization.release()` restores floating point. A resumed training ends like an uninterrupted one.
 
     Args:
         quantization: `Int8()` or `Int4Weight()`.
-        begin: when integers are simulated for the first time, best after the last pruning.
-        freeze: from when on ranges and BatchNorm's statistics are fixed.
+        begin: when the simulation of integers begins, best after the last pruning.
+        freeze: the time from which ranges and BatchNorm's statistics are fixed.
         network: the name of the submodule that is quantized; None for `net` where there is one, else the module itself,
             whose `forward` its `training_step` must then call.
 

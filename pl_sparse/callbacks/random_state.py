@@ -1,4 +1,4 @@
-"""Random numbers that go on where a checkpoint left them."""
+"""Random generators that resume from a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class RandomState(Callback):
     """Saves the state of the random generators (torch, CUDA, NumPy, Python) in checkpoints, so that a resumed run with
     dropout or shuffling is the uninterrupted one, bit for bit.
 
-    Only plain types are stored, which `torch.load(weights_only=True)` accepts. Of several processes each has its own,
-    so that a training is exact where as many go on as were saved; a further one starts from its seed.
+    Only plain types are stored, which `torch.load(weights_only=True)` accepts. Each process has its own state, so that
+    a training is exact if it resumes with the same number of processes; a further process starts from its seed.
     """
 
     def __init__(self) -> None:

@@ -29,9 +29,9 @@ class Regularize(Callback):
     Sparsity(...)])`.
 
     It comes before `Sparsity`, if there is one, so that a proximal step acts on the values that the optimizer wrote,
-    latent ones if the masking trains them. Scorers observe gradients that include the penalty's. Each optimizer step
-    has one proximal step, with its learning rate; a step that a gradient scaler skips has none. Weights that it makes
-    zero are zero in checkpoints.
+    latent ones if the masking trains them. Scorers observe gradients that include the penalty's. Each optimizer step is
+    followed by one proximal step with its learning rate; a step that a gradient scaler skips is not. Weights that
+    become zero are zero in checkpoints.
 
     The value of the penalty is logged as "penalty" at the end of each epoch.
 
@@ -45,7 +45,7 @@ class Regularize(Callback):
         last: whether the last layer is penalized; None for yes, unless whole outputs would become zero.
 
     Raises:
-        ValueError: before training starts: a time that is none or beyond training, patterns that match nothing, a
+        ValueError: before training starts: a time that is invalid or beyond training, patterns that match nothing, a
             Sparsity callback before this one, no optimizer that trains a weight, or what the penalty refuses.
     """
 

@@ -1,4 +1,4 @@
-"""Lottery tickets: after each pruning training starts again from earlier weights."""
+"""Lottery tickets: after each pruning, training starts again from earlier weights."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = ["Rewind", "training_length"]
 class Rewind(Callback):
     """Searches for lottery tickets: train, prune, rewind, again and again.
 
-    It needs a `Sparsity(schedule=Tickets(...))` callback before it:
-    `Trainer(max_epochs=120, callbacks=[Sparsity(schedule=Tickets(final=0.9)), Rewind()])` trains 12
-    rounds of 10 epochs. Before each round but the first the trained weights make the masks sparser. Then all
-    parameters, buffers, the optimizer and the learning-rate schedule are set back to the rewinding point, under the new
-    masks. So are averaged weights (Lightning's `WeightAveraging`, EMA), or validation would see a mix of rounds. The
-    order of the data and all other random numbers are not set back: each round draws its own.
+    It needs a `Sparsity(schedule=Tickets(...))` callback before it: `Trainer(max_epochs=120,
+    callbacks=[Sparsity(schedule=Tickets(final=0.9)), Rewind()])` trains 12 rounds of 10 epochs. Before each round but
+    the first the trained weights make the masks sparser. Then all parameters, buffers, the optimizer and the
+    learning-rate schedule are set back to the rewinding point, under the new masks. So are averaged weights
+    (Lightning's `WeightAveraging`, EMA); otherwise validation would see a mix of rounds. The order of the data and all
+    other random numbers are not set back: each round draws its own.
 
     Each round leaves `levels/level_00/`, ...: `ticket.safetensors` (the masks, and the trained sparse weights),
     `metrics.json`; `levels/rewind.safetensors` holds the weights of the rewinding point; `tickets.csv`,
@@ -41,7 +41,7 @@ class Rewind(Callback):
         weights: "rewind" to those at the rewinding point (`Tickets.to`: 0 is the initialization); "keep" the trained
             ones, and their averages, and rewind the learning rate alone; "reinit" draws new ones, the control, and
             averages start from them.
-        dirpath: where to write; None for the trainer's `default_root_dir`.
+        dirpath: the folder to write to; None for the trainer's `default_root_dir`.
 
     Sources: Frankle, Carbin, The lottery ticket hypothesis, 2018, arXiv:1803.03635. Frankle et al., Linear mode
     connectivity and the lottery ticket hypothesis, 2019, arXiv:1912.05671 (late rewinding). Renda, Frankle,
@@ -49,7 +49,7 @@ class Rewind(Callback):
     rewinding).
 
     Raises:
-        ValueError: there is no Sparsity callback before it, or its schedule is another one.
+        ValueError: there is no Sparsity callback with `Tickets` before it.
     """
 
     def __init__(self, weights: Literal["rewind", "keep", "reinit"] = "rewind", dirpath: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Channels that are masked leave the model while it trains."""
+"""Masked channels are removed from the model during training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Shrink"]
 
 
 class Shrink(Callback):
-    """Takes masked channels and heads out of the model, the optimizers' state and the averaged weights, so that later
+    """Removes masked channels and heads from the model, the optimizers' state and the averaged weights, so that later
     epochs run faster: `Trainer(callbacks=[Sparsity(structure=Channel(coupled=True), ...), Shrink(every=2)])`.
 
     Removals happen at the end of an epoch, before checkpoints are written. The losses are those of masking alone, up
@@ -35,12 +35,12 @@ class Shrink(Callback):
         every: epochs between two removals.
 
     Attributes:
-        plan: what was removed so far.
+        plan: the parts removed so far.
         left: masked layers that could not be shrunk, with the reason.
 
     Raises:
-        ValueError: nothing that is pruned may be removed for good: weights that can return, a structure other
-            than coupled channels or heads, rewinding; or there are several processes.
+        ValueError: pruned weights may not be removed, because they can return, the structure is neither coupled
+            channels nor heads, a `Rewind` or `Regularize` works on them, or there are several processes.
     """
 
     def __init__(self, every: int = 1) -> None:

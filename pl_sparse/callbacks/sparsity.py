@@ -43,19 +43,18 @@ class Sparsity(Callback):
 
     Between two optimizer steps the parameters are the sparse weights under their own names, so that validation,
     checkpoints and `load_from_checkpoint` need nothing of this callback. Masks, latent values, the state of the scorer
-    and counters are in the callback's part of a checkpoint: a resumed training ends as the uninterrupted one.
+    and counters are in the callback's part of a checkpoint: a resumed training ends like an uninterrupted one.
 
     If nothing passes through the network any more, training ends with a RuntimeError at that update.
 
     Checkpoints and early stopping that monitor a metric judge only once the sparsity is reached. Averaged weights (EMA,
-    SWA) are masked like the model's. The sparsity is logged as "sparsity", at each update and each epoch. A
-    table at the end has what is left of each layer.
+    SWA) are masked like the model's. The sparsity is logged as "sparsity", at each update and each epoch. A table at
+    the end lists the kept weights of each layer.
 
     Args:
-        pruner: what prunes; None to make it of the other arguments.
-        calibration_batches: how many training batches are seen by scorers and updaters that look at the whole
-            model (SNIP, GraSP, Wanda, SparseGPT).
-            Their loss is that of the module's own `training_step`, whose logging is ignored.
+        pruner: a `Pruner`; None: it is made from the other arguments.
+        calibration_batches: the number of training batches for scorers and updaters that look at the whole model (SNIP,
+            GraSP, Wanda, SparseGPT). Their loss is that of the module's own `training_step`, whose logging is ignored.
         report: whether to print the table at the end of training.
 
     All other arguments are those of `Pruner`, by keyword: `Sparsity(scorer="movement", structure="nm24")`.
@@ -63,7 +62,7 @@ class Sparsity(Callback):
     Raises:
         ValueError: as `Pruner` does, before training starts: unknown names, patterns that match nothing, weights that
             the structure does not fit, a schedule that does not fit the training, a checkpoint of another model.
-        TypeError: something else than a Pruner is given by position.
+        TypeError: the argument by position is not a `Pruner`.
     """
 
     def __init__(

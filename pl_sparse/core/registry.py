@@ -1,4 +1,4 @@
-"""Names: what a string stands for on each axis, and what was probably meant when it stands for nothing."""
+"""Names: what a string stands for on each axis, and suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -133,18 +133,18 @@ def register(kind: type[A], /) -> type[A]: ...
 @overload
 def register(name: str, /, **arguments: Any) -> Callable[[type[A]], type[A]]: ...
 def register(kind: type[A] | str, /, **arguments: Any) -> type[A] | Callable[[type[A]], type[A]]:
-    """Give a class a name on its axis: a decorator, `@register` or `@register("name", argument=value)`.
+    """Register a class under a name on its axis, as a decorator: `@register` or `@register("name", argument=value)`.
 
-    Without a name it is the class's in lower case. Names are compared without case and underscores. A package can
-    register its classes by entry points, too, in the groups "pl_sparse.scorer", "pl_sparse.structure", and so on.
+    The default name is the class's name in lower case. Case and underscores do not matter. A package can also register
+    its classes by entry points, in the groups "pl_sparse.scorer", "pl_sparse.structure", and so on.
 
     Args:
         name: the name.
         arguments: arguments of the class that the name stands for.
 
     Raises:
-        ValueError: another class has the name; nothing has changed.
-        TypeError: it is not a class of an axis.
+        ValueError: another class has the name.
+        TypeError: the object is not a class of an axis.
 
     >>> from pl_sparse.scorer import Magnitude, Scorer
     >>> @register

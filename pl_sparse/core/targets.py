@@ -152,19 +152,19 @@ def _spared(weights: Sequence[Candidate], first: bool, last: bool) -> set[str]:
 
 @dataclass(frozen=True)
 class Targets:
-    """Which weights of a model are pruned, and the sparsity of single ones.
+    """Which weights of a model are pruned, and the sparsities of single weights.
 
     Args:
         include: patterns of the weights to prune; None for all that are pruned by default (see `find`).
         exclude: patterns of weights that stay dense.
         first: whether the first convolution is pruned.
         last: whether the last layer is pruned; None for yes, unless the structure removes whole outputs.
-        overrides: sparsities of single weights by pattern. They are outside of the budget that the others share; the
-            first pattern that matches counts. Before the schedule ends they are scaled as its level is.
+        overrides: sparsities of single weights by pattern. They are outside of the total that the others share; the
+            first matching pattern counts. Before the schedule ends they rise in proportion to its level.
         misfit: "error", or "dense" to leave weights dense whose shape the structure does not divide.
-        frozen: what is done with weights that are not trained (`requires_grad=False`): "skip" leaves them as they are
-            and does not count them, "prune" prunes them, "error" refuses them.
-        layouts: how weights of classes that are not known are kept, by pattern: "out_in" or "in_out", the last two
+        frozen: the treatment of weights that are not trained (`requires_grad=False`): "skip" leaves them unchanged and
+            does not count them, "prune" prunes them, "error" refuses them.
+        layouts: the order of dimensions of weights of unknown classes, by pattern: "out_in" or "in_out", the last two
             dimensions of a matrix or of a batch of them (experts); "out_in_kernel" or "in_out_kernel", the first two.
             Structures that tell outputs from inputs ask for it.
 

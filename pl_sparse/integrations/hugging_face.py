@@ -27,14 +27,14 @@ class SparsityCallback(TrainerCallback):
 
     Between two optimizer steps the parameters are the sparse weights, so that evaluation, `save_model` and
     `save_pretrained` see them. Each checkpoint's folder gets the pruner's state, and
-    `trainer.train(resume_from_checkpoint=...)` goes on from it. The Trainer calls back after it has clipped gradients:
-    scorers see clipped ones.
+    `trainer.train(resume_from_checkpoint=...)` resumes from it. The Trainer clips gradients before it calls the
+    callback, so scorers see clipped gradients.
 
     Args:
-        pruner: what prunes; None to make it of the other arguments.
-        calibration_batches: how many training batches scorers and updaters see that look at the whole model.
-        resume_from: the folder of the checkpoint that training goes on from, where it is neither in `output_dir` nor
-            in the `resume_from_checkpoint` of the training's arguments.
+        pruner: a `Pruner`; None: it is made from the other arguments.
+        calibration_batches: the number of training batches for scorers and updaters that look at the whole model.
+        resume_from: the folder of the checkpoint to resume from, if it is neither in `output_dir` nor the
+            `resume_from_checkpoint` of the training's arguments.
         options: those of `Pruner`.
     """
 

@@ -40,14 +40,14 @@ class Masking(Axis, ABC):
 
     Attributes:
         remembers: whether the values behind the mask are kept, in `MaskedParameter.latent`, so that weights can return;
-            what the optimizer remembers of them stays then, too.
+            their optimizer state is then kept, too.
         trains_pruned: whether the values behind the mask are trained.
-        transforms: whether kept weights too differ from the values behind them.
+        transforms: whether kept weights also differ from the values behind them.
         from_start: whether it acts from the first step on, before anything is pruned.
         leads: whether masks that are due are set before the forward pass, so that they are those of the values there.
         samples: whether the model computes with a sample in training, drawn by `before_forward`.
-        rests: whether pruned weights are zero, and so are their gradients and what an optimizer remembers of their
-            directions: a step that goes by these alone leaves them where they are, and `after_step` has nothing to do.
+        rests: whether pruned weights, their gradients and their momentum are zero, so that a step which uses only these
+            leaves them at zero and `after_step` has nothing to do.
         rests_on: the scorer it needs, if it needs one.
     """
 

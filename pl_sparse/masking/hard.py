@@ -15,10 +15,10 @@ __all__ = ["Frozen", "Hard"]
 @register
 @dataclass(frozen=True)
 class Hard(Masking):
-    """Pruned weights are zero and have no gradient: w <- mask * w after every step. They forget their values.
+    """Pruned weights are zero and have no gradient: w <- mask * w after every step. Their values are lost.
 
-    When masks change the optimizer's momentum of pruned weights is set to zero. Its second moments stay, but under
-    `updater=dropgrow`, whose new weights start with nothing remembered of them.
+    When masks change, the momentum of pruned weights is set to zero. Second moments are kept, except under
+    `updater=dropgrow`, whose new weights start without optimizer state.
     """
 
     elementwise: ClassVar[bool] = True
@@ -31,9 +31,9 @@ class Hard(Masking):
 @register
 @dataclass(frozen=True)
 class Frozen(Masking):
-    """Pruned weights keep the value they had, untrained and undecayed, and return with it when the mask lets them.
+    """Pruned weights keep their value, without training and decay, and return with it when the mask keeps them again.
 
-    The optimizer sees mask * w and mask * gradient, and keeps what it remembers.
+    The optimizer sees mask * w and mask * gradient, and keeps its state.
 
     Source: Sanh, Wolf, Rush, Movement pruning: adaptive sparsity by fine-tuning, 2020, arXiv:2005.07683, section 3.
     """

@@ -34,7 +34,7 @@ class Gated(Masking):
     `seed`, the step and the weight's name alone. Once the schedule is over the gates are fixed and no longer sampled.
 
     Source: Louizos, Welling, Kingma, Learning sparse neural networks through L0 regularization, 2017, arXiv:1712.01312,
-    equations 10 to 13. There evaluation averages the parameters over time, for which there is `callbacks=ema`.
+    equations 10 to 13. There evaluation uses parameters averaged over time; here `callbacks=ema` averages them.
 
     Args:
         seed: the seed of the samples.
@@ -110,8 +110,8 @@ def _gated(params: Params, groups: Groups) -> Iterator[tuple[MaskedParameter, Ga
 class SoftThresholded(Masking):
     """Weights are mask * sign(v) relu(|v| - sigmoid(s)), s the learned threshold of the tensor.
 
-    Gradients reach v where the weight is not zero; the optimizer's momentum and weight decay go on everywhere, as
-    they do where the reparameterization is part of the model.
+    Gradients reach v where the weight is not zero; the optimizer's momentum and weight decay act everywhere, as they do
+    where the reparameterization is part of the model.
 
     Source: Kusupati et al., Soft threshold weight reparameterization for learnable sparsity, 2020, arXiv:2002.03231,
     equation 3.

@@ -19,12 +19,12 @@ __all__ = ["SSTE", "Powerprop"]
 @register
 @dataclass(frozen=True)
 class Powerprop(Masking):
-    """Weights are mask * v |v|^(alpha - 1), from the first step on: small ones learn slowly, and gather at zero.
+    """Weights are mask * v |v|^(alpha - 1), from the first step on: small weights learn slowly and gather at zero.
 
         dL/dv = alpha |v|^(alpha - 1) dL/dw  where the mask is 1
 
-    v starts at sign(w) |w|^(1 / alpha), so that the network is what it was. The optimizer steps v, and weight decay is
-    that of v. Pruned v get no gradient, and stay behind the mask. alpha = 1 is `masking=frozen`.
+    v starts at sign(w) |w|^(1 / alpha), so that the network does not change at the start. The optimizer steps v, and
+    weight decay acts on v. Pruned v get no gradient and are kept behind the mask. alpha = 1 is `masking=frozen`.
 
     Source: Schwarz et al., Powerpropagation: a sparsity inducing weight reparameterisation, 2021, arXiv:2110.00296,
     equation 1 and section 2.
@@ -64,13 +64,13 @@ class Powerprop(Masking):
 class SSTE(Masking):
     """Continuous N:M: weights are mask * beta sign(v) relu(|v| - t), t the largest |v| of their group that is pruned.
 
-    So the weights of 2:4 are a continuous function of v, where those of a mask jump. beta = <v, S> / <S, S>, S the
-    thresholded v, makes |v - beta S|^2 of a tensor least when it is first pruned, and stays. The gradient at weights
-    trains all of v, straight through. Masks must follow v at each step (`schedule.every=1`). Weights whose inputs are
-    not divisible by m have one threshold each tensor.
+    So 2:4 weights are a continuous function of v, whereas those of a plain mask jump. beta = <v, S> / <S, S>, S the
+    thresholded v, minimizes |v - beta S|^2 of a tensor when it is first pruned, and is then constant. The gradient at
+    weights trains all of v, straight through. Masks must follow v at each step (`schedule.every=1`). Tensors whose
+    inputs are not divisible by m have one threshold.
 
     Source: Hu, Zhu, Chen, S-STE: continuous pruning function for efficient 2:4 sparse pre-training, 2024,
-    arXiv:2409.09099, sections 4.1 and 4.2; its unbiased sparse gradients and FP8 are not here.
+    arXiv:2409.09099, sections 4.1 and 4.2; its unbiased sparse gradients and FP8 are not implemented.
 
     Args:
         m: the size of the pattern's groups.

@@ -1,4 +1,4 @@
-"""Masks under which pruned weights train on."""
+"""Masks under which pruned weights continue to train."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class SRSTE(Masking):
     the paper; it keeps masks from changing back and forth. With decay 0 it is STE.
 
     Under SGD a value that stays masked falls by exp(-n) with n = decay * sum of rates / (1 - momentum): n is 60 for the
-    paper's 120 epochs of ImageNet, and 0.1 to 0.2 in a training of a few thousand steps at 2e-4, where the term does
-    next to nothing. A short training needs a decay that gives n = 5 to 60: decay="8 efolds" has n = 8 over the whole
-    training, evenly, by decay = n (1 - momentum) / (rate steps) with the rate of each step. Under Adam
-    the term is divided by the root of the second moment as the gradient is: it is another one, of which n says nothing.
+    paper's 120 epochs of ImageNet, and 0.1 to 0.2 in a training of a few thousand steps at 2e-4, where the term has
+    almost no effect. A short training needs a decay that gives n = 5 to 60: decay="8 efolds" has n = 8 over the whole
+    training, evenly, by decay = n (1 - momentum) / (rate steps) with the rate of each step. Under Adam the term is
+    divided by the root of the second moment like the gradient, so that n does not apply.
 
     Source: Zhou et al., Learning N:M fine-grained structured sparse neural networks from scratch, 2021,
     arXiv:2102.04010, equation 7.
@@ -107,8 +107,8 @@ class TopKAST(Masking):
     """Always sparse training: the model computes with a set A of weights, the gradient trains a larger set B.
 
     A is the mask; B adds to it the best `exploration` of all weights by |v|, per tensor. Outside of B nothing is
-    trained. The penalty reg (|v_A|^2 + |v_{B without A}|^2 / density) / 2 enters the gradient, so that what explores
-    has to earn its place. B is chosen when the mask is.
+    trained. The penalty reg (|v_A|^2 + |v_{B without A}|^2 / density) / 2 enters the gradient, so that exploring
+    weights must have large gradients to stay. B is chosen when the mask is.
 
     Source: Jayakumar et al., Top-KAST: Top-K always sparse training, 2020, arXiv:2106.03517, sections 2.1 to 2.3.
 

@@ -21,15 +21,15 @@ __all__ = ["ADMM"]
 @register
 @dataclass(frozen=True, kw_only=True)
 class ADMM(Selecting):
-    """rho / 2 |W - Z + U|^2, Z the nearest weights that are sparse and U the sum of what they differ by.
+    """rho / 2 |W - Z + U|^2, Z the nearest sparse weights and U the sum of the differences W - Z.
 
-    When it begins Z is the projection of W, and U zero. Every `every` optimizer steps
+    At its beginning Z is the projection of W, and U is zero. Every `every` optimizer steps
 
         Z <- projection of W + U,    U <- U + W - Z
 
-    The projection keeps the units of largest mean square, as many as structure and allocation say. So W trains dense
-    and is drawn to a sparse set, whatever its structure; a schedule then prunes what little is off it. Z and U are one
-    tensor: of S = W + U, Z is what is kept and U the rest.
+    The projection keeps the units of largest mean square, as many as structure and allocation set. So W trains dense
+    and is drawn to a sparse set of any structure; a schedule then prunes the small remainder. Z and U are one tensor S
+    = W + U: Z is its kept part and U the rest.
 
     Source: Zhang et al., A systematic DNN weight pruning framework using alternating direction method of multipliers,
     2018, arXiv:1804.03294, equations 4 to 9. There rho is the same for all layers of a model, or a few hand-set ones.

@@ -36,7 +36,7 @@ class Regularizer(Axis, ABC):
         strength: its factor lambda, at least 0.
 
     Attributes:
-        needs_example: whether it is made from a call of the model.
+        needs_example: whether it needs a call of the model.
     """
 
     axis: ClassVar[str] = "regularizer"
@@ -94,7 +94,7 @@ class Regularizer(Axis, ABC):
 
 
 def step_sizes(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor | float]:
-    """How far a gradient moves each weight: the learning rate, for Adam and its kin that of each coordinate.
+    """How far a gradient moves each weight: the learning rate; for Adam and similar optimizers that of each coordinate.
 
     With v the moving average of g^2: lr / (sqrt(v / (1 - beta2^t)) + eps) for Adam, AdamW, NAdam (with amsgrad the
     largest v so far), lr / (sqrt(v) + eps) for RMSprop. For all other optimizers it is lr; 0 for a weight that did not

@@ -29,16 +29,16 @@ class GroupLasso(Regularizer):
     eta_i for each weight (Adam), w is 0 if sum (w_i / (eta_i c))^2 <= 1, else w_i <- w_i t / (t + eta_i c), where t,
     the norm of the result, solves sum (w_i / (t + eta_i c))^2 = 1.
 
-    Groups are the units of a structure: output channels, attention heads, blocks, kernels. Of an output channel that
-    is zero the bias becomes zero, and so do scale and shift of the batch norm that takes the layer's output (as seen in
-    a forward pass), or it would still emit a constant. Once the penalty has ended, bias and shift are trained again.
+    Groups are the units of a structure: output channels, attention heads, blocks, kernels. The bias of an output
+    channel that is zero becomes zero, and so do scale and shift of the batch norm after the layer (as seen in a forward
+    pass); otherwise it would still emit a constant. Once the penalty has ended, bias and shift are trained again.
 
     Sources: Yuan, Lin, Model selection and estimation in regression with grouped variables, 2006; Wen et al., Learning
     structured sparsity in deep neural networks, 2016, arXiv:1608.03665; for a step size of each weight Deleu, Bengio,
     Structured sparsity inducing adaptive optimizers for deep learning, 2021, arXiv:2102.03869, section 4.
 
     Args:
-        structure: what a group is.
+        structure: the structure whose units are the groups.
 
     Raises:
         ValueError: the structure has no groups, or does not divide a weight.

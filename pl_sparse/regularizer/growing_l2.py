@@ -1,4 +1,4 @@
-"""A decay of what is to be pruned, that grows."""
+"""A growing decay of the weights that are to be pruned."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ class GrowingL2(Selecting):
     """lambda / 2 sum w^2 over the weights of least magnitude, with a lambda that grows: they fade out before they are
     pruned.
 
-    lambda = min(strength * (1 + step // every), ceiling), with `step` counted from where the penalty begins. Which
-    weights is decided once, there: those that magnitude pruning with this structure and allocation would remove.
+    lambda = min(strength * (1 + step // every), ceiling), with `step` counted from where the penalty begins. The
+    weights are chosen once, at that point: those that magnitude pruning with this structure and allocation would
+    remove.
 
     Source: Wang et al., Neural pruning via growing regularization, 2020, arXiv:2012.09243, Algorithm 1 (GReg-1), which
     begins with a trained model, takes the same fraction of every layer, holds lambda at its ceiling until the weights
-    have settled, and prunes then. Here the penalty grows from where it begins and lasts for
-    as long as it is set to; when weights are pruned is the schedule's.
+    have settled, and prunes then. Here the penalty grows from its beginning to its end (`until`), and the schedule
+    decides when weights are pruned.
 
     Args:
         sparsity: the fraction of the weights that is penalized.

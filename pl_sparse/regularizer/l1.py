@@ -22,7 +22,7 @@ class L1(Regularizer):
     """strength * sum |w|.
 
     Proximal: w <- sign(w) max(|w| - eta strength, 0), which makes weights exactly zero. Else by the subgradient
-    sign(w), which does not. With Adam, weights that never had a gradient have a huge eta, and go first.
+    sign(w), which does not. With Adam, weights that never had a gradient have a huge eta and become zero first.
 
     Sources: Tibshirani, Regression shrinkage and selection via the lasso, 1996; the proximal step: Parikh, Boyd,
     Proximal algorithms, 2014, section 6.5.2.

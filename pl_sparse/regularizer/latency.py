@@ -27,13 +27,14 @@ class Latency(Regularizer):
     A channel counts as present to the degree q = |w|^2 / (|w|^2 + softness * m), |w|^2 the mean square of its weights
     and m that of its group when the penalty begins. The expected width of a group is the sum of its q, and the latency
     of a layer that of its expected width, by a table that was measured on this machine and is interpolated
-    (`latency.LatencyTable`). Channels of layers that save most fade first; `structure=coupled` then prunes them.
+    (`latency.LatencyTable`). Channels of the layers that save most time fade first; `structure=coupled` then prunes
+    them.
 
     Source: Cai, Zhu, Han, ProxylessNAS: direct neural architecture search on target task and hardware, 2018,
     arXiv:1812.00332, section 3.3, for the expected latency as a loss; there the degrees are learned probabilities.
 
     Args:
-        softness: how large a channel is, against the mean, that counts as half present.
+        softness: the mean square, relative to that of the group, at which a channel counts as half present.
         table: where latencies are kept; None for the user's cache.
     """
 

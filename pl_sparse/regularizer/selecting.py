@@ -1,4 +1,4 @@
-"""Penalties on what pruning at a sparsity would remove."""
+"""Penalties on the weights that pruning to a sparsity would remove."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Selecting"]
 
 @dataclass(frozen=True, kw_only=True)
 class Selecting(Regularizer):
-    """A penalty that tells weights to keep from others, by masks of its own.
+    """A penalty that distinguishes weights to keep from others by masks of its own.
 
     Args:
         sparsity: the fraction of the others.
-        structure: what is kept together.
+        structure: the structure of these masks.
         allocation: how what is kept is shared among tensors. With several optimizers each shares among its own.
         every: optimizer steps between two changes of the penalty.
     """

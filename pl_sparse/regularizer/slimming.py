@@ -24,8 +24,9 @@ class Slimming(Regularizer):
     """strength * sum |gamma| over the scales of all batch norms, by its subgradient; `scorer=slimming` then prunes by
     them.
 
-    The subgradient makes no scale exactly zero: pruning does, of the weights. What the norm of a removed channel still
-    emits, (0 - mean) gamma / std + beta, is a constant: it stays in the model until the channel is cut out.
+    The subgradient makes no scale exactly zero; pruning then makes the channel's weights zero. The norm of a pruned
+    channel still emits the constant (0 - mean) gamma / std + beta, which stays in the model until the channel is
+    removed.
 
     Source: Liu et al., Learning efficient convolutional networks through network slimming, 2017, arXiv:1708.06519,
     equation 1.

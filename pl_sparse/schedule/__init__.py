@@ -1,9 +1,10 @@
 """When to prune, and how sparse: a curve from dense to the final sparsity, read at optimizer steps.
 
 Times (`begin`, `end`) are fractions of training (a number from 0 to 1), optimizer steps (a whole number above 1, or
-"500 steps") or epochs ("2 epochs"). `every` is a count of optimizer steps, or "1 epoch". The step a schedule is asked
-about is the number of optimizer steps already taken; the last one of a training of `total` steps is `total - 1`.
-A level due at `end` always happens, also where `end` is no multiple of `every`.
+"500 steps") or epochs ("2 epochs"). `every` is a fraction of the time from `begin` to `end` (a number below 1), a count
+of optimizer steps (1 or more), or "1 epoch". The argument `step` is the number of optimizer steps already taken; in a
+training of `total` steps the last one is `total - 1`. The level due at `end` is always set, even if `end` is no
+multiple of `every`.
 """
 
 from pl_sparse.schedule.base import Schedule

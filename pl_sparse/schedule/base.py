@@ -1,9 +1,10 @@
 """When to prune, and how sparse: a curve from dense to the final sparsity, read at optimizer steps.
 
 Times (`begin`, `end`) are fractions of training (a number from 0 to 1), optimizer steps (a whole number above 1, or
-"500 steps") or epochs ("2 epochs"). `every` is a count of optimizer steps, or "1 epoch". The step a schedule is asked
-about is the number of optimizer steps already taken; the last one of a training of `total` steps is `total - 1`.
-A level due at `end` always happens, also where `end` is no multiple of `every`.
+"500 steps") or epochs ("2 epochs"). `every` is a fraction of the time from `begin` to `end` (a number below 1), a count
+of optimizer steps (1 or more), or "1 epoch". The argument `step` is the number of optimizer steps already taken; in a
+training of `total` steps the last one is `total - 1`. The level due at `end` is always set, even if `end` is no
+multiple of `every`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Schedule(Axis, ABC):
     Attributes:
         one_shot: whether masks are made once.
         falls: whether a level may be below an earlier one.
-        movable: whether its times move along where training turns out longer or shorter than it was estimated.
+        movable: whether its times move where training turns out longer or shorter than estimated.
     """
 
     axis: ClassVar[str] = "schedule"
@@ -132,7 +133,8 @@ class Schedule(Axis, ABC):
         return begin, end
 
     def share(self, override: float, level: float) -> float:
-        """The sparsity of a tensor whose final one is `override`, when the others are at `level`: in proportion."""
+        """The sparsity of a tensor whose final sparsity is `override`, when the others are at `level`: in
+        proportion."""
         return min(override * level / self.final, 1.0) if self.final else override
 
     @staticmethod
@@ -164,7 +166,7 @@ class Schedule(Axis, ABC):
         return (self.curve((step - begin) / (end - begin) if end > begin else 1.0),)
 
     def reached(self, step: int, total: int) -> bool:
-        """Whether the last level is behind: at `step` and later the sparsity is the final one."""
+        """Whether the last level is passed: at `step` and later the sparsity is the final one."""
         return step > self.span(total)[1]
 
 

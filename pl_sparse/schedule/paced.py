@@ -14,7 +14,7 @@ __all__ = ["Decisions", "Paced"]
 
 @dataclass(eq=False)
 class Decisions:
-    """What is decided while training: the level due at each step, and whether the last one is reached."""
+    """The decisions made during training: the level due at each step, and whether the last one is reached."""
 
     levels: dict[int, float] = field(default_factory=dict)
     done: bool = False
@@ -23,12 +23,12 @@ class Decisions:
 @register
 @dataclass(frozen=True, kw_only=True)
 class Paced(Schedule):
-    """Levels that something else decides on while training goes on (`AccuracyBudget`); until it does, `final` at `end`.
+    """Levels that are decided during training (by `AccuracyBudget`); until then, `final` at `end`.
 
     `every` has no meaning here.
 
     Args:
-        decisions: where the decisions are; None: nothing decides.
+        decisions: the levels decided so far; None: nothing decides.
 
     >>> Paced(final=0.9, decisions=Decisions({40: 0.2})).levels(40, 100)
     (0.2,)

@@ -16,7 +16,7 @@ __all__ = ["Constant", "Cyclic", "Iterative", "OneShot", "RateRounds", "Staircas
 @register
 @dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
-    """The final sparsity from `begin` on, the masks made anew every `every` steps until `end`.
+    """The final sparsity from `begin` on; masks are made anew at each `every` until `end`.
 
     >>> Constant(final=0.9, begin=0, end=1.0, every=50).levels(50, 100)
     (0.9,)
@@ -166,8 +166,8 @@ class Staircase(Schedule):
     """Rests on each sparsity for an equal share of the time from `begin` to `end`, and on the last one until training
     ends.
 
-    Before each step of the stairs, and at the end, the model has been trained at its sparsity, so that one training
-    gives a whole front (`callbacks.Front`). `every` has no meaning here.
+    Before each rise, and at the end, the model has been trained at its sparsity, so that one training gives a whole
+    front (`callbacks.Front`). `every` has no meaning here.
 
     Args:
         sparsities: where it rests, rising to `final`; None for `final` alone.
@@ -216,12 +216,12 @@ class Staircase(Schedule):
 @register
 @dataclass(frozen=True, kw_only=True)
 class Cyclic(Schedule):
-    """Sparse and dense phases in turn: `final` at `begin`, `low` half a cycle later, ..., `final` for good at `end`.
+    """Sparse and dense phases in turn: `final` at `begin`, `low` half a cycle later, and so on; `final` from `end` on.
 
     `every` has no meaning here.
 
     Args:
-        cycles: how many times the model is opened again between `begin` and `end`.
+        cycles: the number of dense phases between `begin` and `end`.
         low: the sparsity of the dense phases.
 
     Source: Peste et al., AC/DC: Alternating compressed/decompressed training, 2021, arXiv:2106.12379, Algorithm 1.

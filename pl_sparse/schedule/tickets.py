@@ -23,10 +23,10 @@ class Tickets(RateRounds):
     Args:
         rate: the part of the remaining weights that each round removes, until `final`.
         sparsities: instead of `rate`: the sparsity of each round, rising to `final`.
-        to: where in its round training starts again, as a fraction of the round: rewinding to a later point than the
-            initialization makes all rounds but the first so much shorter.
-        epochs: how long a round is, counted from the initialization; None shares the training among the rounds. With
-            it training has `training_epochs`: Trainer(max_epochs=schedule.training_epochs).
+        to: the point that weights are rewound to, as a fraction of the first round; 0 is the initialization. Each later
+            round starts there, and is shorter by that fraction.
+        epochs: the length of a round, counted from the initialization; None divides the training equally among the
+            rounds. If it is given, the length of training is `Trainer(max_epochs=schedule.training_epochs)`.
 
     Sources: Frankle, Carbin, The lottery ticket hypothesis, 2018, arXiv:1803.03635, section 1 (iterative pruning).
     Frankle et al., Linear mode connectivity and the lottery ticket hypothesis, 2019, arXiv:1912.05671, Algorithm 2

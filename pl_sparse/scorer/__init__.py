@@ -1,4 +1,4 @@
-"""How important each weight is: higher = keep. What a scorer gathers over steps lives in `MaskedParameter.state`."""
+"""How important each weight is: higher = keep. A scorer keeps what it gathers over steps in `MaskedParameter.state`."""
 
 from pl_sparse.scorer.activations import RIA, Wanda
 from pl_sparse.scorer.at_init import SNIP, GraSP, SynFlow

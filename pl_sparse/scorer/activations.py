@@ -27,8 +27,8 @@ class Wanda(Scorer):
     `Probe.activations`) score |w|.
 
     Source: Sun et al., A simple and effective pruning approach for large language models, 2023, arXiv:2306.11695,
-    equation 1. There a transformer block sees the outputs of the blocks before it as they are once pruned; here all
-    layers see those of the model as it is.
+    equation 1. There a transformer block sees the outputs of the pruned blocks before it; here all layers see the
+    outputs of the unpruned model.
     """
 
     calibrates: ClassVar[bool] = True
@@ -55,13 +55,14 @@ class Wanda(Scorer):
 @register
 @dataclass(frozen=True)
 class RIA(Wanda):
-    """(|w_ij| / sum_k |w_ik| + |w_ij| / sum_k |w_kj|) |x_j|_2^power: what a weight is of its output's and its input's.
+    """(|w_ij| / sum_k |w_ik| + |w_ij| / sum_k |w_kj|) |x_j|_2^power: the shares of a weight in its output's and its
+    input's weights.
 
-    In a convolution with groups the weights of an input are those of its group. Otherwise as Wanda, which can remove
-    whole channels of small weights; this keeps a part of them.
+    In a convolution with groups the weights of an input are those of its group. Wanda can remove whole channels of
+    small weights; this score keeps a part of them. All else is as in Wanda.
 
     Source: Zhang et al., Plug-and-play: an efficient post-training pruning method for large language models, ICLR 2024,
-    equations 3 and 4. The permutation of channels for n:m patterns is not here.
+    equations 3 and 4. The permutation of channels for n:m patterns is not implemented.
 
     Args:
         power: the exponent of the inputs' norms.

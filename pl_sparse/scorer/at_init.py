@@ -1,4 +1,4 @@
-"""Scores by the whole model on calibration batches, at initialization as a rule."""
+"""Scores by the whole model on calibration batches, usually at initialization."""
 
 from __future__ import annotations
 
@@ -49,19 +49,20 @@ class SNIP(Scorer):
 @register
 @dataclass(frozen=True)
 class GraSP(Scorer):
-    """w (H g): high for weights whose removal would take most from the norm of the gradient.
+    """w (H g), H the Hessian: high for weights whose removal would reduce the norm of the gradient most.
 
-    The first-order change of |g|^2 when w is removed is -2 w (H g): the paper removes where -w (H g) is largest, which
-    is to keep where w (H g) is. Logits are divided by `temperature`.
+    The first-order change of |g|^2 when w is removed is -2 w (H g): the paper removes the weights of largest -w (H g),
+    so the weights of largest w (H g) are kept. Logits are divided by `temperature`.
 
     Source: Wang, Zhang, Grosse, Picking winning tickets before training by preserving gradient flow, 2020,
     arXiv:2002.07376, equation 8 and Algorithm 1. The authors' code takes as many examples of each class (10 on
-    CIFAR-10) and draws the last layers anew for scoring; here batches are those of training, and weights the model's.
+    CIFAR-10) and draws the last layers anew for scoring; here batches are those of training, and scores are of the
+    model's own weights.
 
     Args:
         temperature: what the logits are divided by.
-        logits: the name of the module whose output they are, or a pattern for several heads; None: the layer that the
-            model registers last, which an auxiliary head may be.
+        logits: the name of the module whose outputs are the logits, or a pattern for several heads; None: the layer
+            that the model registers last, which may be an auxiliary head.
     """
 
     temperature: float = 200.0
@@ -89,7 +90,7 @@ class SynFlow(Scorer):
 
     R is the sum of the outputs for an input of ones with |w| for each w, computed in float64 and without biases. The
     method is its rounds: `OneShot(rounds=100)`. Activations that are not homogeneous (GELU, softmax) and layer norms
-    bend R.
+    distort R.
 
     Source: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, 2020,
     arXiv:2006.05467, equation 2 and Algorithm 1.

@@ -1,4 +1,4 @@
-"""How important each weight is: higher = keep. What a scorer gathers over steps lives in `MaskedParameter.state`."""
+"""How important each weight is: higher = keep. A scorer keeps what it gathers over steps in `MaskedParameter.state`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Scorer(Axis, ABC):
 
     Attributes:
         needs_latent: whether it scores pruned weights by the values they had, which masking must then remember.
-        observes: whether it needs gradients; without, a level due at step 0 is met before the first batch.
+        observes: whether it needs gradients. If it does not, a level due at step 0 is met before the first batch.
         signed: whether scores can be negative.
         calibrates: whether it scores by `calibrate`, before each round of pruning.
         priced: whether the units of its gates are open with a probability, on which there is a price.
@@ -87,7 +87,7 @@ class Scorer(Axis, ABC):
         return
 
     def learn(self, group: Group) -> None:
-        """Learn from one optimizer step what `start` made a `Gate` for, once `observe` has seen the group's weights.
+        """Update the `Gate` of a group from one optimizer step, after `observe` has seen the group's weights.
 
         By default nothing is done.
         """

@@ -1,4 +1,4 @@
-"""Scores of experts by what they add to the outputs of their layer."""
+"""Scores of experts by their contribution to the outputs of their layer."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["REAP"]
 class REAP(Scorer):
     """S_j = 1 / |X_j| sum over x in X_j of g_j(x) |f_j(x)|_2, for structure=expert.
 
-    X_j are the calibration tokens that the router sends to expert j, g_j(x) is the weight that it gives it, as the
-    layer uses it (renormalized, where it does so), f_j(x) the expert's output. An expert that no token is sent to
-    scores 0. All weights of an expert have its score.
+    X_j are the calibration tokens that the router sends to expert j, g_j(x) is the weight of that expert for the token
+    as the layer uses it (renormalized, if the layer renormalizes), f_j(x) the expert's output. An expert that receives
+    no token scores 0. All weights of an expert have its score.
 
     Both kinds of experts are read off their own code: of a list each expert's output is replaced by |f_j(x)| e_j, so
     that the layer itself multiplies it with g_j(x) and row x of its output has the products; experts in one module,

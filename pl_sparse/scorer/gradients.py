@@ -43,9 +43,9 @@ class Gradient(Scorer):
 class Taylor(Scorer):
     """The moving average of |w g|, or of (w g)^2: to first order, how much the loss changes when the weight is removed.
 
-    For one weight and one step both rank alike; averages over steps do not, nor do the means over a unit's weights.
-    g is the gradient of an optimizer step: with accumulation, larger batches or more processes it is the mean of more
-    examples before it is squared, and the score is another one.
+    For one weight and one step both rank alike; averages over steps do not, nor do the means over a unit's weights. g
+    is the gradient of an optimizer step: with accumulation, larger batches or more processes it is the mean of more
+    examples before it is squared, which changes the score.
 
     Source: Molchanov et al., Importance estimation for neural network pruning, 2019, arXiv:1906.10771, equation 8,
     which squares and takes the mean over the batches between two prunings.
@@ -75,7 +75,7 @@ class Taylor(Scorer):
 @register
 @dataclass(frozen=True)
 class Momentum(Scorer):
-    """|moving average of g|: of the weights that training keeps pushing the same way.
+    """|moving average of g|: high for weights that training keeps pushing in one direction.
 
     Source: Dettmers, Zettlemoyer, Sparse networks from scratch, 2019, arXiv:1907.04840, section 3.
 

@@ -27,19 +27,18 @@ class HardConcrete(Scorer):
     """Gates that are learned under an L0 penalty: weights are z v, each unit's z a hard concrete variable in [0, 1].
 
     The loss is that of a batch (its mean) + penalty * sum over units |unit| P(z > 0), |unit| the weights it has, with
-    `updater=threshold` alone: any other decides how many units stay, and there is no penalty then. The paper's lambda
-    is per weight and divided by the number of training examples N, so that penalty = lambda / N: its 0.1 on MNIST is
-    0.1 / 60,000. log alpha, one a unit, is trained by
+    `updater=threshold` alone. Any other updater decides how many units stay, and there is no penalty. The paper's
+    lambda is per weight and divided by the number of training examples N, so that penalty = lambda / N: its 0.1 on
+    MNIST is 0.1 / 60,000. log alpha, one per unit, is trained by
 
         dL/d(log alpha) = dz/d(log alpha) sum over the unit of g v + penalty |unit| P (1 - P),   P = P(z > 0)
 
-    once an optimizer step with the gradient of the whole step, by an Adam without weight decay at a constant rate, and
-    clamped to [log 1e-2, log 1e2]; under `updater=lagrangian` to [log 1e-5, log 1e2], as log 1e-2 is open in 5 % of all
-    samples still. The score is the gate of evaluation before clipping,
-    sigmoid(log alpha) (zeta - gamma) + gamma: a unit is off where it is 0 or less. `masking=gated` samples z in
-    training. The sparsity comes out of the penalty: a gate that is shut in evaluation may still open in 31 % of all
-    samples, so that the expected L0 norm is larger than the count. Weight decay on v is the optimizer's; the paper
-    weighs it by P.
+    once per optimizer step with the gradient of the whole step, by an Adam without weight decay at a constant rate, and
+    clamped to [log 1e-2, log 1e2]; under `updater=lagrangian` to [log 1e-5, log 1e2], as a gate at log 1e-2 is still
+    open in 5 % of all samples. The score is the gate of evaluation before clipping, sigmoid(log alpha) (zeta - gamma) +
+    gamma: a unit is off where it is 0 or less. `masking=gated` samples z in training. The sparsity follows from the
+    penalty. A gate that is shut in evaluation may still open in 31 % of all samples, so that the expected L0 norm is
+    larger than the count. Weight decay on v is the optimizer's; the paper weighs it by P.
 
     Source: Louizos, Welling, Kingma, Learning sparse neural networks through L0 regularization, 2017, arXiv:1712.01312,
     equations 10 to 15.
@@ -47,7 +46,7 @@ class HardConcrete(Scorer):
     Args:
         penalty: lambda / N, the price of a weight.
         lr: the learning rate of log alpha.
-        keep: the gates' sigmoid(log alpha) at first, in (0, 1); they vary by 0.01.
+        keep: the initial sigmoid(log alpha) of the gates, in (0, 1); gates vary by 0.01.
         seed: the seed of these numbers.
     """
 
@@ -107,16 +106,16 @@ class Movement(Scorer):
     g is the gradient at the masked weights, for pruned ones too, and w the value behind the mask, so that a pruned
     weight can come back. S starts at 0. The published numbers were not made by equation 3 but by an AdamW without
     weight decay on S at 1e-2 with warm-up, and by gradients of scores and model that are clipped together: `rule=adam`.
-    Its rate follows the learning-rate schedule of the weights. The norm that is clipped is the model's; that of S
-    would add little to it, for dL/dS is g times a weight. `rule=sum` is equation 3: S = -lr * sum over steps of g w.
+    Its rate follows the learning-rate schedule of the weights. The norm that is clipped is that of the model; S would
+    add little to it, because dL/dS is g times a weight. `rule=sum` is equation 3: S = -lr * sum over steps of g w.
 
-    Source: Sanh, Wolf, Rush, Movement pruning: adaptive sparsity by fine-tuning, 2020, arXiv:2005.07683, equation 3
-    and appendix A, and the authors' code; for blocks, whose weights share one S, Lagunas et al., Block pruning for
-    faster transformers, 2021, arXiv:2109.04838. There masks are set at every step (`schedule.every=1`), and the
-    gradients of a step are masked as its forward pass was, here by the masks that the step sets.
+    Source: Sanh, Wolf, Rush, Movement pruning: adaptive sparsity by fine-tuning, 2020, arXiv:2005.07683, equation 3 and
+    appendix A, and the authors' code; for blocks, whose weights share one S, Lagunas et al., Block pruning for faster
+    transformers, 2021, arXiv:2109.04838. There masks are set at every step (`schedule.every=1`), and the gradients of a
+    step are masked like its forward pass; here they are masked by the masks that the step sets.
 
     Args:
-        lr: the learning rate of S. Under `rule=sum` it ranks nothing but scales S for thresholds.
+        lr: the learning rate of S. Under `rule=sum` it does not change ranks, but scales S for thresholds.
         rule: what trains S.
         clip: the norm of the model's gradients above which that of S is scaled down, for `rule=adam`; None: never. The
             model itself is clipped by `Trainer(gradient_clip_val=...)`.
@@ -166,10 +165,10 @@ class SoftMovement(Scorer):
     """sigmoid(S), with S learned by straight-through gradients: dL/dS = sum over the unit of g w.
 
     g is the gradient at the masked weights and w the value behind the mask, for pruned units too. With
-    `updater=threshold` the loss has penalty * mean over tensors of mean(sigmoid(S)) added, as much of it as the
-    threshold has of its own final value. S starts at 0 and is trained by an Adam without weight decay, whose rate
-    follows the learning-rate schedule of the weights. With `updater=prune` there is no penalty, and it is (hard)
-    movement pruning with an exact count, as `scorer=movement` is.
+    `updater=threshold` the loss has penalty * mean over tensors of mean(sigmoid(S)) added, scaled like the threshold,
+    which rises to its final value. S starts at 0 and is trained by an Adam without weight decay, whose rate follows the
+    learning-rate schedule of the weights. With `updater=prune` there is no penalty, and it is (hard) movement pruning
+    with an exact count, as `scorer=movement` is.
 
     Source: Sanh, Wolf, Rush, Movement pruning: adaptive sparsity by fine-tuning, 2020, arXiv:2005.07683, section 4 and
     appendix A; for blocks, whose weights share one S, Lagunas et al., Block pruning for faster transformers, 2021,
@@ -219,23 +218,23 @@ class SoftMovement(Scorer):
 @register
 @dataclass(frozen=True)
 class SoftThreshold(Scorer):
-    """|w| - sigmoid(s), with s learned, one a tensor: a weight is off where it is 0 or less.
+    """|w| - sigmoid(s), with one learned s per tensor: a weight is pruned where it is 0 or less.
 
-    For `masking=shrunk`, under which weights are sign(w) relu(|w| - sigmoid(s)) and
+    For `masking=softthresholded`, under which weights are sign(w) relu(|w| - sigmoid(s)) and
 
         dL/ds = -sigmoid'(s) * sum over the kept weights of g sign(w).
 
-    s is trained by SGD with momentum and weight decay. The decay is the method: s starts so far down that sigmoid(s)
-    is 0, is drawn up to 0, and prunes until the gradient holds it. There is no target: s at first and its decay set
-    how sparse the model becomes, and so does the length of training, for s goes as init * (1 - lr decay)^steps until
-    it is felt, with lr / (1 - momentum) in the place of lr.
+    s is trained by SGD with momentum and weight decay. The decay drives the method: s starts so low that sigmoid(s) is
+    0, the decay draws it towards 0, and it prunes until the gradient holds it. There is no target sparsity: the initial
+    s, its decay and the length of training determine it, because s is init * (1 - lr decay)^steps until it takes
+    effect, with lr / (1 - momentum) in place of lr.
 
     Source: Kusupati et al., Soft threshold weight reparameterization for learnable sparsity, 2020, arXiv:2002.03231,
-    equations 3 to 5; numbers of its ResNet-50 at 90 %. There s follows the learning rate schedule of the weights, here
-    its learning rate is constant.
+    equations 3 to 5; numbers of its ResNet-50 at 90 %. There the rate of s follows the learning-rate schedule of the
+    weights; here it is constant.
 
     Args:
-        init: s at first.
+        init: the initial s.
         lr: the learning rate of s.
         momentum: the momentum with which s is trained.
         decay: the weight decay of s.

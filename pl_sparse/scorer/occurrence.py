@@ -28,7 +28,7 @@ def _note(param: MaskedParameter, table: nn.Module, args: Any) -> None:
 class Occurrence(Scorer):
     """1 for the row of a token that occurred in training, else 0; for structure=vocabulary.
 
-    It is noted in each forward pass of training, by a hook on the table.
+    A hook on the table notes the tokens in each forward pass of training.
     """
 
     observes: ClassVar[bool] = True  # nothing is known before the first batch

@@ -23,19 +23,20 @@ _MOST = 1 << 22  # numbers of all the matrices that are made at once
 @register
 @dataclass(frozen=True)
 class Fisher(Scorer):
-    """w^2 / (2 [F^-1]_qq): how much the loss grows if a weight of a trained model is removed, and the others follow.
+    """w^2 / (2 [F^-1]_qq): how much the loss grows if a weight of a trained model is removed and the others are
+    updated.
 
-    F = damping I + 1/m sum of g g^T over the m calibration batches, g the gradient of one, in blocks of `block` weights
-    that follow one another in a tensor. Its inverse is that of an m x m matrix, by Woodbury's formula; pruned weights
-    have no part in it. `updater=surgeon` lets the others follow. m gradients are in memory while masks are made.
+    F = damping I + 1/m sum of g g^T over the m calibration batches, g the gradient of a batch, in blocks of `block`
+    consecutive weights of a tensor. By Woodbury's formula its inverse needs that of an m x m matrix; pruned weights are
+    left out of it. `updater=surgeon` updates the other weights. m gradients are in memory while masks are made.
 
     Sources: Singh, Alistarh, WoodFisher, 2020, arXiv:2004.14340, equations 5 and 9. Kurtic et al., The optimal BERT
     surgeon, 2022, arXiv:2203.07259, section 3 (blocks of 50, damping 1e-7). There a gradient is that of 1 to 16
     examples and m several hundred to a thousand; here it is that of a batch, m `calibration_batches`.
 
     Args:
-        block: weights of a block.
-        damping: what is added to the diagonal of F.
+        block: the number of weights in a block.
+        damping: the number added to the diagonal of F.
     """
 
     block: int = 50

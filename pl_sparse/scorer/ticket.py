@@ -20,7 +20,7 @@ __all__ = ["Ticket"]
 @register
 @dataclass(frozen=True)
 class Ticket(Scorer):
-    """1 for what a mask on disk keeps, 0 for what it removes: to train with a mask that was found before.
+    """1 where a mask on disk keeps a weight, 0 where it removes it: to train with a mask that was found before.
 
     With `ablation` it is the control of a lottery ticket: the same mask shuffled, or on other weights.
 
@@ -39,7 +39,7 @@ class Ticket(Scorer):
             raise FileNotFoundError(f"scorer=ticket: there is no file {self.path}")
 
     def start(self, groups: Sequence[Group], structure: Structure) -> None:
-        """Look whether the file has a mask for each weight."""
+        """Check that the file has a mask for each weight."""
         for group in groups:
             for param, _ in group.members:
                 self.score(param)

@@ -33,7 +33,7 @@ class Magnitude(Scorer):
 @register
 @dataclass(frozen=True)
 class Random(Scorer):
-    """A uniform random number that stays the same for a weight: the control every method has to beat.
+    """A uniform random number that stays the same for a weight: the control for every method.
 
     The numbers depend on `seed` and the weight's name alone, so that all processes agree on them.
 
@@ -53,13 +53,13 @@ class Random(Scorer):
 class Slimming(Scorer):
     """|gamma| of the batch norm that takes a layer's output, the same for all weights of an output channel.
 
-    Which norm that is, is seen in a forward pass. Layers that no norm follows score above all others, so that one
-    threshold leaves them alone as long as it can: leave them out by `exclude`. So does the channel with the largest
-    scale of each layer, which keeps layers from being removed whole. For `structure=channel allocation=global`, after
+    A forward pass shows which norm that is. Layers without a norm after them score above all others, so that one
+    threshold prunes them last; leave them out by `exclude`. The channel with the largest scale of each layer also
+    scores above the others, so that no layer is removed as a whole. For `structure=channel allocation=global`, after
     training with the penalty `regularizer=slimming`.
 
     Source: Liu et al., Learning efficient convolutional networks through network slimming, 2017, arXiv:1708.06519,
-    section 3. There is no such guard.
+    section 3, which has no such guard.
     """
 
     calibrates: ClassVar[bool] = True

@@ -1,7 +1,7 @@
 """What is pruned together: single weights, N:M groups, blocks, kernels, channels, attention heads.
 
-A structure sees a tensor of scores as (out, in, *kernel), pools it to one score a unit, and turns chosen units back
-into a mask. The score of a unit is the mean over its weights, so that units of different size compare.
+A structure sees a tensor of scores as (out, in, *kernel), pools it to one score per unit, and turns chosen units back
+into a mask. The score of a unit is the mean over its weights, so that units of different size can be compared.
 """
 
 from pl_sparse.structure.base import Structure

@@ -1,7 +1,7 @@
 """What is pruned together: single weights, N:M groups, blocks, kernels, channels, attention heads.
 
-A structure sees a tensor of scores as (out, in, *kernel), pools it to one score a unit, and turns chosen units back
-into a mask. The score of a unit is the mean over its weights, so that units of different size compare.
+A structure sees a tensor of scores as (out, in, *kernel), pools it to one score per unit, and turns chosen units back
+into a mask. The score of a unit is the mean over its weights, so that units of different size can be compared.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ class Structure(Axis, ABC):
 
     @property
     def joins(self) -> bool:
-        """Whether what is not counted (biases, norms, rows of a router) goes with the units of several layers."""
+        """Whether parameters that are not counted (biases, norms, rows of a router) are masked with the units of
+        several layers."""
         return self.needs_example
 
     @property
@@ -144,7 +145,7 @@ class Structure(Axis, ABC):
 
     @property
     def least(self) -> int:
-        """How many units of each tensor are kept whatever they score, as long as the sparsity is below 1.
+        """How many units of each tensor are kept regardless of scores while the sparsity is below 1.
 
         Where whole outputs go, one: nothing passes through a layer without any.
         """

@@ -35,9 +35,9 @@ class Channel(RowUnits):
 
     With `coupled` a unit is a channel through all layers that it goes through: residual joins, concatenations and
     depthwise convolutions are pruned together, and biases, scales and shifts of norms with them. A pruned channel is
-    then zero wherever it is read, and can be removed without a trace (`export.shrink`). The score of a unit is the mean
-    over its weights in all layers. Layers whose outputs cannot be removed stay dense: the model's own outputs, what a
-    LayerNorm reads, and what is joined with a layer that is excluded.
+    then zero wherever it is read, and can be removed without changing the outputs (`export.shrink`). The score of a
+    unit is the mean over its weights in all layers. Layers whose outputs cannot be removed stay dense: the model's own
+    outputs, what a LayerNorm reads, and what is joined with a layer that is excluded.
 
     With `through_norms` the channels that a LayerNorm or RMSNorm reads can go too, such as the residual width of a
     transformer. Such a norm then takes mean and variance over the channels that are left, by hooks
@@ -204,10 +204,11 @@ def _unit_of_input(param: MaskedParameter, each: Held, places: tuple[tuple[int, 
 class Feature(Structure):
     """Whole features: the filters of a convolution (its output channels), the input units of a linear layer (columns).
 
-    Without its column an input unit is of no use, bias or not, so that the unit can be removed from the layer before.
+    Without its column an input unit has no effect, with or without a bias, so that the unit can be removed from the
+    layer before.
 
     Source: Louizos, Welling, Kingma, Learning sparse neural networks through L0 regularization, 2017, arXiv:1712.01312,
-    section 4.1. There a filter's gate is on its bias too, which here stays.
+    section 4.1. There a filter's gate also acts on its bias; here the bias stays.
     """
 
     @property

@@ -25,13 +25,13 @@ __all__ = ["Expert"]
 class Expert(Whole):
     """Whole experts of mixture-of-experts layers: all weights of an expert, and its row of the router.
 
-    A masked expert is chosen no more: hooks on the router give it the lowest logit there is, wherever its row of the
-    router's weight is zero, so that the masked model is the one that has fewer experts (`close_masked`). A layer keeps
-    at least as many experts as its router chooses. Layers are recognised by what they consist of
-    (`network.experts`); all other weights stay dense, shared experts too. Whether masking and removing give the same is
-    tried out on each layer before training; where not, it is refused by name.
+    A masked expert is never chosen: hooks on the router give it the lowest possible logit wherever its row of the
+    router's weight is zero, so that the masked model equals the model with fewer experts (`close_masked`). A layer
+    keeps at least as many experts as its router chooses. Layers are recognised by their parts (`network.experts`); all
+    other weights stay dense, shared experts too. Before training each layer is tried: a layer whose outputs differ
+    between masking and removing is refused by name.
 
-    The score of an expert is the mean over its weights; scorer=reap looks at what its outputs add.
+    The score of an expert is the mean over its weights; `scorer=reap` uses its outputs.
 
     Source: Lasby et al., REAP the experts: why pruning prevails for one-shot MoE compression, 2025, arXiv:2510.13999,
     for removing experts with their rows of the router.

@@ -27,14 +27,14 @@ __all__ = ["Layer"]
 class Layer(Whole):
     """Whole residual blocks: of a ResNet the blocks that keep size and width, of a transformer its layers.
 
-    Blocks are the modules of ModuleLists and Sequentials that hand on their input where all of their parameters are
-    zero, as a call of the model on an example shows (`network.blocks`). All parameters of a block are masked with its
-    weights. Where a norm comes after the join (BERT), a hook hands the input on (`pass_by_masked`), so that a masked
-    block is one that is not there, everywhere. What changes the shape or has no residual connection stays dense, and is
-    named with the reason.
+    Blocks are the modules of ModuleLists and Sequentials that return their input if all of their parameters are zero,
+    as a call of the model on an example shows (`network.blocks`). All parameters of a block are masked with its
+    weights. Where a norm comes after the join (BERT), a hook passes the input on (`pass_by_masked`), so that a masked
+    block has no effect. Modules that change the shape or have no residual connection stay dense; the log names them
+    with the reason.
 
-    Blocks of one list with as many weights each are chosen together: `allocation=uniform` takes as many of each such
-    list, `global` ranks all. The score of a block is the mean over its weights.
+    Blocks of one list with equally many weights are chosen together: `allocation=uniform` removes the same share of
+    each such list, `global` ranks all blocks. The score of a block is the mean over its weights.
 
     Source: Sajjad et al., On the effect of dropping layers of pre-trained transformer models, 2020, arXiv:2004.03844,
     for leaving whole layers out.

@@ -94,7 +94,7 @@ class Transposable(Structure):
     """N:M along the inputs and along the outputs, so that the weight and its transpose both have the pattern.
 
     Sparse tensor cores then speed up the backward pass too. In each m x m block every row and every column keeps n
-    weights: of all such masks the one with the largest sum of scores, masks among all of them, so that m is at most 4.
+    weights: the mask is the one with the largest sum of scores among all such masks, so that m is at most 4.
 
     Source: Hubara et al., Accelerated sparse neural training: a provable and efficient method to find N:M transposable
     masks, 2021, arXiv:2102.08124, section 3.

@@ -1,4 +1,4 @@
-"""Single weights: anywhere in a tensor, or as many in each of its rows."""
+"""Single weights: anywhere in a tensor, or equally many in each of its rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Row", "Unstructured"]
 @register
 @dataclass(frozen=True)
 class Unstructured(Structure):
-    """Every weight is a unit of its own."""
+    """Each weight is a unit."""
 
     @property
     def oriented(self) -> bool:
@@ -41,7 +41,7 @@ class Unstructured(Structure):
 @register
 @dataclass(frozen=True)
 class Row(Structure):
-    """Single weights, as many in each output of a tensor (its rows).
+    """Single weights, equally many in each output of a tensor (its rows).
 
     Source: Sun et al., A simple and effective pruning approach for large language models, 2023, arXiv:2306.11695,
     section 3, which compares weights per output.

@@ -25,9 +25,9 @@ __all__ = ["Head", "Hybrid"]
 class Head(Structure):
     """Whole attention heads: a head's rows of the query, key and value projections and its columns of the output one.
 
-    Attention layers are recognised by what they consist of (see `attention.attentions`): nn.MultiheadAttention, fused
-    projections, those of Hugging Face's models. Query heads that share a key/value head are pruned with it. All other
-    weights stay dense.
+    Attention layers are recognised by their parts (see `attention.attentions`): nn.MultiheadAttention, fused
+    projections, the attention of Hugging Face's models. Query heads that share a key/value head are pruned with it. All
+    other weights stay dense.
 
     Biases keep their values: with its columns of the output projection zero, a head adds nothing to the output, its
     value bias included, and its biases have no gradient. The score of a head is the mean over its weights. With
@@ -37,8 +37,9 @@ class Head(Structure):
     Source: Michel, Levy, Neubig, Are sixteen heads really better than one?, 2019, arXiv:1905.10650.
 
     Args:
-        empty: whether ranking over all layers may take the last head of one. Else each keeps its best head, and where
-            there are more layers than heads to keep, the model is denser than asked for. A sparsity of 1 takes all.
+        empty: whether a ranking over all layers may remove the last head of a layer. If not, each layer keeps its best
+            head; with more layers than heads to keep, the model is denser than requested. A sparsity of 1 removes all
+            heads.
     """
 
     empty: bool = False
@@ -95,9 +96,9 @@ class Hybrid(Structure):
     """Blocks of `h` outputs by `w` inputs in the attention layers of a transformer, neurons in the feed-forward ones.
 
     A neuron is a row of a feed-forward network's first layer, of its gate's too, and a column of its last, with one
-    score. In the output projection of attention a block has `w` outputs and `h` inputs, so that a head whose blocks are
-    all gone in query, key and value can be gone there. All other weights stay dense. With scorer=movement it is block
-    movement pruning; there the sparsity comes from a threshold and a penalty, here it is asked for.
+    score. In the output projection of attention a block has `w` outputs and `h` inputs, so that a head whose blocks in
+    query, key and value are all pruned can be pruned there as well. All other weights stay dense. With scorer=movement
+    it is block movement pruning; there the sparsity follows from a threshold and a penalty, here it is given.
 
     Source: Lagunas et al., Block pruning for faster transformers, 2021, arXiv:2109.04838, section 3 (Hybrid).
 

@@ -24,13 +24,13 @@ __all__ = ["Vocabulary"]
 class Vocabulary(Whole):
     """Tokens that never occur in the training data: their rows of the table, and of the layer that scores tokens.
 
-    With scorer=occurrence and a schedule that prunes once, at the end, when all of the training data was seen. Rows
-    that occurred are kept at any sparsity, so that 1.0 removes all others; padding and the tokens that a config names
-    (pad_token_id and the like) stay too. What is computed of known tokens does not change. All other weights stay
-    dense. `export.shrink_vocabulary` takes the rows out, and has the numbers that the tokens get.
+    It needs `scorer=occurrence` and a schedule that prunes once, at the end, when all of the training data was seen.
+    Rows that occurred are kept at any sparsity, so that 1.0 removes all others; padding and the tokens that a config
+    names (pad_token_id and the like) stay too. Outputs for known tokens do not change. All other weights stay dense.
+    `export.shrink_vocabulary` removes the rows and returns the new numbers of the tokens.
 
     Args:
-        keep: further tokens that are kept, by number: those that only later data has.
+        keep: numbers of further tokens to keep, such as tokens that occur only in later data.
     """
 
     keep: tuple[int, ...] = ()

@@ -61,11 +61,11 @@ class Updater(Axis, ABC):
     """The new masks from the old ones.
 
     Attributes:
-        needs_zeros: whether it rests on masking that forgets pruned weights.
-        needs_training: whether it rests on masking that trains pruned weights on.
+        needs_zeros: whether it needs masking that forgets pruned weights.
+        needs_training: whether it needs masking that continues to train pruned weights.
         fixed_count: whether the number of kept weights never changes, so that a schedule other than a constant one
             makes no sense.
-        grows: whether weights return that the optimizer is to know nothing of, second moments included.
+        grows: whether weights return without any optimizer state, second moments included.
         targets_sparsity: whether the schedule's level is a sparsity that it meets.
         calibrates: whether it looks at the whole model through `Update.probe`.
         writes_weights: whether it gives the weights that are left other values.
@@ -81,7 +81,7 @@ class Updater(Axis, ABC):
     writes_weights: ClassVar[bool] = False
 
     def target(self, scheduled: float) -> float | None:
-        """The final sparsity it is asked for, given the schedule's; None where it comes out of training."""
+        """The final sparsity that it aims at, given the schedule's; None where it follows from training."""
         return scheduled
 
     @property

@@ -26,11 +26,11 @@ __all__ = ["ITOP", "DropGrow", "GraNet", "SRigL"]
 @register
 @dataclass(frozen=True)
 class DropGrow(Updater):
-    """Dynamic sparse training: in each tensor drop what scores lowest, and grow as many where nothing is.
+    """Dynamic sparse training: in each tensor drop the units that score lowest and grow as many others.
 
     The first masks are random, as dense as the allocation says. Each update then drops floor(f n) of the n kept units
-    of a tensor and grows as many of those not kept, the ones just dropped among them. Grown weights start at zero,
-    with the optimizer's memory of them at zero; what is dropped and grown at once keeps both. f decays from `fraction`
+    of a tensor and grows as many of those not kept, the ones just dropped among them. Grown weights start at zero, and
+    so does their optimizer state; a weight that is dropped and grown in one update keeps both. f decays from `fraction`
     over the schedule. With `structure=row` both go by rows, so that each output keeps as many inputs as before: the
     constant fan-in of SRigL; `updater=srigl` removes whole neurons too. f over the schedule:
 
@@ -180,7 +180,7 @@ class DropGrow(Updater):
 @register
 @dataclass(frozen=True)
 class GraNet(DropGrow):
-    """Gradual pruning with regrowth: each update keeps what scores best at the schedule's level, then drops and grows.
+    """Gradual pruning with regrowth: each update keeps the best scores at the schedule's level, then drops and grows.
 
     The second half is an update of `DropGrow`, so that the count is the schedule's. A weight that is pruned and grown
     at once keeps its value.
@@ -203,13 +203,13 @@ class GraNet(DropGrow):
 @register
 @dataclass(frozen=True)
 class SRigL(DropGrow):
-    """RigL with a constant fan-in, that removes neurons: outputs few of whose weights matter keep none.
+    """RigL with a constant fan-in that removes neurons: outputs with few salient weights lose all of them.
 
     Of a tensor with n kept weights and d to drop, the n - d largest weights and the d largest gradients are salient. An
     output with fewer than max(1, floor(`salient` k)) salient weights is removed, k the weights of each output there is,
     and the others share all n: each keeps those of its weights that are among the n - d largest, and grows by the
-    gradient up to its share. An output comes back once enough of its weights are salient. The last tensor loses none,
-    and each keeps as many outputs as its weights need. Biases of removed outputs stay.
+    gradient up to its share. An output returns once enough of its weights are salient. The last tensor loses none, and
+    each keeps as many outputs as its weights need. Biases of removed outputs stay.
 
     Source: Lasby et al., Dynamic sparse training with structured sparsity, 2023, arXiv:2305.02299, section 3.2, and the
     authors' code.
@@ -254,10 +254,10 @@ class SRigL(DropGrow):
 @register
 @dataclass(frozen=True)
 class ITOP(DropGrow):
-    """In-time over-parameterization: dropping and growing that tries as many weights as it can, and counts them.
+    """In-time over-parameterization: dropping and growing that tries as many weights as possible and counts them.
 
-    What makes it work is enough time between updates for new weights to grow before they are judged, and a large
-    fraction of them: R, the share of all weights that were kept at any time, is logged as "explored".
+    It needs enough time between updates for new weights to grow before they are judged, and a large fraction of them
+    per update. R, the share of all weights that were kept at any time, is logged as "explored".
 
     Source: Liu et al., Do we actually need dense over-parameterization? In-time over-parameterization in sparse
     training, 2021, arXiv:2102.02887, section 3.

@@ -23,7 +23,7 @@ __all__ = ["DSnoT"]
 @register
 @dataclass(frozen=True)
 class DSnoT(Prune):
-    """Keep what scores best, then exchange weights within each output, so that its mean changes least.
+    """Keep the best scores, then exchange weights within each output, so that its mean changes least.
 
     With e_i = sum of w_ij mean(x_j) over the pruned weights of output i, which is what it loses on average, a cycle
 
@@ -32,13 +32,13 @@ class DSnoT(Prune):
 
     both of which bring e_i nearer to 0. An output is done once |e_i| is `threshold` or less, the exchange would turn
     the sign of e_i, or there is nothing more to grow or prune; what was exchanged once stays. Weights keep their
-    values. Any scorer and allocation say what is pruned at first; the count of each output stays. Means are those of
-    the model as it is, over all calibration batches; tensors whose inputs are not seen (see `Probe.activations`) keep
-    their first masks, as do those that a norm divides along their inputs. Weights pruned in an earlier update are zero
-    and do not return.
+    values. Any scorer and allocation choose the first masks; the count of each output stays. Means are those of the
+    unpruned model, over all calibration batches; tensors whose inputs are not seen (see `Probe.activations`) keep their
+    first masks, as do those that a norm divides along their inputs. Weights pruned in an earlier update are zero and do
+    not return.
 
     Source: Zhang et al., Dynamic sparse no training: training-free fine-tuning for sparse LLMs, 2023, arXiv:2310.08915,
-    equations 2 and 3. There a transformer block sees the outputs of the blocks before it as they are once pruned.
+    equations 2 and 3. There a transformer block sees the outputs of the pruned blocks before it.
 
     Args:
         cycles: exchanges of an output, at most.

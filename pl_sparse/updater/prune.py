@@ -25,7 +25,7 @@ __all__ = ["Lagrangian", "Prune", "Splice", "Threshold"]
 @register
 @dataclass(frozen=True)
 class Prune(Updater):
-    """Keep what scores best. Weights come back only where masking remembers their values."""
+    """Keep the best scores. Weights return only where masking remembers their values."""
 
     def update(
         self, groups: Sequence[Group], scorer: Scorer, structure: Structure, allocation: Allocation, due: Update
@@ -43,10 +43,10 @@ class Lagrangian(Prune):
         lambda1 (s - t) + lambda2 (s - t)^2
 
     added, on which gates descend and lambda1 and lambda2 ascend, from 0, by (s - t) and (s - t)^2 times `rate` / T once
-    an optimizer step, T the steps of the schedule: a gap that stays moves lambda1 by `rate` times it, however long
-    training is. s is 1 - sum of |unit| P(z > 0) / sum of |unit| for `scorer=hardconcrete`, sigmoid(S) in place of
-    P for `softmovement`. Masks keep the best scores, as many as the schedule has: the sparsity is met to the unit at
-    each update, and what is kept is open. The schedule is the warm-up of t.
+    per optimizer step, T the steps of the schedule: a gap that stays moves lambda1 by `rate` times it, however long
+    training is. s is 1 - sum of |unit| P(z > 0) / sum of |unit| for `scorer=hardconcrete`, sigmoid(S) in place of P for
+    `softmovement`. Masks keep the best scores, as many as the schedule sets: the sparsity is met to the unit at each
+    update, and the gates of kept units are open. The schedule is the warm-up of t.
 
     Sources: Xia, Zhong, Chen, Structured pruning learns compact and accurate models (CoFi), 2022, arXiv:2204.00408,
     section 3.1 (there lambdas are trained by Adam). Xia et al., Sheared LLaMA, 2023, arXiv:2310.06694, section 2.1.
@@ -99,7 +99,7 @@ class Lagrangian(Prune):
 @register
 @dataclass(frozen=True)
 class Threshold(Updater):
-    """Keep what scores above a threshold: the sparsity follows from training.
+    """Keep scores above a threshold: the sparsity follows from training.
 
     The schedule's level is no sparsity here but the part of the threshold, and of the penalty of a learned score,
     that is in force: with `final=1` it ends at all of it. The masks are those of the scores when it ends.
@@ -170,7 +170,7 @@ class Threshold(Updater):
 @register
 @dataclass(frozen=True)
 class Splice(Updater):
-    """Dynamic network surgery: cut what scores low, splice what scores high, and leave alone what is between.
+    """Dynamic network surgery: cut low scores, splice high scores, and leave those between unchanged.
 
     A kept weight is cut where its score is below `low` t, a cut one spliced where it is `high` t or more. The paper
     sets t = mean + c std of |w| once, and c by hand; here t is such that the count is that of the schedule, to the

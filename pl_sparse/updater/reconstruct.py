@@ -25,20 +25,20 @@ __all__ = ["Reconstruct"]
 @register
 @dataclass(frozen=True)
 class Reconstruct(Updater):
-    """SparseGPT: remove weights and move those that are left, so that each layer's outputs change least.
+    """SparseGPT: remove weights and update the others, so that each layer's outputs change least.
 
     A layer with weight W and inputs X minimizes |W X - W' X|^2 over W' that are sparse. With H = 2 X X^T / n, n the
     positions in X, damped by `damping` times the mean of its diagonal, and U the upper Cholesky factor of H^-1, columns
     are passed from left to right: column i of a removed weight adds -w_i / U_ii U_i,: to its row, which is the optimal
-    brain surgeon's step for the columns from i on. What is removed is chosen for `block` columns at once (for an n:m
-    pattern for m), by the smallest w^2 / U_ii^2, as these columns are by then. Inputs that are always zero have w = 0
-    and no part in the mean, in which the authors' code counts each as 1; so neither the scale nor the number of the
-    inputs matters.
+    brain surgeon's step for the columns from i on. The weights to remove are chosen for `block` columns at once (for an
+    n:m pattern for m), by the smallest w^2 / U_ii^2 of the columns as updated so far. Inputs that are always zero have
+    w = 0 and no part in the mean, in which the authors' code counts each as 1; so neither the scale nor the number of
+    the inputs matters.
 
-    Layers are done in the order in which the model calls them, each on the outputs of those already pruned: one pass
+    Layers are pruned in the order in which the model calls them, each on the outputs of those already pruned: one pass
     over the calibration batches for each. A convolution is a linear layer of its unfolded inputs, channels last.
-    Weights whose inputs are not seen (see `Probe.activations`) have H = 1, which is magnitude. The scorer is asked by
-    allocations that rank weights alone: use `allocation=uniform`. Masking must be hard.
+    Weights whose inputs are not seen (see `Probe.activations`) have H = 1, which is magnitude. Only allocations that
+    rank weights use the scorer; use `allocation=uniform`. Masking must be hard.
 
     Source: Frantar, Alistarh, SparseGPT: massive language models can be accurately pruned in one-shot, 2023,
     arXiv:2301.00774, Algorithm 1; convolutions as in Frantar, Singh, Alistarh, Optimal brain compression, 2022,
@@ -46,7 +46,7 @@ class Reconstruct(Updater):
 
     Args:
         block: columns whose weights are chosen at once.
-        damping: what is added to the diagonal of H, as a part of its mean.
+        damping: the number added to the diagonal of H, as a fraction of its mean.
     """
 
     block: int = 128

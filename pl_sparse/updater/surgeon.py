@@ -1,4 +1,4 @@
-"""Prune, and let the weights that are left make up for it."""
+"""Prune, and update the other weights to compensate."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ __all__ = ["Surgeon"]
 @register
 @dataclass(frozen=True)
 class Surgeon(Prune):
-    """Keep what scores best, and move the others as the optimal brain surgeon does for all that is removed at once.
+    """Keep the best scores, and update them by the optimal brain surgeon's step for all weights that are removed at
+    once.
 
         w <- w - F^-1[:, Q] (F^-1[Q, Q])^-1 w[Q]
 
     within each block of weights, Q what is newly pruned in it and F the empirical Fisher matrix of the calibration
-    batches (`scorer=fisher`), before the masks change. Any scorer and structure will do; what is pruned in other blocks
-    is not seen. Masking must be hard.
+    batches (`scorer=fisher`), before the masks change. Any scorer and structure work; each block ignores weights that
+    are pruned in other blocks. Masking must be hard.
 
     Source: Kurtic et al., The optimal BERT surgeon, 2022, arXiv:2203.07259, equation 5; WoodFisher (Singh, Alistarh,
     2020, arXiv:2004.14340) adds up the updates of single weights.
 
     Args:
-        block: weights of a block.
-        damping: what is added to the diagonal of F.
+        block: the number of weights in a block.
+        damping: the number added to the diagonal of F.
     """
 
     block: int = 50

@@ -1,4 +1,4 @@
-"""What was logged, epoch by epoch, in a table that survives an interruption."""
+"""The logged values of each epoch, in a table that survives an interruption."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class History(Callback):
     every scalar that was logged.
 
     Args:
-        path: a CSV file, written anew after each epoch; None keeps the rows in memory.
+        path: a CSV file, rewritten after each epoch; None keeps the rows in memory.
 
     Attributes:
         rows: the rows so far; a resumed run has those from before.

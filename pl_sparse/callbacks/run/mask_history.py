@@ -24,14 +24,14 @@ class MaskHistory(Callback):
     MaskHistory("masks")])`.
 
     A file `step_<optimizer step>.safetensors` has the bits of each mask by the weight's name, eight to a byte, and the
-    shapes in its metadata. Where there would be more than `most` files, every second one goes, and from then on every
-    second update is kept; the first update and the end of training always are. Weights that were removed from the model
-    count as pruned. A training that begins anew removes the files of an earlier one, a resumed one those of later
+    shapes in its metadata. If there would be more than `most` files, every second one is removed, and from then on
+    every second update is kept. The first update and the last masks are always kept. Weights that were removed from the
+    model count as pruned. A training that begins anew removes the files of an earlier one, a resumed one those of later
     steps.
 
     Args:
-        folder: where the files go.
-        most: files at the same time.
+        folder: the folder of the files.
+        most: the largest number of files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], most: int = 64) -> None:

@@ -1,4 +1,4 @@
-"""How far a run is, in a small file that anybody may read while it trains."""
+"""The progress of a run, in a small file that others may read during training."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Status(Callback):
     accuracy (the last value of `objective`), started and updated (seconds since 1970), steps_trained and steps_shared,
     process, and with a ledger the files that the run wrote and found.
 
-    As a context around the whole run it notes its end, too: "finished", "interrupted" by the user or a signal, or
-    "failed" with the exception. A process that was killed leaves "running" behind. Where the file cannot be written
-    training goes on.
+    Used as a context around the whole run, it records its end, too: "finished", "interrupted" by the user or a signal,
+    or "failed" with the exception. A process that was killed leaves "running" behind. If the file cannot be written,
+    training continues.
 
     Args:
         folder: the run's.
