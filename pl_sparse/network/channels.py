@@ -22,7 +22,7 @@ from pl_sparse.core.parametrized import behind, is_computed
 from pl_sparse.core.upstream import DispatchMode, below_autograd
 from pl_sparse.network.attention import Attention, attentions
 from pl_sparse.network.couples import NONE, Call, Rule, Track
-from pl_sparse.network.hooks import called, hooked, stand_ins, unfused
+from pl_sparse.network.hooks import called, hooked, stand_ins, uncallable, unfused
 from pl_sparse.network.layers import CONVS, RECURRENT, TRANSPOSED, End, is_depthwise, is_weighted, sides
 from pl_sparse.network.origins import Origins
 from pl_sparse.network.products import contract as _products  # noqa: F401  its rules are in the table then
@@ -65,10 +65,7 @@ def _check_call(model: nn.Module, example: Any) -> None:
         with stand_ins(model), torch.no_grad():
             called(model, example)
     except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be called with the example of its inputs: {error}. Give the inputs it "
-            "is called with as example_input_array"
-        ) from error
+        raise uncallable(model, error) from error
 
 
 def short(error: Exception) -> str:
@@ -197,7 +194,7 @@ def _block_ports(units: Units, model: nn.Module) -> None:
         if not own:
             _join_groups(units, slots, end.side, layer)
         if not own and not sides(layer):
-            reason = f"its channels go through {path} ({type(layer).__name__}), which needs all of them"
+            reason = f"its channels go through {path or 'the model'} ({type(layer).__name__}), which needs all of them"
         elif is_computed(layer) or (isinstance(layer, RECURRENT) and hasattr(layer, "parametrizations")):
             reason = f"the weight of {path} is computed from other tensors"
         elif any(uses.get(id(tensor), 1) > 1 for tensor in own or layer.parameters(recurse=False)):
