@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_app import config
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -111,6 +112,20 @@ def test_synflow_is_conserved_and_is_the_product_of_matrices() -> None:
             assert float(found[1][i, j]) == pytest.approx(float(c[:, i].sum() * b[i, j] * a[j].sum()), rel=1e-12)
     for layer in found:
         assert layer.dtype == torch.float64 and float((layer.sum() / total - 1).abs()) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_synflow_of_activations_that_are_computed_again(dtype: torch.dtype) -> None:
+    model = net(6, 5, 4, 3).to(dtype)
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Any) -> Any:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    again = Checkpointed(*model)
+    batches = [(torch.randn(9, 6, dtype=dtype), None)]
+    expected, found = (calibrated(SynFlow(), each, batches) for each in (model, again))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def test_synflow_needs_its_rounds() -> None:

@@ -24,11 +24,11 @@ from pl_sparse.tasks.models import resnet20
 class Small(nn.Module):
     """A depthwise convolution between two others, flattened into a classifier with a bias."""
 
-    def __init__(self) -> None:
+    def __init__(self, times: int = 1) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
-        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
-        self.conv2 = nn.Conv2d(4, 3, 3, stride=2)
+        self.depthwise = nn.Conv2d(4, 4 * times, 3, padding=1, groups=4)
+        self.conv2 = nn.Conv2d(4 * times, 3, 3, stride=2)
         self.fc = nn.Linear(3 * 9, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def counted(net: nn.Module, x: torch.Tensor) -> float:
     return macs(net, counter, batch_size=len(x)).dense
 
 
-@pytest.mark.parametrize("make", [Small, lambda: resnet20(shape=(1, 8, 8), classes=5, width=8)])
+@pytest.mark.parametrize("make", [Small, lambda: Small(2), lambda: resnet20(shape=(1, 8, 8), classes=5, width=8)])
 def test_the_shrunk_model_costs_what_was_said_and_meets_the_budget(make: Any) -> None:
     net, x = make().eval(), torch.randn(2, 1, 8, 8)
     dense = counted(net, x)
@@ -178,3 +178,13 @@ def test_measurements_are_kept_and_monotone(tmp_path: Path) -> None:
         assert (ms > 0).all() and (ms.diff(dim=0) >= 0).all() and (ms.diff(dim=1) >= 0).all()
     again = LatencyTable(tmp_path / "table.json")
     assert again.predict(network.layers[0], 1, 2) == made.predict(network.layers[0], 1, 2)
+
+
+def test_a_depthwise_layer_that_multiplies_channels_is_measured_at_its_widths(tmp_path: Path) -> None:
+    net, x = Small(times=2), torch.randn(2, 1, 8, 8)
+    groups = [group for group in Channel(coupled=True).groups(find(net, last=False), net, x) if not group.reason]
+    layer = next(layer for layer in Network(groups, net, x).layers if layer.name.startswith("depthwise"))
+    made = LatencyTable(tmp_path / "table.json")
+    made.measure([layer])
+    row = made._rows[made._name(layer)]
+    assert row["ins"] == [0] and row["outs"] == [2, 4, 6, 8] and layer.widths([4, 3]) == (8, 8)

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pl_sparse import Pruner
 from pl_sparse.export import shrink
+from pl_sparse.network.blocks import residual_blocks
 from pl_sparse.network.couples import RULES, couples
 from pl_sparse.structure import Channel
 from pl_sparse.surgery.trial import couplings
@@ -303,6 +306,35 @@ def counted() -> nn.Module:
     return net
 
 
+def multiplier() -> nn.Module:
+    """Each channel makes two, or is made larger, by filters of its own."""
+    layers = {
+        "stem": conv(1, 8),
+        "wide": conv(8, 16, groups=8),
+        "mix": conv(16, 6, 1),
+        "up": nn.ConvTranspose2d(6, 6, 2, 2, groups=6),
+        "last": conv(6, 8),
+    }
+    return Net(
+        lambda net, x: net.fc(net.last(net.up(net.mix(net.wide(net.stem(x)))).relu()).mean((2, 3))),
+        **layers,
+        fc=nn.Linear(8, 5),
+    )
+
+
+def packed() -> nn.Module:
+    """Sequences of two lengths."""
+
+    def call(net: Any, x: Tensor) -> Tensor:
+        steps = pack_padded_sequence(net.a(x.flatten(1, 2)).relu(), torch.tensor([5, 8]), True, enforce_sorted=False)
+        states, _ = pad_packed_sequence(net.rnn(steps)[0], batch_first=True)
+        last, _ = net.second(pack_padded_sequence(states, torch.tensor([8, 5]), True))
+        return net.fc(pad_packed_sequence(last)[0].sum(0))
+
+    rnn = nn.LSTM(12, 10, batch_first=True, bidirectional=True)
+    return Net(call, a=nn.Linear(8, 12), rnn=rnn, second=nn.GRU(20, 6, batch_first=True), fc=nn.Linear(6, 5))
+
+
 ZOO: dict[Callable[[], nn.Module], tuple[float, dict[str, str]]] = {
     shufflenet: (1.0, {}),
     densenet: (1.0, {}),
@@ -328,6 +360,8 @@ ZOO: dict[Callable[[], nn.Module], tuple[float, dict[str, str]]] = {
     group_norms: (1.0, {}),
     graph: (1.0, {}),
     counted: (1.0, {}),
+    multiplier: (1.0, {}),
+    packed: (1.0, {}),
 }
 """Networks, the share of the outputs of layers but for the last that can be removed, and why others stay."""
 
@@ -431,6 +465,11 @@ def test_code_that_cannot_be_followed_keeps_all_channels_and_a_wrong_example_is_
     net = Net(lambda net, x: net.b(net.a(x)), a=nn.Linear(4, 8), b=nn.Linear(8, 3))
     with pytest.raises(ValueError, match="Net cannot be called with the example of its inputs"):
         couplings(net, torch.randn(2, 5))
+    with pytest.raises(ValueError, match="Net cannot be called with the example of its inputs"):
+        residual_blocks(net, torch.randn(2, 5))
+    for look in (couplings, residual_blocks):
+        with pytest.raises(ValueError, match=r"Module has no forward, .*: define forward\(self, x\)"):
+            look(LightningModule(), torch.randn(2, 5))
 
     def call(net: Any, x: Tensor) -> Tensor:
         if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:

@@ -143,7 +143,8 @@ def _layouts(module: nn.Module) -> Iterator[tuple[str, Whole]]:
     if isinstance(module, (nn.Linear, nn.Bilinear, *_CONVS)):
         yield "weight", Plain()
     elif isinstance(module, _TRANSPOSED):
-        yield "weight", InputsFirst(module.groups)
+        depthwise = 1 < module.groups == module.in_channels == module.out_channels
+        yield "weight", Plain() if depthwise else InputsFirst(module.groups)
     elif isinstance(module, nn.MultiheadAttention):
         for name in _ATTENTION:
             yield name, Plain()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.network.channels import short
-from pl_sparse.network.hooks import called, hooked, stand_ins, tensors, unfused
+from pl_sparse.network.hooks import called, hooked, stand_ins, tensors, uncallable, unfused
 
 __all__ = ["Block", "listed", "pass_by_masked", "residual_blocks"]
 
@@ -53,6 +53,9 @@ def residual_blocks(model: nn.Module, example: Any) -> list[Block]:
     Args:
         model: it is left as it is.
         example: inputs, as the model is called with.
+
+    Raises:
+        ValueError: the model cannot be called with the example.
     """
     calls: dict[nn.Module, list[tuple[Any, Any, Any]]] = {}
 
@@ -61,7 +64,10 @@ def residual_blocks(model: nn.Module, example: Any) -> list[Block]:
 
     parts = dict(listed(model))
     with stand_ins(model), unfused(), torch.no_grad(), hooked(set(parts.values()), post=note):
-        called(model, example)
+        try:
+            called(model, example)
+        except Exception as error:
+            raise uncallable(model, error) from error
     uses: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         uses.setdefault(id(parameter), set()).add(name)

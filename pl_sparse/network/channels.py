@@ -23,7 +23,7 @@ from pl_sparse.core.parametrized import behind, is_computed
 from pl_sparse.core.upstream import DispatchMode, below_autograd
 from pl_sparse.network.attention import Attention, attentions
 from pl_sparse.network.couples import NONE, Call, Rule, Track
-from pl_sparse.network.hooks import called, hooked, stand_ins, unfused
+from pl_sparse.network.hooks import called, hooked, stand_ins, uncallable, unfused
 from pl_sparse.network.layers import CONVS, RECURRENT, TRANSPOSED, End, held, is_depthwise, is_weighted, sides
 from pl_sparse.network.norms import is_over_left, norm_over_all
 from pl_sparse.network.origins import Origins
@@ -70,10 +70,7 @@ def _check_call(model: nn.Module, example: Any) -> None:
         with stand_ins(model), torch.no_grad():
             called(model, example)
     except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be called with the example of its inputs: {error}. Give the inputs it "
-            "is called with as example_input_array"
-        ) from error
+        raise uncallable(model, error) from error
 
 
 def short(error: Exception) -> str:
@@ -232,7 +229,7 @@ def _block_ports(units: Units, model: nn.Module, tied: bool) -> None:
         if not own:
             _join_groups(units, slots, end.side, layer)
         if not own and not sides(layer):
-            reason = f"its channels go through {path} ({type(layer).__name__}), which needs all of them"
+            reason = f"its channels go through {path or 'the model'} ({type(layer).__name__}), which needs all of them"
         elif is_computed(layer) or (isinstance(layer, RECURRENT) and hasattr(layer, "parametrizations")):
             reason = f"the weight of {path} is computed from other tensors"
         elif twice(layer, end) if tied else any(uses.get(id(t), 1) > 1 for t in own or layer.parameters(recurse=False)):

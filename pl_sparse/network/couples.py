@@ -203,7 +203,7 @@ class Call:
     def need(self, track: Track | None, path: str, module: nn.Module | None = None) -> None:
         """Note that something needs all channels of a track."""
         kind = f" ({type(module).__name__})" if module is not None else ""
-        self.keep(track, f"its channels go through {path}{kind}, which needs all of them")
+        self.keep(track, f"its channels go through {path or 'the model'}{kind}, which needs all of them")
 
     def need_here(self, track: Track | None) -> None:
         """Note that the module, if it is a single layer, or else the operation needs all channels of a track.

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["called", "evaluated", "hooked", "stand_ins", "tensors", "trained", "undisturbed", "unfused"]
+__all__ = [
+    "called", "evaluated", "hooked", "stand_ins", "tensors", "trained", "uncallable", "undisturbed", "unfused",
+]  # fmt: skip
 
 Pre = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """What sees a module, its arguments and its keywords before it is called."""
@@ -142,6 +144,20 @@ def called(model: nn.Module, example: Any) -> list[Tensor]:
     else:
         out = model(example)
     return list(tensors(out))
+
+
+def uncallable(model: nn.Module, error: Exception) -> ValueError:
+    """What is raised where a model cannot be called with an example of its inputs."""
+    name = type(model).__name__
+    if isinstance(error, NotImplementedError) and f"[{name}] is missing the required" in str(error):
+        return ValueError(
+            f"{name} has no forward, which is called to see how its layers are joined: define forward(self, x), that "
+            "returns what training_step computes of its inputs, and call it there"
+        )
+    return ValueError(
+        f"{name} cannot be called with the example of its inputs: {error}. Give the inputs it is called with as "
+        "example_input_array"
+    )
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -72,7 +72,7 @@ class Layer:
 
     @property
     def depthwise(self) -> bool:
-        """Whether each of its outputs has one input of its own."""
+        """Whether each of its inputs has outputs of its own."""
         return is_depthwise(self.module)
 
     def widths(self, kept: Sequence[Any]) -> tuple[Any, Any]:
@@ -261,7 +261,9 @@ class LatencyTable:
     def _measured(self, layer: Layer) -> dict[str, Any]:
         """The widths that a layer was measured at, and "ms", the medians as rows of outputs, (outs, ins)."""
         module = layer.module
-        groups = 1 if isinstance(module, nn.Linear) or layer.depthwise else module.groups
+        groups = 1 if isinstance(module, nn.Linear) else module.groups
+        if layer.depthwise:
+            groups = module.out_channels // module.in_channels
         full_out = module.out_features if isinstance(module, nn.Linear) else module.out_channels
         full_in = module.in_features if isinstance(module, nn.Linear) else module.in_channels
 
@@ -270,7 +272,7 @@ class LatencyTable:
 
         outs = grid(full_out)
         ins = [0] if layer.depthwise else grid(full_in)
-        variants = [[_variant(layer, inputs or outputs, outputs) for inputs in ins] for outputs in outs]  # (outs, ins)
+        variants = [[_variant(layer, inputs or outputs // groups, outputs) for inputs in ins] for outputs in outs]
         times: list[list[list[float]]] = [[[] for _ in ins] for _ in outs]  # (outs, ins, repeats)
         with torch.inference_mode():
             for turn in range(self.repeats + 2):  # in turns, so that a disturbance hits all widths alike
@@ -303,7 +305,7 @@ def _sized(module: Any, inputs: int, outputs: int, device: str | None = None) ->
     if isinstance(module, nn.Linear):
         return nn.Linear(inputs, outputs, bias, device=device)
     kind: Any = next(kind for kind in CONVS if isinstance(module, kind))  # a subclass may take other arguments
-    groups = outputs if is_depthwise(module) else module.groups
+    groups = inputs if is_depthwise(module) else module.groups
     options = module.kernel_size, module.stride, module.padding, module.dilation, groups, bias, module.padding_mode
     conv: nn.Module = kind(inputs, outputs, *options, device=device)
     return conv

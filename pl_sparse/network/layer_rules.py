@@ -39,9 +39,13 @@ def weighted(call: Call, source: Tensor, weight: Tensor, dim: int, inputs: int, 
     depthwise = is_depthwise(layer)
     if track is not None and track.dim != dim:
         call.keep(track, f"its channels are not those that {path} ({type(layer).__name__}) takes in")
-    elif track is not None:
-        call.pass_to(track, path, "out" if depthwise else "in")
+    elif track is not None and not depthwise:
+        call.pass_to(track, path, "in")
     slots = call.units.port(path, "out", range(outputs))
+    if track is not None and track.dim == dim and depthwise:
+        for place, slot in enumerate(track.slots):
+            for out in slots[place * outputs // inputs : (place + 1) * outputs // inputs] if slot != NONE else ():
+                call.units.join(slot, out)
     if call.owner(weight) is None:  # by code that is in no module of its own
         call.units.block(slots, f"the weight of {path} is computed from other tensors")
         call.keep(track, f"the weight of {path} is computed from other tensors")

@@ -91,8 +91,10 @@ def is_weighted(module: nn.Module | None) -> bool:
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether each output of a convolution has one input of its own."""
-    return isinstance(module, CONVS) and 1 < module.groups == module.in_channels == module.out_channels
+    """Whether each input of a convolution has outputs of its own: one, or several of a plain convolution."""
+    if not isinstance(module, (*CONVS, *TRANSPOSED)) or not 1 < module.groups == module.in_channels:
+        return False
+    return isinstance(module, CONVS) or module.in_channels == module.out_channels
 
 
 def is_source(module: nn.Module | None, side: str, tensor: str = "") -> bool:
@@ -123,9 +125,10 @@ def held(module: nn.Module, end: End) -> list[Held]:
     if isinstance(module, TABLES):
         return [Held("weight", 1)]
     if isinstance(module, (*BARE, nn.PReLU)) or is_depthwise(module) or (is_weighted(module) and end.side == "out"):
-        first = int(isinstance(module, TRANSPOSED) or keeps_inputs_first(module))
+        depthwise = is_depthwise(module)
+        first = int(not depthwise and (isinstance(module, TRANSPOSED) or keeps_inputs_first(module)))
         tensors = [name for name, tensor in own_tensors(module).items() if tensor.dim() > 0]
-        shared = _width_of_a_group(module, "out") if isinstance(module, TRANSPOSED) else 0
+        shared = _width_of_a_group(module, "out") if isinstance(module, TRANSPOSED) and not depthwise else 0
         return [Held(name, first, shared) if name == "weight" else Held(name, 0) for name in tensors]
     if isinstance(module, TRANSPOSED) or keeps_inputs_first(module):
         return [Held("weight", 0)]

@@ -27,6 +27,19 @@ __all__ = ["NORMS", "Probe", "columns_of"]
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+class _Gradients(nn.Module):
+    """The gradients of the sum of a model's outputs, while parameters that stand in are there: under gradient
+    checkpointing the backward pass computes activations again."""
+
+    def __init__(self, model: nn.Module, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._weights = weights
+
+    def forward(self, x: Tensor) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(self.model(x).sum(), self._weights, allow_unused=True)
+
+
 class Probe:
     """A model, some batches, and how their loss is computed. It leaves the model as it found it.
 
@@ -167,8 +180,8 @@ class Probe:
         weights = [parameters[name].requires_grad_() for name in names]
         ones = torch.ones_like(x[:1], dtype=torch.float64)
         with evaluated(self.model), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            out = functional_call(self.model, {**parameters, **buffers}, (ones,))
-            flow = torch.autograd.grad(out.sum(), weights, allow_unused=True)
+            replaced = {f"model.{name}": value for name, value in {**parameters, **buffers}.items()}
+            flow = functional_call(_Gradients(self.model, weights), replaced, (ones,))
         return self.reduced([torch.zeros_like(w) if g is None else g for w, g in zip(weights, flow, strict=True)])
 
     @torch.no_grad()

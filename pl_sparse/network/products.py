@@ -161,6 +161,25 @@ def recurrent(call: Call) -> Any:
     return [Track(out.dim() - 1, units) for out, units in zip(outs, ends, strict=False)]
 
 
+@couples(*named("_pack_padded_sequence"))
+def packed(call: Call) -> Any:
+    """Steps of sequences one after the other: features stay where they are."""
+    track, source = call.track(call["input"]), call["input"]
+    if track is not None and track.dim < source.dim() - 1:
+        call.need_here(track)
+        track = None
+    return [track and Track(1, track.slots), None]
+
+
+@couples(*named("_pad_packed_sequence"))
+def padded(call: Call) -> Any:
+    """The inverse; zeros where a sequence has ended."""
+    track = call.track(call["data"])
+    if track is not None and call["padding_value"]:
+        call.keep(track, f"{call.name} pads them with another number than zero")
+    return [track and Track(2, track.slots), None]
+
+
 @couples(*named("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"))
 def cell(call: Call) -> Any:
     """One step of such a layer."""

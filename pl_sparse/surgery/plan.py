@@ -336,13 +336,14 @@ def _attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dic
     """What a layer's attributes are with tensors of these shapes."""
     if isinstance(module, nn.Linear):
         return {"out_features": shapes["weight"][0], "in_features": shapes["weight"][1]}
+    if is_depthwise(module):
+        each: Any = module.out_channels // module.in_channels  # type: ignore[operator]
+        inputs = shapes["weight"][0] // each
+        return {"in_channels": inputs, "out_channels": inputs * each, "groups": inputs}
     if isinstance(module, TRANSPOSED):
         return {"in_channels": shapes["weight"][0], "out_channels": shapes["weight"][1] * module.groups}
     if isinstance(module, CONVS):
-        out = shapes["weight"][0]
-        if is_depthwise(module):
-            return {"in_channels": out, "out_channels": out, "groups": out}
-        return {"in_channels": shapes["weight"][1] * module.groups, "out_channels": out}
+        return {"in_channels": shapes["weight"][1] * module.groups, "out_channels": shapes["weight"][0]}
     if isinstance(module, nn.MultiheadAttention):
         if "in_proj_weight" in shapes:
             rows, width = shapes["in_proj_weight"][0] // 3, shapes["in_proj_weight"][1]
