@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pl_sparse.allocation import ERK, LAMP, Allocation, Global, Uniform, Units, choose, kept, lamp, ranked
+from pl_sparse.allocation import ERK, LAMP, Allocation, Global, Uniform, Units, choose, kept, lamp, ranked, units
 from pl_sparse.allocation.count import _move
+from pl_sparse.core import topk
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import build
@@ -263,3 +264,48 @@ def test_rows_keep_as_many_each_whatever_the_allocation(name: str) -> None:
     for param in params(found):
         each = param.mask.sum(1)
         assert int(each.max() - each.min()) <= 1
+
+
+@pytest.mark.parametrize("allocation", [Global(), Uniform(), ERK()])
+@pytest.mark.parametrize("kind", ["normal", "tied", "zero"])
+def test_scores_made_in_pieces_choose_the_same_masks(
+    kind: str, allocation: Allocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, by the bounds of a sample and by the search of all scores; and no tensor of scores is ever whole."""
+    monkeypatch.setattr(units, "RUN", 97)
+    sizes: set[int] = set()
+
+    def score(param: MaskedParameter) -> torch.Tensor:
+        sizes.add(param.numel)
+        return Magnitude().score(param)
+
+    def masks(pointwise: bool, large: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(topk, "_LARGE", large)
+        torch.manual_seed(0)
+        found = groups(nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 40), nn.Linear(40, 10)))
+        weights = [param.weight.detach() for param in params(found)]
+        for weight in weights:
+            if kind != "normal":
+                weight.copy_(weight.mul(30).round() if kind == "tied" else weight * (torch.rand_like(weight) < 0.2))
+        seen = []
+        for level in (0.3, 0.6, 0.9, 0.9, 0.97, 1.0):
+            choose(Units(found, Unstructured(), score, True, pointwise=pointwise), allocation, level)
+            seen += [param.mask.clone() for param in params(found)]
+            for weight, param in zip(weights, params(found), strict=True):
+                weight.mul_(param.mask)
+        return seen
+
+    expected = masks(False, 1 << 18)
+    sizes.clear()
+    for large in (1 << 18, 100):
+        assert all(map(torch.equal, masks(True, large), expected))
+    assert max(sizes) == 97
+
+
+def test_nan_is_refused_by_name_where_scores_are_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for large in (1 << 18, 100):
+        monkeypatch.setattr(topk, "_LARGE", large)
+        found = groups(nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 40)))
+        params(found)[1].weight.data[3, 4] = float("nan")
+        with pytest.raises(ValueError, match=r"scores of 1\.weight hold NaN"):
+            choose(Units(found, Unstructured(), Magnitude().score, pointwise=True), Global(), 0.5)

@@ -48,7 +48,11 @@ def choose(units: Units, allocation: Allocation, level: float, overrides: Sequen
         else:
             counts |= dict(zip(free, allocation.keep(shared.groups, shared, level), strict=True))
     for i, count in sorted(counts.items()):
-        units.assign(i, units.structure.select(units[i], count))
+        if units.runs(i) is None:
+            units.assign(i, units.structure.select(units[i], count))
+        else:
+            alone = units.among([i])
+            units.assign(i, next(threshold(alone, count).masks(alone)))
 
 
 def refuse_unreachable(units: Units, level: float, overrides: Sequence[float | None]) -> None:

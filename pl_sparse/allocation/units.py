@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import overload
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import Layout
 from pl_sparse.core.parameter import MaskedParameter, where_kept
-from pl_sparse.structure import Structure, living
+from pl_sparse.core.topk import RUN, Run, counted
+from pl_sparse.structure import Structure, Unstructured, living
 
 __all__ = ["LazyScores", "Units", "refuse_nan"]
 
@@ -30,6 +31,10 @@ class LazyScores(Sequence[Tensor]):
     @abstractmethod
     def at(self, index: int) -> Tensor:
         """The scores of one tensor."""
+
+    def runs(self, index: int, step: int = 1) -> tuple[torch.Size, Iterator[Run]] | None:
+        """The shape of one tensor, and each `step`-th of its scores piece by piece; None: they are made at once."""
+        return None
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -60,6 +65,7 @@ class Units(LazyScores):
         unit_scores: the scores of a group's units where they do not come from its weights one by one, else None.
         unfed: by the name of a weight, which of its inputs nothing feeds any more; None: as the masks of the groups
             have it.
+        pointwise: whether `score` makes the score of a weight of what belongs to it alone.
 
     Attributes:
         sizes: units in each group.
@@ -74,6 +80,7 @@ class Units(LazyScores):
         monotone: bool = False,
         unit_scores: Callable[[Group], Tensor | None] = lambda group: None,
         unfed: Mapping[str, Tensor] | None = None,
+        pointwise: bool = False,
     ) -> None:
         self.groups = groups
         self.structure = structure
@@ -83,6 +90,7 @@ class Units(LazyScores):
         self.sizes = [structure.pool(torch.empty(group.shape, device="meta")).numel() for group in groups]
         self.weights = [group.numel // size for group, size in zip(groups, self.sizes, strict=True)]
         self.unfed = self._unfed() if unfed is None else unfed
+        self.pointwise = pointwise
         self._checked: set[int] = set()  # groups whose scores hold no NaN; scores are computed anew at each access
 
     def at(self, index: int) -> Tensor:
@@ -98,6 +106,19 @@ class Units(LazyScores):
                 refuse_nan(group.name, units)
             self._checked.add(id(group))
         return units
+
+    def runs(self, index: int, step: int = 1) -> tuple[torch.Size, Iterator[Run]] | None:
+        group = self.groups[index]
+        param, _ = group.members[0]
+        alone = len(group.members) == 1 and isinstance(self.structure, Unstructured) and param.name not in self.unfed
+        if not (alone and self.pointwise and param.is_flat) or self.unit_scores(group) is not None:
+            return None
+        return param.shape, self._scored(param, step)
+
+    def _scored(self, param: MaskedParameter, step: int) -> Iterator[Run]:
+        for start in range(0, param.numel, RUN * step):
+            some = param.among(slice(start, start + RUN * step, step))
+            yield self.score(some), some.mask if self.monotone and param.pruned else None
 
     def _mean(self, group: Group) -> Tensor:
         """The mean over the weights of each unit: members weigh as many as they have in it."""
@@ -159,7 +180,7 @@ class Units(LazyScores):
         if not self.monotone:
             return self.sizes
         return [
-            int(torch.count_nonzero(self.alive(index))) if group.pruned else size
+            int(counted(self.alive(index))) if group.pruned else size
             for index, (group, size) in enumerate(zip(self.groups, self.sizes, strict=True))
         ]
 
@@ -184,7 +205,7 @@ class Units(LazyScores):
     def among(self, indices: Sequence[int]) -> Units:
         """The units of some of the groups."""
         groups = [self.groups[i] for i in indices]
-        units = Units(groups, self.structure, self.score, self.monotone, self.unit_scores, self.unfed)
+        units = Units(groups, self.structure, self.score, self.monotone, self.unit_scores, self.unfed, self.pointwise)
         units._checked = self._checked
         return units
 

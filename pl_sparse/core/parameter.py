@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.dtensor import total
 from pl_sparse.core.layouts import Plain, Whole
+from pl_sparse.core.topk import counted
 
 __all__ = ["MaskedParameter", "checksum", "in_pieces", "numbers", "packed", "unpacked", "where_kept", "zero_pruned"]
 
 _LARGE = 1 << 18  # weights of a tensor, from which on its mask is turned into numbers piece by piece
-_PIECE = 1 << 21  # scores per thread that are told apart at once: where other work has the cores, each piece waits
+_PIECE = 1 << 16  # scores that are told apart at once
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
@@ -92,7 +93,7 @@ class MaskedParameter:
         """
         if not self.pruned:
             return self.numel
-        kept = int(torch.count_nonzero(self.mask))
+        kept = int(counted(self.mask))
         if self.cut is not None:
             removed = self.cut.removed
             for dim in set(removed) - {self.layout.output_dim}:
@@ -130,6 +131,24 @@ class MaskedParameter:
     def take(self, tensor: Tensor) -> Tensor:
         """What is left of a tensor of the weight's former shape."""
         return tensor if self.cut is None else self.cut.take(tensor)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether some of the weights can be seen as a parameter of their own, by `among`: those of a plain tensor."""
+        held = self.data, self.mask, *(() if self.latent is None else (self.latent,)), *self.state.values()
+        plain = type(self) is MaskedParameter and self.cut is None and isinstance(self.layout, Plain)
+        return plain and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in held)
+
+    def among(self, of: slice) -> MaskedParameter:
+        """Some of the weights, flat, and what belongs to them, as a parameter of their own: views."""
+
+        def seen(tensor: Tensor) -> Tensor:
+            return tensor.view(-1)[of] if tensor.shape == self.shape else tensor
+
+        weight: Any = seen(self.weight.detach())
+        latent = None if self.latent is None else seen(self.latent)
+        state = {key: seen(value) for key, value in self.state.items()}
+        return MaskedParameter(self.name, self.module, weight, seen(self.mask), latent, state, pruned=self.pruned)
 
     @torch.no_grad()
     def shrink(self, cut: Cut) -> None:
@@ -319,8 +338,10 @@ def where_kept(values: Tensor, kept: Tensor) -> Tensor:
     dtype = _INTEGERS[values.element_size()]
     bits = int(torch.tensor(lowest, dtype=values.dtype).view(dtype))
     out = torch.empty_like(values)
-    size = _PIECE * torch.get_num_threads()
-    pieces = (tensor.view(-1).split(size) for tensor in (values.view(dtype), kept.view(torch.int8), out.view(dtype)))
-    for value, keep, into in zip(*pieces, strict=True):
-        torch.bitwise_xor(value, bits, out=into).mul_(keep.to(dtype)).bitwise_xor_(bits)
+    pieces = (tensor.view(-1).split(_PIECE) for tensor in (values.view(dtype), kept.view(torch.int8), out.view(dtype)))
+    for value, keep, into in zip(*pieces, strict=True):  # within the cache, where NumPy is faster
+        number = into.numpy()
+        np.bitwise_xor(value.numpy(), bits, out=number)
+        np.multiply(number, keep.numpy(), out=number)
+        np.bitwise_xor(number, bits, out=number)
     return out

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from pl_sparse.core.group import Group
-from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parameter import MaskedParameter, packed, unpacked
 from pl_sparse.core.registry import Axes, name_of, suggestion
 
 __all__ = ["Masks", "load_state", "refuse_other_settings", "settings_of", "state_of"]
@@ -25,20 +27,25 @@ class Masks:
 
     def __init__(self, params: Sequence[MaskedParameter], groups: Sequence[Group], weights: bool = False) -> None:
         self._weights = [(param.weight, param.weight.detach().clone()) for param in params] if weights else []
-        self._masks = [(param, param.mask.clone() if param.pruned else None) for param in params]
+        self._masks = [(param, _copy(param.mask) if param.pruned else None) for param in params]
         self._levels = [(group.gate, group.gate.level) for group in groups if group.gate is not None]
 
     def restore(self) -> None:
         """Give the weights the masks they had, and the values; those that had none are dense again."""
         for param, mask in self._masks:
             if mask is not None:
-                param.set_mask(mask)
+                param.set_mask(unpacked(mask, param.mask.shape))
             elif param.pruned:
                 param.unset_mask()
         for weight, values in self._weights:
             weight.copy_(values)
         for gate, level in self._levels:
             gate.level = level
+
+
+def _copy(mask: Tensor) -> Tensor:
+    """A mask's bits where they need not be copied from a device, else the mask."""
+    return packed(mask) if mask.device.type == "cpu" else mask.clone()
 
 
 def state_of(params: Sequence[MaskedParameter], groups: Sequence[Group]) -> dict[str, dict[str, Any]]:

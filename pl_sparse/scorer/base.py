@@ -31,6 +31,8 @@ class Scorer(Axis, ABC):
         observes: whether it needs gradients. If it does not, a level due at step 0 is met before the first batch.
         signed: whether scores can be negative.
         calibrates: whether it scores by `calibrate`, before each round of pruning.
+        pointwise: whether the score of a weight is made of what belongs to it alone, its value or what was gathered for
+            it, so that some weights of a tensor can be scored without the others.
         priced: whether the units of its gates are open with a probability, on which there is a price.
     """
 
@@ -40,6 +42,7 @@ class Scorer(Axis, ABC):
     observes: ClassVar[bool] = False
     signed: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = False
     priced: ClassVar[bool] = False
 
     def expected(self, group: Group) -> Tensor:

@@ -26,6 +26,7 @@ class Gradient(Scorer):
     decay: float = 0.9
     observes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_decay(self.decay)
@@ -59,6 +60,7 @@ class Taylor(Scorer):
     squared: bool = False
     observes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_decay(self.decay)
@@ -86,6 +88,7 @@ class Momentum(Scorer):
     decay: float = 0.9
     observes: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_decay(self.decay)

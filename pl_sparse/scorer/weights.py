@@ -26,6 +26,8 @@ class Magnitude(Scorer):
     Source: Han et al., Learning both weights and connections for efficient neural networks, 2015, arXiv:1506.02626.
     """
 
+    pointwise: ClassVar[bool] = True
+
     def score(self, param: MaskedParameter) -> Tensor:
         return param.values.abs()
 

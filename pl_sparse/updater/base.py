@@ -47,13 +47,15 @@ class Update:
     def units(self, groups: Sequence[Group], scorer: Scorer, structure: Structure) -> Units:
         """The scores of the groups' units."""
         if not self.invert:
-            return Units(groups, structure, scorer.score, self.monotone, scorer.unit_scores)
+            return Units(groups, structure, scorer.score, self.monotone, scorer.unit_scores, pointwise=scorer.pointwise)
 
         def negated(group: Group) -> Tensor | None:
             scores = scorer.unit_scores(group)
             return None if scores is None else -scores
 
-        return Units(groups, structure, lambda param: -scorer.score(param), self.monotone, negated)
+        return Units(
+            groups, structure, lambda param: -scorer.score(param), self.monotone, negated, pointwise=scorer.pointwise
+        )
 
 
 @dataclass(frozen=True)
