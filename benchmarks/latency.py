@@ -1,6 +1,6 @@
 """How well the latency table predicts networks: measured against predicted milliseconds at random widths.
 
-    python benchmarks/latency.py [--model resnet20] [--widths 10] [--batch 8]
+    python benchmarks/latency.py [--model resnet20] [--widths 10] [--batch 8] [--runtime onnxruntime]
 
 Networks of random widths are made by removing channels, and measured in turns, so that a disturbance hits all of them
 alike. The table knows single layers alone; it is scaled so that it agrees with the dense network, which is measured in
@@ -14,7 +14,6 @@ import copy
 import random
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -23,11 +22,14 @@ from rich.table import Table
 from torch import nn
 
 from pl_sparse.allocation import Units
+from pl_sparse.callbacks.cost_target import opened
 from pl_sparse.core.files import write_json
 from pl_sparse.core.group import Group
 from pl_sparse.core.targets import find
 from pl_sparse.export import shrink
+from pl_sparse.export.measure import latencies
 from pl_sparse.network.latency import LatencyTable, Network
+from pl_sparse.network.runtimes import RUNTIMES, Runtime
 from pl_sparse.structure import Channel
 from pl_sparse.tasks import models
 
@@ -39,9 +41,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=28, help="pixels along a side")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--runtime", default="torch", choices=RUNTIMES)
+    parser.add_argument("--threads", type=int, help="as many as torch uses, if none are given")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     chance = random.Random(0)
     dense = getattr(models, arguments.model)(shape=(1, arguments.size, arguments.size), classes=10).eval()
     x = torch.randn(arguments.batch, 1, arguments.size, arguments.size)
@@ -62,21 +68,15 @@ def main() -> None:
         nets.append(net)
     with tempfile.TemporaryDirectory() as folder:
         network = Network(_groups(structure, dense, x), dense, x)
-        table = LatencyTable(Path(folder) / "table.json", arguments.repeats)
+        table = LatencyTable(Path(folder) / "table.json", arguments.repeats, arguments.runtime)
         table.measure(network.layers)
         predicted = [float(network.cost(widths, "ms", table)) for widths in kept]
-    times: list[list[float]] = [[] for _ in nets]
-    with torch.inference_mode():
-        for turn in range(arguments.repeats + 2):
-            for i, net in enumerate(nets):
-                start = time.perf_counter()
-                net(x)
-                if turn >= 2:
-                    times[i].append(1e3 * (time.perf_counter() - start))
-    measured = [statistics.median(values) for values in times]
+    runs = {str(i): opened(net, x, arguments.runtime) for i, net in enumerate(nets)}
+    times = latencies(runs, x, 0.0, arguments.repeats, clock=Runtime(arguments.runtime).clock)
+    measured = [statistics.median(times[name]) for name in runs]
     scale = measured[0] / predicted[0]
     errors = [abs(scale * p - m) / m for p, m in zip(predicted, measured, strict=True)][1:]
-    title = f"{arguments.model}, batch {arguments.batch}, {torch.get_num_threads()} threads"
+    title = f"{arguments.model}, {arguments.runtime}, batch {arguments.batch}, {torch.get_num_threads()} threads"
     shown = Table("widths", "measured ms", "predicted ms", "error", title=title)
     for widths, m, p in zip(kept, measured, predicted, strict=True):
         shown.add_row(" ".join(map(str, widths)), f"{m:.3f}", f"{scale * p:.3f}", f"{(scale * p - m) / m:+.1%}")

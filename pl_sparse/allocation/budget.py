@@ -13,7 +13,8 @@ from pl_sparse.allocation.base import Allocation
 from pl_sparse.allocation.units import Units
 from pl_sparse.core.group import Group
 from pl_sparse.core.registry import register
-from pl_sparse.network.latency import LatencyTable, Network
+from pl_sparse.network.latency import Network, measured
+from pl_sparse.network.runtimes import Runtime
 
 __all__ = ["Budget"]
 
@@ -37,16 +38,19 @@ class Budget(Allocation):
 
     Args:
         final: the schedule's final sparsity.
-        ms: milliseconds for one batch of the example's size on this machine, by a measured table of layers.
+        ms: milliseconds for one batch of the example's size, by a table of layers that is measured in `runtime`.
         kb: kilobytes (1000 bytes) of weights and biases.
         macs: multiply-accumulates; a number up to 1 is a fraction of the dense network's, a larger one the number per
             sample.
         bytes: the bytes of a weight, for kb: 4 for float32, 1 for int8.
         multiple: how many channels go at once.
         table: where latencies are kept, see `latency.LatencyTable`.
+        runtime: what milliseconds are those of: "torch", "onnxruntime" or "openvino"; None: torch.
+        device: of torch: "cpu" or "cuda"; None: the one that trains.
 
     Raises:
-        ValueError: not exactly one of ms, kb and macs is given, or it is not above 0.
+        ValueError: not exactly one of ms, kb and macs is given, or it is not above 0; for ms, a runtime or device that
+            is not there.
     """
 
     final: float = 1.0
@@ -56,6 +60,8 @@ class Budget(Allocation):
     bytes: int = 4
     multiple: int = 1
     table: str | None = None
+    runtime: str | None = None
+    device: str | None = None
     _measured: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +76,8 @@ class Budget(Allocation):
         for key in ("multiple", "bytes"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be 1 or more")
+        if self.ms is not None:
+            Runtime(self.runtime or "torch", self.device or "cpu")  # refuses what is not there
 
     @property
     def what(self) -> str:
@@ -82,9 +90,9 @@ class Budget(Allocation):
                 "allocation=budget knows what channels cost only where they can be removed: use structure=coupled"
             )
         network = Network(groups, model, example)
-        table = LatencyTable(self.table) if self.what == "ms" else None
-        if table is not None:
-            table.measure(network.layers)
+        table = None
+        if self.what == "ms":
+            table = measured(network, model, self.table, self.runtime, self.device)
         self._measured.update(network=network, table=table)
         budget = self.limit(1.0)
         if self.least > budget:

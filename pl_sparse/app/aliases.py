@@ -45,7 +45,12 @@ ADDED: dict[str, Any] = {
     "trust": None,
 }  # fmt: skip
 """Settings that a configuration of 0.1.0 does not have, with their defaults."""
-ADDED_WITHIN: dict[str, dict[str, Any]] = {"data": {"scale": "standard"}, "structure": {"through_norms": False}}
+ADDED_WITHIN: dict[str, dict[str, Any]] = {
+    "data": {"scale": "standard"},
+    "structure": {"through_norms": False},
+    "allocation": {"runtime": None, "device": None},
+    "regularizer.regularizer": {"runtime": None, "device": None},
+}
 """Settings of groups that a configuration of 0.1.0 does not have, with their defaults."""
 _HYDRA = ("pl_sparse.hooks.Overview", "pl_sparse.sweep.monitor.Sweep")
 _announced: set[str] = set()

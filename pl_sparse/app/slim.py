@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,7 @@ from pl_sparse.export import ONNX, ONNXInt8
 from pl_sparse.export.card import Card, typed
 from pl_sparse.export.format import Export
 from pl_sparse.export.hardware import Hardware
-from pl_sparse.export.measure import device_name, stored_bytes
+from pl_sparse.export.measure import device_name, one_thread, stored_bytes
 from pl_sparse.network.macs import counted
 from pl_sparse.results.direction import direction, lost
 from pl_sparse.results.style import BLUE, GREY, remove_frame, save
@@ -264,7 +262,7 @@ def _exported(
 ) -> dict[str, dict[str, float]]:
     """What each file costs beside the dense network, on one thread; the smaller network is in `folder`/shrunk."""
     hardware = Hardware(name="cpu", exports=list(formats))
-    with _one_thread():
+    with one_thread():
         costs = deploy(module, data, formats, folder, hardware, measure=True, seconds=_SECONDS)
     if "exports_failed" in costs:
         name, reason = next(iter(costs["exports_failed"].items()))
@@ -281,16 +279,6 @@ def _exported(
         for row in rows
         if row["batch"] == 1
     }
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _card(result: Slimmed) -> Card:

@@ -21,23 +21,27 @@ from pl_sparse.callbacks.calibration import example_of, network_of
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.callbacks.strategies import refuse_parts, together
 from pl_sparse.core.agreement import agreed
-from pl_sparse.export.format import Executable, missing
-from pl_sparse.export.measure import latencies, ratio, stored_bytes
+from pl_sparse.export.format import Executable
+from pl_sparse.export.measure import latencies, one_thread, ratio, stored_bytes
 from pl_sparse.export.onnx import open_onnx, save_onnx
+from pl_sparse.export.openvino import open_openvino
 from pl_sparse.network.graph import traceable
 from pl_sparse.network.macs import counted
+from pl_sparse.network.runtimes import Runtime
 from pl_sparse.pruner import Pruner
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import Channel
 from pl_sparse.surgery.shrink import shrink
 
-__all__ = ["CostTarget"]
+__all__ = ["CostTarget", "opened"]
 
 _MARGIN = 1.05
 """A speed-up is looked for so much above what is asked: trained scores choose other widths than magnitudes before."""
 _MULTIPLES = (16, 4, 1)
 """How many channels go at once, for a speed-up: ONNX Runtime computes channels in blocks of 16 where they are a
 multiple of 4, and takes twice as long for a convolution where they are not."""
+_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "torch"}
+"""Runtimes, as they are written."""
 _NEAR = 1.03
 """Budgets that differ by less are not told apart."""
 _SPARED = 4.0
@@ -54,18 +58,20 @@ class CostTarget(Callback):
     meets the target. The trained network is measured again at the end.
 
     Args:
-        speedup: how many times faster than the dense network: ONNX Runtime on the CPU, batch 1, one thread, both in
+        speedup: how many times faster than the dense network: in `runtime` on the CPU, batch 1, one thread, both in
             turns.
         size: the fraction of the bytes of its weights and buffers that may be left.
         macs: the fraction of its multiply-accumulates that may be left.
         seconds: the seconds of each measurement of latency.
+        runtime: of a speed-up: "onnxruntime", "openvino" or "torch"; None: ONNX Runtime.
 
     Attributes:
         achieved: the targeted figure as measured at the end of training; None before.
 
     Raises:
-        ValueError: not one of speedup, size and macs is given, or it is out of range. Before training starts: channels
-            are not coupled, another allocation is given, no budget meets the target, or the network cannot be exported.
+        ValueError: not one of speedup, size and macs is given, or it is out of range, or the runtime is not there.
+            Before training starts: channels are not coupled, another allocation is given, no budget meets the target,
+            or the network cannot be exported.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class CostTarget(Callback):
         size: float | None = None,
         macs: float | None = None,
         seconds: float = 0.5,
+        runtime: str | None = None,
     ) -> None:
         given = {
             key: value for key, value in (("speedup", speedup), ("size", size), ("macs", macs)) if value is not None
@@ -91,11 +98,14 @@ class CostTarget(Callback):
         if not seconds > 0:
             raise ValueError(f"seconds={seconds!r} must be above 0: the time that a latency is measured for")
         self.seconds = seconds
+        self.runtime = runtime or "onnxruntime"
+        if self.what == "speedup":
+            Runtime(self.runtime)  # refuses what is not there
         self.achieved: float | None = None
         self._limit: float | None = None  # of the budget
         self._multiple = 1  # how many channels go at once
         self._restored = False
-        self._dense: Executable | None = None  # in ONNX Runtime, while it is measured beside others
+        self._dense: Executable | None = None  # while it is measured beside others
 
     # Before training
 
@@ -120,8 +130,6 @@ class CostTarget(Callback):
                     "allocation out, or the target"
                 )
             pruner.allocation = budget
-        if self.what == "speedup" and (advice := missing("export", "onnx", "onnxscript", "onnxruntime")) is not None:
-            raise ValueError(f"{asked} is measured in ONNX Runtime: {advice}")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_parts(pl_module, type(self).__name__)
@@ -211,7 +219,7 @@ class CostTarget(Callback):
         return self._faster(network_of(dense.cpu()), network_of(smaller.cpu()), example)
 
     def _faster(self, dense: nn.Module, smaller: nn.Module, example: Any) -> float:
-        """How many times faster one network is than another, in turns in ONNX Runtime.
+        """How many times faster one network is than another, in turns in the runtime.
 
         In the time of the processor: a call that takes longer meets more of what else a busy machine does.
         """
@@ -222,13 +230,14 @@ class CostTarget(Callback):
                 f"{type(x).__name__}: use target=macs or target=size"
             )
         x = x.cpu()
-        if self._dense is None and (reason := traceable(dense, x)) is not None:
-            raise ValueError(f"target speedup={self.asked:g} is measured in ONNX Runtime: {reason}")
-        if self._dense is None:  # of one try or another: what it costs does not depend on values
-            self._dense = _opened(dense, x)
-        times = latencies(
-            {"dense": self._dense, "smaller": _opened(smaller, x)}, x[:1], self.seconds, clock=process_time
-        )
+        where = _NAMES[self.runtime]
+        if self._dense is None and self.runtime != "torch" and (reason := traceable(dense, x)) is not None:
+            raise ValueError(f"target speedup={self.asked:g} is measured in {where}: {reason}")
+        with one_thread():
+            if self._dense is None:  # of one try or another: what it costs does not depend on values
+                self._dense = opened(dense, x, self.runtime)
+            runs = {"dense": self._dense, "smaller": opened(smaller, x, self.runtime)}
+            times = latencies(runs, x[:1], self.seconds, clock=process_time)
         return ratio(times["dense"], times["smaller"])[0]
 
     @torch.no_grad()
@@ -279,9 +288,17 @@ _UNITS = {"speedup": "macs", "size": "kb", "macs": "macs"}
 """What a `Budget` counts for each target. For a speed-up MACs: the milliseconds of small layers are noise."""
 
 
-def _opened(net: nn.Module, x: Tensor) -> Executable:
-    """A network in ONNX Runtime, on one thread."""
+def opened(net: nn.Module, x: Tensor, runtime: str) -> Executable:
+    """A network in a runtime.
+
+    Args:
+        net: in evaluation mode.
+        x: inputs of some samples.
+        runtime: one of `RUNTIMES`.
+    """
+    if runtime == "torch":
+        return net
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         save_onnx(net, x, path)
-        return open_onnx(path, threads=1)
+        return open_onnx(path) if runtime == "onnxruntime" else open_openvino(path)

@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from pl_sparse.core.files import is_full
 
-__all__ = ["beginning", "first_line", "library", "nice_to_have"]
+__all__ = ["beginning", "first_line", "library", "missing", "nice_to_have"]
 
 
 def beginning(error: BaseException) -> str:
@@ -50,6 +51,18 @@ def library(name: str, who: str, extra: str) -> Any:
             f"{who} needs the library {extra}, which cannot be imported: {beginning(error)}\n"
             f"  install the versions that belong together; torch here is {torch}"
         ) from error
+
+
+def missing(extra: str, *packages: str) -> str | None:
+    """What to install, if one of the packages is not there; None if all are.
+
+    Args:
+        extra: the extra of pl_sparse that brings them.
+        packages: names as they are imported.
+    """
+    if any(find_spec(package) is None for package in packages):
+        return f"it needs {' and '.join(packages)}: pip install 'pl_sparse[{extra}]'"
+    return None
 
 
 @contextmanager

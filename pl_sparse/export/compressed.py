@@ -18,7 +18,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from pl_sparse.core.files import DamagedFileError, replacing
-from pl_sparse.export.format import Executable, Export, missing
+from pl_sparse.core.optional import missing
+from pl_sparse.export.format import Executable, Export
 from pl_sparse.structure import Structure
 
 __all__ = ["Compressed", "load_compressed", "loaded", "save_compressed"]

@@ -9,18 +9,18 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.core.optional import missing
 from pl_sparse.core.upstream import overridden
 from pl_sparse.network.graph import traceable
 from pl_sparse.structure import Structure
 
-__all__ = ["Executable", "Export", "Traced", "compared", "forwarding", "missing", "quiet", "require"]
+__all__ = ["Executable", "Export", "Traced", "compared", "forwarding", "quiet", "require"]
 
 Executable = Callable[[Tensor], Tensor]
 """A loaded model that can be called: from inputs (batch, *shape) to outputs."""
@@ -131,18 +131,6 @@ class Traced(Export):
         if advice is not None or example is None:
             return advice
         return traceable(copy.deepcopy(net).eval(), example, self.largest)
-
-
-def missing(extra: str, *packages: str) -> str | None:
-    """What to install, if one of the packages is not there; None if all are.
-
-    Args:
-        extra: the extra of pl_sparse that brings them.
-        packages: names as they are imported.
-    """
-    if any(find_spec(package) is None for package in packages):
-        return f"it needs {' and '.join(packages)}: pip install 'pl_sparse[{extra}]'"
-    return None
 
 
 def require(format: str, extra: str, *packages: str) -> None:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pl_sparse.core.registry import suggestion
+from pl_sparse.network.runtimes import ELSEWHERE, RUNTIMES
 from pl_sparse.structure import NM, Structure, structure
 
 __all__ = ["Hardware"]
@@ -24,6 +26,10 @@ class Hardware:
         dtypes: the types of weights it computes with, best first.
         exports: the formats that it runs, best first.
         strict: whether a structure that it cannot use is refused, or only warned about.
+        runtime: what milliseconds are measured in: "torch", "onnxruntime", "openvino", or "elsewhere" for a device that
+            is not this machine, whose milliseconds are not known; None: torch for a budget, ONNX Runtime for
+            target=latency.
+        device: of torch: "cpu" or "cuda"; None: the one that trains.
         budget_kb: how many kilobytes (1000 bytes) the exported file may have; None: any size.
         budget_ms: how many milliseconds a batch of two may take; None: any time.
         macs: what may be left of the multiply-accumulates: a fraction, or above 1 their number for a sample; None: any.
@@ -46,6 +52,8 @@ structure=nm24, channel
     dtypes: Sequence[str] = ("float32", "int8", "int4")
     exports: Sequence[str] = ("onnx",)
     strict: bool = True
+    runtime: str | None = None
+    device: str | None = None
     budget_kb: float | None = None
     budget_ms: float | None = None
     macs: float | None = None
@@ -58,6 +66,9 @@ structure=nm24, channel
             raise ValueError(f"multiple={self.multiple!r} must be 1 or more")
         if not self.dtypes or not self.exports:
             raise ValueError(f"hardware={self.name} needs at least one of dtypes and one of exports")
+        if self.runtime is not None and self.runtime not in (ELSEWHERE, *RUNTIMES):
+            known = suggestion(self.runtime, [*RUNTIMES, ELSEWHERE])
+            raise ValueError(f"hardware.runtime={self.runtime} is unknown. {known}")
         for key in ("budget_kb", "budget_ms", "macs"):
             value = getattr(self, key)
             if value is not None and not value > 0:

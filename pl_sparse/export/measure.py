@@ -13,7 +13,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ __all__ = [
     "cost_table",
     "device_name",
     "latencies",
+    "one_thread",
     "peak_memory",
     "percentile",
     "plot_costs",
@@ -77,6 +78,17 @@ def latencies(
         if number >= 9 and time.perf_counter() > end:
             break
     return taken
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the block torch computes on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def percentile(values: Sequence[float], q: float) -> float:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Executable, Traced, compared, missing, quiet, require
+from pl_sparse.core.optional import missing
+from pl_sparse.export.format import Executable, Traced, compared, quiet, require
 from pl_sparse.network.graph import traced
+from pl_sparse.network.runtimes import onnx_session
 from pl_sparse.structure import Structure
 
 __all__ = ["ONNX", "ONNXInt8", "open_onnx", "save_onnx"]
@@ -46,21 +48,15 @@ def open_onnx(path: Path, threads: int | None = None) -> Executable:
 
     Args:
         path: the file.
-        threads: as many as torch uses, if None. Idle ones do not spin, which would slow down what else is measured.
+        threads: as many as torch uses, if None.
 
     Raises:
         ImportError: onnxruntime is missing.
     """
     try:
-        import onnxruntime
+        session = onnx_session(str(path), threads)
     except ImportError as error:
         raise ImportError("ONNX files run in onnxruntime: pip install 'pl_sparse[export]'") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
     def run(x: Tensor) -> Tensor:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Executable, Traced, compared, missing, require
+from pl_sparse.core.optional import missing
+from pl_sparse.export.format import Executable, Traced, compared, require
 from pl_sparse.export.onnx import save_onnx
+from pl_sparse.network.runtimes import openvino_request
 from pl_sparse.structure import Structure
 
 __all__ = ["OpenVINO", "OpenVINOInt8", "open_openvino", "save_openvino"]
@@ -57,20 +58,11 @@ def open_openvino(path: Path, decompression: float | None = None, threads: int |
     Raises:
         ImportError: openvino is missing.
     """
+    properties = {} if decompression is None else {_RATE: decompression}
     try:
-        import openvino
+        request = openvino_request(str(path), threads, **properties)
     except ImportError as error:
         raise ImportError("OpenVINO's files run in openvino: pip install 'pl_sparse[openvino]'") from error
-    options: dict[str, Any] = {
-        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-        "NUM_STREAMS": 1,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
-    }
-    if decompression is not None:
-        options[_RATE] = decompression
-    core = openvino.Core()
-    request = core.compile_model(core.read_model(str(path)), "CPU", options).create_infer_request()
 
     def run(x: Tensor) -> Tensor:
         outputs = request.infer({0: x.detach().cpu().contiguous().numpy()}, share_inputs=True)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing, write_text
+from pl_sparse.core.optional import missing
 from pl_sparse.export.card import CARD, Card, typed
-from pl_sparse.export.format import Executable, Export, missing
+from pl_sparse.export.format import Executable, Export
 from pl_sparse.network.attention import HEAD_COUNTS
 from pl_sparse.network.hooks import called, hooked
 from pl_sparse.structure import Structure

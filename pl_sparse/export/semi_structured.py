@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.core.optional import missing
 from pl_sparse.export.compressed import loaded, save_compressed
-from pl_sparse.export.format import Executable, Export, missing
+from pl_sparse.export.format import Executable, Export
 from pl_sparse.structure import Structure
 
 __all__ = ["SemiStructured", "load_semi_structured", "to_semi_structured", "unfit"]

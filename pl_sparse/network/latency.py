@@ -1,7 +1,7 @@
-"""How long layers take on this machine at each width, and what a network costs with some of its channels gone.
+"""How long layers take in a runtime at each width, and what a network costs with some of its channels gone.
 
 A layer's latency is measured at a few numbers of inputs and outputs and interpolated between them. The numbers are kept
-in a file under a fingerprint of the machine, the threads and the versions, so that they are measured once.
+in a file under a fingerprint of machine, runtime, threads and versions, so that they are measured once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +24,15 @@ from pl_sparse.core.files import write_json
 from pl_sparse.core.group import Group
 from pl_sparse.network.hooks import called, evaluated, hooked
 from pl_sparse.network.layers import CONVS, is_depthwise
+from pl_sparse.network.runtimes import Runtime
 
-__all__ = ["LatencyTable", "Layer", "Network", "fingerprint"]
+__all__ = ["LatencyTable", "Layer", "Network", "fingerprint", "measured"]
 
 _FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
 
 
-def fingerprint() -> dict[str, str | int]:
-    """What a measured latency depends on: processor, threads, versions."""
+def fingerprint(runtime: Runtime) -> dict[str, str | int]:
+    """What a measured latency depends on: processor, threads, runtime, versions."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -43,7 +43,8 @@ def fingerprint() -> dict[str, str | int]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "version": 1,
+        **runtime.fingerprint(),
+        "version": 2,
     }
 
 
@@ -195,12 +196,22 @@ class LatencyTable:
     Args:
         path: a JSON file to keep measurements in; None for one in the user's cache directory.
         repeats: how often a layer is timed at each width; the median counts.
+        runtime: what the layers run in: "torch", "onnxruntime" or "openvino".
+        device: of torch; None for the CPU.
+
+    Raises:
+        ValueError: the runtime is not installed, or not known.
     """
 
     path: str | os.PathLike[str] | None = None
     repeats: int = 15
+    runtime: str | None = None
+    device: str | None = None
     _rows: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     _loaded: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._runs = Runtime(self.runtime or "torch", self.device or "cpu")
 
     @property
     def file(self) -> Path:
@@ -208,7 +219,7 @@ class LatencyTable:
         if self.path is not None:
             return Path(self.path)
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        digest = hashlib.sha256(json.dumps(fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(fingerprint(self._runs), sort_keys=True).encode()).hexdigest()[:16]
         return cache / "pl_sparse" / f"latency-{digest}.json"
 
     def measure(self, layers: Sequence[Layer]) -> None:
@@ -224,7 +235,7 @@ class LatencyTable:
             if self._name(layer) not in self._rows:
                 self._rows[self._name(layer)] = self._measured(layer)
         if new:
-            write_json(self.file, {"fingerprint": fingerprint(), "layers": self._rows})
+            write_json(self.file, {"fingerprint": fingerprint(self._runs), "layers": self._rows})
         return self._rows
 
     def predict(self, layer: Layer, inputs: Any, outputs: Any) -> Any:
@@ -254,7 +265,7 @@ class LatencyTable:
         if self._loaded or not self.file.is_file():
             return
         state = json.loads(self.file.read_text(encoding="utf-8"))
-        if state.get("fingerprint") == fingerprint():
+        if state.get("fingerprint") == fingerprint(self._runs):
             self._rows = {**state["layers"], **self._rows}
         self._loaded = True
 
@@ -272,16 +283,17 @@ class LatencyTable:
 
         outs = grid(full_out)
         ins = [0] if layer.depthwise else grid(full_in)
-        variants = [[_variant(layer, inputs or outputs // groups, outputs) for inputs in ins] for outputs in outs]
+        clock, opened = self._runs.clock, self._runs.opened
         times: list[list[list[float]]] = [[[] for _ in ins] for _ in outs]  # (outs, ins, repeats)
         with torch.inference_mode():
+            variants = [[opened(*_variant(layer, i or o // groups, o)) for i in ins] for o in outs]  # (outs, ins)
             for turn in range(self.repeats + 2):  # in turns, so that a disturbance hits all widths alike
                 for i, line in enumerate(variants):
-                    for j, (net, x) in enumerate(line):
-                        start = time.perf_counter()
-                        net(x)
+                    for j, run in enumerate(line):
+                        start = clock()
+                        run()
                         if turn >= 2:
-                            times[i][j].append(1e3 * (time.perf_counter() - start))
+                            times[i][j].append(1e3 * (clock() - start))
         ms = [[statistics.median(cell) for cell in line] for line in times]  # (outs, ins)
         for i in range(len(outs)):
             for j in range(len(ins)):
@@ -289,7 +301,25 @@ class LatencyTable:
         return {"ins": ins, "outs": outs, "ms": ms}
 
 
-def _variant(layer: Layer, inputs: int, outputs: int) -> tuple[nn.Module, Tensor]:
+def measured(
+    network: Network, model: nn.Module, path: str | None, runtime: str | None, device: str | None
+) -> LatencyTable:
+    """A table of all layers of a network.
+
+    Args:
+        network: the layers of `model`.
+        model: on the device that trains.
+        path, runtime: as in `LatencyTable`.
+        device: of torch; None for the one that `model` is on.
+    """
+    if device is None and runtime in (None, "torch"):
+        device = str(next(model.parameters()).device)
+    table = LatencyTable(path, runtime=runtime, device=device)
+    table.measure(network.layers)
+    return table
+
+
+def _variant(layer: Layer, inputs: int, outputs: int) -> tuple[nn.Sequential, Tensor]:
     """The layer at a width, with an activation (and a norm if its bias is left to one), and an input."""
     module = layer.module
     shape = list(layer.shape)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
-from pl_sparse.network.latency import LatencyTable, Network
+from pl_sparse.network.latency import Network, measured
+from pl_sparse.network.runtimes import Runtime
 from pl_sparse.regularizer.base import Regularizer, members
 from pl_sparse.structure import Channel
 
@@ -26,7 +27,7 @@ class Latency(Regularizer):
 
     A channel counts as present to the degree q = |w|^2 / (|w|^2 + softness * m), |w|^2 the mean square of its weights
     and m that of its group when the penalty begins. The expected width of a group is the sum of its q, and the latency
-    of a layer that of its expected width, by a table that was measured on this machine and is interpolated
+    of a layer that of its expected width, by a table that was measured in `runtime` and is interpolated
     (`latency.LatencyTable`). Channels of the layers that save most time fade first; `structure=coupled` then prunes
     them.
 
@@ -36,11 +37,15 @@ class Latency(Regularizer):
     Args:
         softness: the mean square, relative to that of the group, at which a channel counts as half present.
         table: where latencies are kept; None for the user's cache.
+        runtime: what latencies are those of: "torch", "onnxruntime" or "openvino"; None: torch.
+        device: of torch: "cpu" or "cuda"; None: the one that trains.
     """
 
     strength: float = 0.1
     softness: float = 0.1
     table: str | None = None
+    runtime: str | None = None
+    device: str | None = None
     needs_example: ClassVar[bool] = True
     _measured: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -48,6 +53,7 @@ class Latency(Regularizer):
         super().__post_init__()
         if not self.softness > 0:
             raise ValueError(f"softness={self.softness!r} must be above 0")
+        Runtime(self.runtime or "torch", self.device or "cpu")  # refuses what is not there
 
     @property
     def removes_outputs(self) -> bool:
@@ -61,8 +67,8 @@ class Latency(Regularizer):
         groups = [group for group in groups if group.consumers]
         if not groups:
             raise ValueError("the latency penalty found no channel that could be removed")
-        network, table = Network(groups, model, example), LatencyTable(self.table)
-        table.measure(network.layers)
+        network = Network(groups, model, example)
+        table = measured(network, model, self.table, self.runtime, self.device)
         dense = float(network.cost(network.units, "ms", table))
         self._measured.update(network=network, table=table, dense=dense)
         self.start(groups)

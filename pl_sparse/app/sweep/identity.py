@@ -36,8 +36,12 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     for key, default in ADDED.items():  # with its default it is a run of 0.1.0
         if plain.get(key) == default:
             plain.pop(key, None)
+    for key in ("runtime", "device"):  # those that measure have it
+        (plain.get("hardware") or {}).pop(key, None)
     for group, added in ADDED_WITHIN.items():
-        node = plain.get(group) or {}
+        node = plain
+        for part in group.split("."):
+            node = node.get(part) or {}
         for key, default in added.items():
             if key in node and node[key] == default:
                 del node[key]

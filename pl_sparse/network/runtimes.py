@@ -1,0 +1,185 @@
+"""Single layers in the runtime that a network is for: torch, ONNX Runtime, OpenVINO."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_sparse.core.optional import missing
+from pl_sparse.core.registry import suggestion
+
+__all__ = ["ELSEWHERE", "RUNTIMES", "Runtime", "onnx_session", "openvino_request"]
+
+RUNTIMES: dict[str, tuple[str, ...]] = {
+    "torch": (),
+    "onnxruntime": ("export", "onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "onnx", "onnxscript", "openvino"),
+}
+"""Runtimes, each with the extra of pl_sparse that brings it and the packages that it needs."""
+ELSEWHERE = "elsewhere"
+"""The runtime of a device that is not this machine."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What runs layers, on what.
+
+    Args:
+        name: one of `RUNTIMES`.
+        device: of torch; the others compute on the CPU.
+
+    Raises:
+        ValueError: there is no such runtime or device here, or a package is missing.
+    """
+
+    name: str = "torch"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.name == ELSEWHERE:
+            raise ValueError(
+                "runtime=elsewhere: milliseconds of that device cannot be measured on this machine. Give a budget in "
+                f"macs or kb, or name a runtime that is here: {', '.join(RUNTIMES)}"
+            )
+        if self.name not in RUNTIMES:
+            known = [*RUNTIMES, ELSEWHERE]
+            raise ValueError(f"runtime={self.name!r} is unknown. {suggestion(self.name, known)}")
+        if RUNTIMES[self.name] and (advice := missing(*RUNTIMES[self.name])) is not None:
+            raise ValueError(f"runtime={self.name}: {advice}")
+        kind = self.device.partition(":")[0]
+        if self.name != "torch" and kind != "cpu":
+            raise ValueError(f"runtime={self.name} is measured on the CPU, and device={self.device} is none")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={self.device}: this machine has no such device to measure milliseconds on")
+
+    def fingerprint(self) -> dict[str, str]:
+        """What a latency depends on, of the runtime."""
+        kind = self.device.partition(":")[0]
+        device = torch.cuda.get_device_name(self.device) if kind == "cuda" else kind
+        library = torch.__version__ if self.name == "torch" else version(self.name)
+        return {"runtime": f"{self.name} {library}", "device": device}
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """In seconds: of the processor where one thread computes, which sees nothing of what else the machine does."""
+        alone = torch.get_num_threads() == 1 and self.device == "cpu"
+        return time.process_time if alone else time.perf_counter
+
+    def opened(self, layers: nn.Sequential, x: Tensor) -> Callable[[], Any]:
+        """A call that computes the outputs of a layer, and returns when they are there.
+
+        Args:
+            layers: a linear layer or a convolution, perhaps a BatchNorm, and a ReLU, in evaluation mode.
+            x: the inputs.
+        """
+        if self.name == "torch":
+            return _in_torch(layers.to(self.device), x.to(self.device))
+        graph, array = _graph(layers, x), x.numpy()
+        if self.name == "onnxruntime":
+            session = onnx_session(graph)
+            return lambda: session.run(None, {"x": array})
+        request = openvino_request(graph)
+        return lambda: request.infer({0: array}, share_inputs=True)
+
+
+def _in_torch(layers: nn.Module, x: Tensor) -> Callable[[], Any]:
+    if x.device.type == "cpu":
+        return lambda: layers(x)
+    backend: Any = torch.get_device_module(x.device)
+
+    def run() -> None:
+        layers(x)
+        backend.synchronize()
+
+    return run
+
+
+def onnx_session(model: str | bytes, threads: int | None = None) -> Any:
+    """An ONNX model in ONNX Runtime, on the CPU.
+
+    Args:
+        model: a file, or what it holds.
+        threads: as many as torch uses, if None. Idle ones do not spin, which would slow down what else is measured.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def openvino_request(model: str | bytes, threads: int | None = None, **properties: Any) -> Any:
+    """An OpenVINO or ONNX model in OpenVINO, on the CPU, computing in float32 where it is not quantized.
+
+    Args:
+        model: a file, or what an ONNX file holds.
+        threads: as many as torch uses, if None.
+        properties: others of the plugin.
+    """
+    import openvino
+
+    options = {
+        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
+        **properties,
+    }
+    core = openvino.Core()
+    read = core.read_model(model, b"") if isinstance(model, bytes) else core.read_model(model)
+    return core.compile_model(read, "CPU", options).create_infer_request()
+
+
+def _graph(layers: nn.Sequential, x: Tensor) -> bytes:
+    """A layer and its ReLU in ONNX, written without tracing: a table has hundreds of them.
+
+    A norm is a bias of the convolution, which is what runtimes make of it.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    module: Any = layers[0]
+    bias = module.bias if module.bias is not None or len(layers) == 2 else torch.zeros(len(module.weight))
+    weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
+    values = {"weight": weight, **({} if bias is None else {"bias": bias})}
+    if isinstance(module, nn.Linear):
+        nodes = [helper.make_node("MatMul", ["x", "weight"], ["product"])]
+        if bias is not None:
+            nodes.append(helper.make_node("Add", ["product", "bias"], ["sum"]))
+    else:
+        nodes = [helper.make_node("Conv", ["x", *values], ["sum"], **_attributes(module))]
+    nodes.append(helper.make_node("Relu", [nodes[-1].output[0]], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value.detach().float().contiguous().numpy(), name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return model.SerializeToString()
+
+
+def _attributes(conv: Any) -> dict[str, Any]:
+    """What ONNX's Conv is given of a convolution."""
+    if isinstance(conv.padding, str):
+        size = zip(conv.dilation, conv.kernel_size, strict=True)
+        reach = [0 if conv.padding == "valid" else d * (k - 1) for d, k in size]
+        pads = [*(total // 2 for total in reach), *(-(-total // 2) for total in reach)]
+    else:
+        pads = [*conv.padding, *conv.padding]
+    return {
+        "kernel_shape": list(conv.kernel_size),
+        "strides": list(conv.stride),
+        "dilations": list(conv.dilation),
+        "pads": pads,
+        "group": conv.groups,
+    }

@@ -1,0 +1,163 @@
+"""Latencies in the runtime that hardware names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_app import config
+from torch import nn
+
+from pl_sparse.allocation import Budget
+from pl_sparse.app.settings import ConfigError
+from pl_sparse.app.sweep.identity import settings
+from pl_sparse.app.training import train
+from pl_sparse.callbacks import CostTarget, cost_target
+from pl_sparse.core import optional
+from pl_sparse.core.targets import find
+from pl_sparse.export.hardware import Hardware
+from pl_sparse.network import runtimes
+from pl_sparse.network.latency import LatencyTable, Network
+from pl_sparse.network.runtimes import Runtime, openvino_request
+from pl_sparse.regularizer import Latency
+from pl_sparse.structure import Channel
+from pl_sparse.tasks.models import lenet5
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "linear": (nn.Linear(6, 4), (2, 6)),
+    "linear of tokens, no bias": (nn.Linear(6, 4, bias=False), (2, 5, 6)),
+    "grouped, strided": (nn.Conv2d(4, 6, 3, 2, 1, groups=2), (2, 4, 9, 8)),
+    "depthwise, no bias": (nn.Conv2d(4, 4, (3, 1), padding=(1, 0), groups=4, bias=False), (2, 4, 9, 8)),
+    "dilated, same": (nn.Conv2d(4, 6, (4, 3), padding="same", dilation=(1, 2)), (2, 4, 9, 8)),
+    "valid": (nn.Conv1d(4, 6, 3, padding="valid"), (2, 4, 9)),
+    "volumes": (nn.Conv3d(2, 3, 3, padding=1), (2, 2, 4, 5, 6)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_computes_in_a_runtime_what_it_does_in_torch(name: str, runtime: str) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip(runtime)
+    layer, shape = LAYERS[name]
+    layers, x = nn.Sequential(layer, nn.ReLU()).eval(), torch.randn(shape)
+    if runtime == "onnxruntime":
+        (out,) = Runtime(runtime).opened(layers, x)()
+    else:
+        out = openvino_request(runtimes._graph(layers, x)).infer({0: x.numpy()})[0]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(out), layers(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_is_a_bias_of_the_convolution_before_it() -> None:
+    pytest.importorskip("onnxruntime")
+    layers = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU()).eval()
+    x = torch.randn(2, 2, 5, 5)
+    (out,) = Runtime("onnxruntime").opened(layers, x)()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(out), layers(x), rtol=1e-3, atol=1e-5)
+
+
+def test_a_table_is_that_of_its_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is read by tables of the same runtime alone, and the default files differ."""
+    pytest.importorskip("onnxruntime")
+    net, x = lenet5(shape=(1, 28, 28), classes=2), torch.randn(2, 1, 28, 28)
+    groups = [group for group in Channel(coupled=True).groups(find(net, last=False), net, x) if not group.reason]
+    network, path = Network(groups, net, x), tmp_path / "table.json"
+    opened: list[str] = []
+    real = Runtime.opened
+    monkeypatch.setattr(Runtime, "opened", lambda self, *args: opened.append(self.name) or real(self, *args))
+    tables = [LatencyTable(path, 1, runtime) for runtime in ("torch", "onnxruntime", "onnxruntime")]
+    for table in tables:
+        table.measure(network.layers)
+    variants = sum(len(row["outs"]) * len(row["ins"]) for row in tables[0]._rows.values())
+    assert opened == ["torch"] * variants + ["onnxruntime"] * variants
+    assert json.loads(path.read_text())["fingerprint"]["runtime"].startswith("onnxruntime 1.")
+    assert network.cost(network.units, "ms", tables[1]) == network.cost(network.units, "ms", tables[2])
+    assert LatencyTable(runtime="torch").file != LatencyTable(runtime="onnxruntime").file
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"runtime": "onnxruntme"}, "runtime='onnxruntme' is unknown. Did you mean 'onnxruntime'"),
+        ({"runtime": "elsewhere"}, "cannot be measured on this machine. Give a budget in macs or kb"),
+        ({"runtime": "onnxruntime", "device": "cuda"}, "runtime=onnxruntime is measured on the CPU"),
+        ({"runtime": "openvino"}, r"runtime=openvino: it needs .*openvino: pip install 'pl_sparse\[openvino\]'"),
+        ({"device": "cuda"}, "device=cuda: this machine has no such device"),
+    ],
+)
+def test_a_runtime_that_is_not_here_is_refused_by_name(
+    options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    real = optional.find_spec
+    monkeypatch.setattr(optional, "find_spec", lambda name: None if name == "openvino" else real(name))
+    with pytest.raises(ValueError, match=reason):
+        Budget(ms=1.0, **options)
+    with pytest.raises(ValueError, match=reason):
+        Latency(**options)
+    Budget(kb=1.0, **options)  # nothing is timed
+    if "device" not in options:
+        with pytest.raises(ValueError, match=reason):
+            CostTarget(speedup=2.0, **options)
+
+
+def test_hardware_names_the_runtime_of_all_that_is_measured(tmp_path: Path) -> None:
+    budget = ["structure=coupled", "allocation=budget", "allocation.ms=1"]
+    cfg = config(tmp_path, "hardware=cpu", *budget, "regularizer=latency")
+    assert cfg.allocation.runtime == cfg.regularizer.regularizer.runtime == "onnxruntime"
+    assert config(tmp_path, "hardware=cpu", "target=latency", "hardware.runtime=torch").target.runtime == "torch"
+    cfg = config(tmp_path, "hardware=ampere", *budget)
+    assert (cfg.allocation.runtime, cfg.allocation.device) == ("torch", "cuda")
+    with pytest.raises(ValueError, match=r"hardware\.runtime=onnx is unknown"):
+        Hardware(name="mine", runtime="onnx")
+
+
+@pytest.mark.parametrize("hardware", ["mcu", "apple_ne"])
+def test_milliseconds_of_another_machine_are_refused_before_training(hardware: str, tmp_path: Path) -> None:
+    chosen = [f"hardware={hardware}", "structure=coupled", "model=lenet5", "quantization=none", "hardware.strict=false"]
+    chosen += ["hardware.dtypes=[float32]", "hardware.budget_kb=null"]
+    for asked in (["allocation=budget", "hardware.budget_ms=1"], ["target=latency"]):
+        with pytest.raises(ConfigError, match="runtime=elsewhere: milliseconds of that device cannot be measured"):
+            train(config(tmp_path, *chosen, *asked))
+
+
+def test_a_run_of_earlier_keeps_its_hash(tmp_path: Path) -> None:
+    """Keys that change nothing are not in it; what is measured in another runtime is another run."""
+    budget = ["structure=coupled", "allocation=budget", "allocation.ms=1"]
+    for options in (["hardware=cpu"], ["hardware=generic", *budget], ["regularizer=latency"]):
+        assert not {"runtime", "device"} & set(_keys(settings(config(tmp_path, *options))))
+    assert settings(config(tmp_path, "hardware=cpu", *budget))["allocation"]["runtime"] == "onnxruntime"
+
+
+def _keys(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        return [key for name, value in node.items() for key in (name, *_keys(value))]
+    return []
+
+
+@pytest.mark.parametrize("runtime", [None, "torch"])
+def test_a_speed_up_is_measured_in_the_runtime_on_one_thread(
+    runtime: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    seen: list[int] = []
+    real = cost_target.latencies
+
+    def timed(runs: Any, *args: Any, **options: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        assert all(isinstance(run, nn.Module) == (runtime == "torch") for run in runs.values())
+        return real(runs, *args, **options)
+
+    monkeypatch.setattr(cost_target, "latencies", timed)
+    threads = torch.get_num_threads()
+    dense, smaller = (nn.Sequential(nn.Linear(8, n), nn.ReLU(), nn.Linear(n, 2)).eval() for n in (512, 8))
+    target = CostTarget(speedup=2.0, seconds=0.01, runtime=runtime)
+    assert target._faster(dense, smaller, torch.randn(2, 8)) > 0
+    assert seen == [1] and torch.get_num_threads() == threads
