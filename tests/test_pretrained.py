@@ -24,6 +24,9 @@ TEXT = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attent
 IDS = {"input_ids": torch.randint(3, 40, (2, 8), generator=torch.Generator().manual_seed(0))}
 
 
+WIDTH = Channel(coupled=True, through_norms=True)
+
+
 def llama() -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, num_key_value_heads=2))
 
@@ -50,6 +53,7 @@ def shrunk(model: Any, structure: Structure, allocation: str = "uniform", sparsi
         (llama, Head(), {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32, "head_dim": 8}),
         (llama, Channel(coupled=True), {"intermediate_size": 32, "hidden_size": 32}),
         (bert, Channel(coupled=True), {"intermediate_size": 32, "num_attention_heads": 4}),
+        (llama, WIDTH, {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "head_dim": 8}),
     ],
 )
 def test_a_configuration_says_what_is_left(make: Any, structure: Structure, sizes: Any, tmp_path: Path) -> None:
@@ -86,6 +90,28 @@ def test_what_no_configuration_says_is_loaded_by_its_plan(
         transformers.BertForSequenceClassification.from_pretrained(tmp_path)
     assert "from pl_sparse.export import from_pretrained" in (tmp_path / CARD).read_text()
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".bin", ".pt", ".pkl", ".pth")]
+
+
+def test_the_width_of_bert_is_in_its_configuration_where_heads_go_along(tmp_path: Path) -> None:
+    """As its heads are as wide as the hidden size over their number; else a plan has the sizes."""
+    torch.manual_seed(0)
+    model = bert()
+    plan = shrunk(model, WIDTH)
+    assert plan.tensors["bert.pooler.dense.weight"].left == (32, 16)  # it is left dense, and reads the width
+    assert not save_pretrained(model, plan, tmp_path, IDS)
+    assert torch.allclose(from_pretrained(tmp_path)(**IDS).logits, model(**IDS).logits, atol=1e-5)
+
+    model = bert()
+    for structure, include in ((Head(), ["*.attention.*"]), (WIDTH, ["*.output.*", "*pooler*"])):
+        pruner = Pruner("magnitude", OneShot(final=0.5), structure, "uniform", include=include)
+        pruner.attach(model.eval(), example=IDS)
+        pruner.prepare(1)
+        pruner.before_step(0)
+    assert save_pretrained(model, shrink(model, IDS).plan, tmp_path, IDS) and not (tmp_path / "shrunk.json").exists()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]) == (16, 2, 64)
+    loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.allclose(loaded(**IDS).logits, model(**IDS).logits, atol=1e-5)
 
 
 def test_a_folder_written_anew_has_no_plan_of_before(tmp_path: Path) -> None:

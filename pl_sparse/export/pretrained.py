@@ -21,7 +21,7 @@ from pl_sparse.core.optional import missing
 from pl_sparse.export.card import CARD, Card, typed
 from pl_sparse.export.format import Executable, Export
 from pl_sparse.network.attention import HEAD_COUNTS
-from pl_sparse.network.hooks import called, hooked
+from pl_sparse.network.hooks import called, hooked, stand_ins
 from pl_sparse.structure import Structure
 from pl_sparse.surgery.plan import RemovalPlan
 from pl_sparse.surgery.saved import load_shrunk, save_shrunk
@@ -150,11 +150,27 @@ def _resized(model: Any, plan: RemovalPlan, example: Any) -> Any | None:
                 continue
             made = type(model)(config)
             made.load_state_dict(model.state_dict())
-            if _apart(made.eval(), model, example) <= _TOLERANCE:
+            if _agree(made.eval(), model, example):
                 return made
         except Exception:  # whatever a class does with sizes that it cannot have
             continue
     return None
+
+
+def _agree(one: nn.Module, other: nn.Module, example: Any) -> bool:
+    """Whether two models of one shape compute the same: with the weights that they have, and with random ones, which
+    tell four heads from two as wide where attention has learned little."""
+    if not _apart(one, other, example) <= _TOLERANCE:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    with stand_ins(one), stand_ins(other):
+        tensors = dict(other.named_parameters())
+        for name, parameter in one.named_parameters():
+            if parameter.dim() > 1:
+                scale = parameter[0].numel() ** -0.5
+                parameter.data = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter)
+                tensors[name].data = parameter.data
+        return _apart(one, other, example) <= _TOLERANCE
 
 
 def _configurations(config: Any, plan: RemovalPlan) -> Iterator[Any]:
