@@ -46,7 +46,7 @@ class Budget(Allocation):
         multiple: how many channels go at once.
         table: where latencies are kept, see `latency.LatencyTable`.
         runtime: what milliseconds are those of: "torch", "onnxruntime" or "openvino"; None: torch.
-        device: of torch: "cpu" or "cuda"; None: the one that trains.
+        device: the device that torch measures on, "cpu" or "cuda"; None: the one that trains.
 
     Raises:
         ValueError: not exactly one of ms, kb and macs is given, or it is not above 0; for ms, a runtime or device that

@@ -197,7 +197,7 @@ class LatencyTable:
         path: a JSON file to keep measurements in; None for one in the user's cache directory.
         repeats: how often a layer is timed at each width; the median counts.
         runtime: what the layers run in: "torch", "onnxruntime" or "openvino".
-        device: of torch; None for the CPU.
+        device: the device of torch; None for the CPU.
 
     Raises:
         ValueError: the runtime is not installed, or not known.
@@ -310,7 +310,7 @@ def measured(
         network: the layers of `model`.
         model: on the device that trains.
         path, runtime: as in `LatencyTable`.
-        device: of torch; None for the one that `model` is on.
+        device: the device of torch; None for the one that `model` is on.
     """
     if device is None and runtime in (None, "torch"):
         device = str(next(model.parameters()).device)

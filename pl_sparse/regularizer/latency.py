@@ -38,7 +38,7 @@ class Latency(Regularizer):
         softness: the mean square, relative to that of the group, at which a channel counts as half present.
         table: where latencies are kept; None for the user's cache.
         runtime: what latencies are those of: "torch", "onnxruntime" or "openvino"; None: torch.
-        device: of torch: "cpu" or "cuda"; None: the one that trains.
+        device: the device that torch measures on, "cpu" or "cuda"; None: the one that trains.
     """
 
     strength: float = 0.1
