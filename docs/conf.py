@@ -39,6 +39,16 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
+linkcheck_ignore = [
+    r"https?://localhost",
+    r"https://ossci-datasets\.s3\.amazonaws\.com/mnist/$",  # what names of files are appended to
+    r"http://fashion-mnist\.s3-website\.eu-central-1\.amazonaws\.com/$",
+]
+linkcheck_anchors_ignore_for_url = [r"https://github\.com/.*"]  # made by scripts
+linkcheck_retries = 2
+linkcheck_timeout = 15
+linkcheck_workers = 4
+
 html_theme = "furo"
 html_title = f"pl_sparse {release}"
 html_static_path = ["_static"]
