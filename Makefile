@@ -70,7 +70,7 @@ lint: install ## Check format, lint, words, types, the order of imports and the 
 	$(BIN)/lint-imports
 	$(BIN)/deptry pl_sparse
 
-format: install ## Format the code and mend what ruff can
+format: install ## Format the code, and fix what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
