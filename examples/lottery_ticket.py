@@ -56,4 +56,4 @@ for name, rows in (("ticket", ticket), ("new weights", control)):
 axes.set(xscale="log", xlabel="weights left %", ylabel="validation accuracy")
 axes.invert_xaxis()
 axes.legend()
-figure.suptitle("Accuracy of a lottery ticket and of new weights under its masks")
+figure.suptitle("A lottery ticket, and new weights under its masks", size="medium")
