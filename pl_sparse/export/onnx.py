@@ -46,7 +46,7 @@ def open_onnx(path: Path, threads: int | None = None) -> Executable:
 
     Args:
         path: the file.
-        threads: None: as many as torch uses. Idle threads do not spin, which would slow down other measurements.
+        threads: as many as torch uses, if None. Idle ones do not spin, which would slow down what else is measured.
 
     Raises:
         ImportError: onnxruntime is missing.
