@@ -11,7 +11,7 @@ WORKERS ?= 2
 PIP := -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install docs docs-serve figures demo test test-slow test-docs test-fuzz test-zoo test-lowest lint format bench bench-exports reproduce clean
+.PHONY: help install docs docs-serve docs-links figures demo test test-slow test-docs test-fuzz test-zoo test-lowest lint format bench bench-exports reproduce clean
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,7 +70,7 @@ lint: install ## Check format, lint, words, types, the order of imports and the 
 	$(BIN)/lint-imports
 	$(BIN)/deptry pl_sparse
 
-format: install ## Format the code and mend what ruff can
+format: install ## Format the code, and fix what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -83,6 +83,9 @@ docs: $(SITE) ## Build the site: docs/_build/html/index.html opens from disk
 
 docs-serve: docs ## Build the site and show it on http://localhost:8000
 	$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory docs/_build/html
+
+docs-links: $(SITE) ## Check the links to other sites, which needs a network and is no part of the build
+	$(BIN)/python -m sphinx -q -j $(WORKERS) -b linkcheck -D plot_gallery=0 docs docs/_build/linkcheck
 
 figures: install ## Draw the figures of the site anew
 	@for script in one_step masks schedules which_method methods fashion targets payoff; do $(BIN)/python docs/figures/$$script.py || exit 1; done

@@ -9,6 +9,7 @@ and new random weights. If it did as well, the initial weights would not matter.
 
 from functools import partial
 
+import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
@@ -39,9 +40,20 @@ def rounds(weights: str) -> list[dict[str, float]]:
 
 
 # %%
-# The best accuracy of validation of each round. tickets.csv and tickets.png are in the folder.
+# The best validation accuracy of each round. tickets.csv and tickets.png are in the folder.
 
 ticket, control = rounds("rewind"), rounds("reinit")
 print("sparsity  ticket  new weights")
 for ours, theirs in zip(ticket, control, strict=True):
     print(f"{1 - ours['remaining']:8.1%}  {ours['val/acc']:6.3f}  {theirs['val/acc']:11.3f}")
+
+# %%
+# At 99 % the ticket still trains, and new weights under the same masks do not.
+
+figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
+for name, rows in (("ticket", ticket), ("new weights", control)):
+    axes.plot([100 * row["remaining"] for row in rows], [row["val/acc"] for row in rows], marker="o", label=name)
+axes.set(xscale="log", xlabel="weights left %", ylabel="validation accuracy")
+axes.invert_xaxis()
+axes.legend()
+figure.suptitle("A lottery ticket, and new weights under its masks", size="medium")

@@ -58,7 +58,8 @@ for name, accuracy, watch in (("RigL", rigl, watch_rigl), ("static", static, wat
     )
 
 # %%
-# How many weights of the first layer each pixel of a digit keeps. RigL takes them from the borders, which are empty.
+# How many weights of the first layer each pixel of a digit keeps. RigL moves them from the left and right
+# borders, which are mostly empty, towards the middle.
 
 figure, pictures = plt.subplots(1, 2, figsize=(6, 3.2), layout="constrained")
 for axes, name, watch in zip(pictures, ("RigL", "static"), (watch_rigl, watch_static), strict=True):
@@ -66,4 +67,4 @@ for axes, name, watch in zip(pictures, ("RigL", "static"), (watch_rigl, watch_st
     drawn = axes.imshow(pixels, vmin=0, vmax=24)
     axes.set(title=name, xticks=[], yticks=[])
 figure.colorbar(drawn, ax=pictures, label="weights of a pixel")
-figure.suptitle("Weights that each of 8 x 8 pixels keeps after training")
+figure.suptitle("Weights that each pixel keeps", size="medium")

@@ -54,6 +54,18 @@ def test_every_command_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         assert f"usage: pl-sparse {name}" in capsys.readouterr().out
 
 
+def test_a_torchvision_of_another_build_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(cli, "import_module", broken)
+    with pytest.raises(SystemExit, match="2"):
+        called(monkeypatch, "doctor")
+    assert "torchvision cannot be imported" in capsys.readouterr().err
+
+
 def test_version_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code = "import runpy, sys; runpy.run_module('pl_sparse', run_name='__main__'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)

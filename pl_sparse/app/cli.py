@@ -83,8 +83,18 @@ def main() -> None:
         print(f"error: {first!r} is no command. {suggestion(first, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     module, _, function = COMMANDS[first][0].partition(":")
-    with importing():
-        command: Callable[[], object] = getattr(import_module(module), function)
+    try:
+        with importing():
+            command: Callable[[], object] = getattr(import_module(module), function)
+    except RuntimeError as error:  # torchmetrics and timm import it, where it is installed
+        if "torchvision::" not in str(error):
+            raise
+        print(
+            f"error: torchvision cannot be imported: {error}\n"
+            "  install the torchvision that belongs to this build of torch, or uninstall it",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     try:
         command()
     except KeyboardInterrupt:

@@ -83,11 +83,11 @@ def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
     """`python train.py ...` and `pl-sparse ...`: one run, or a sweep with -m; the objective is what it returns.
 
     An error is a line or two, or the user's own frames where it comes from them. HYDRA_FULL_ERROR=1 shows all frames.
-    The exit code is 2 for what is refused before training, 1 for a training that ended early, 128 and the number of
-    the signal that ended it otherwise.
+    The exit code is 2 for a refusal before training, 1 for a training that ended early, and 128 plus the number of the
+    signal that ended it.
 
     Args:
-        config_dir: a folder with groups of one's own, unless the command names one by --config-dir.
+        config_dir: a folder with your own groups, unless the command names one by --config-dir.
     """
     if config_dir is not None and not any(argument.startswith(("--config-dir", "-cd")) for argument in sys.argv[1:]):
         sys.argv.insert(1, f"--config-dir={os.fspath(config_dir)}")

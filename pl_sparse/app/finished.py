@@ -27,17 +27,18 @@ def load_run(
     A module that was shrunk in training has the shapes that it ended with.
 
     Args:
-        folder: what `output_dir` was, with config.yaml and model.safetensors.
-        trust: build whatever its config.yaml names. Without it that is limited to parts of a run, of pl_sparse, torch,
-            lightning, torchmetrics and the modules of the current folder ([security.md](docs/security.md)).
+        folder: the run's `output_dir`, with config.yaml and model.safetensors.
+        trust: whether to build whatever its config.yaml names. Otherwise names are limited to parts of a run, of
+            pl_sparse, torch, lightning, torchmetrics and the modules of the current folder
+            ([security.md](docs/security.md)).
 
     Returns:
         the module in evaluation mode, its data (None if it brings its own), and the configuration with the current
         names of classes.
 
     Raises:
-        ConfigError: it is no folder of a finished run, names what is not trusted, or its model is not the one whose
-            weights are there.
+        ConfigError: it is not the folder of a finished run, names something that is not trusted, or its weights belong
+            to another model.
     """
     folder = Path(folder)
     for name in ("config.yaml", "model.safetensors"):

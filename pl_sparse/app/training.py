@@ -39,15 +39,15 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """Train one model as configured, test it, and write its reports to `cfg.output_dir`.
 
     Args:
-        cfg: composed from train.yaml; it stays as it is.
+        cfg: composed from train.yaml; it does not change.
 
     Returns:
         the metrics, as they are in metrics.json.
 
     Raises:
         ConfigError: the configuration cannot be run, or its folder holds another run; raised before training.
-        EndedError: the disk is full, or the weights are no numbers any more.
-        Interrupted: a signal asked for the end.
+        EndedError: the disk is full, or weights are infinite or NaN.
+        Interrupted: a signal ended the run.
     """
     cfg = current_targets(cfg)
     OmegaConf.set_struct(cfg, False)

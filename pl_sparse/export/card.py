@@ -24,14 +24,14 @@ _LAYERS = 200
 
 @dataclass(frozen=True)
 class Card:
-    """What is said of a pruned network.
+    """The contents of a pruned network's page.
 
     Args:
-        load: lines of Python that load it from the folder.
-        command: how it was made.
-        base: the network that it was made of: a name on a hub.
-        library: that its class is of, as hubs call it.
-        figures: by name what was measured, before and after.
+        load: lines of Python that load the network from the folder.
+        command: the command that made it.
+        base: the name on a hub of the network that was pruned.
+        library: the hub's name of the library of its class.
+        figures: measurements before and after, by name.
         verdict: lines.
     """
 

@@ -75,7 +75,7 @@ def load_compressed(path: str | os.PathLike[str], limit: int = 1 << 32) -> dict[
     A file of version 0.1.0 has no checksum and loads with a warning: damage in it may load as other weights.
 
     Args:
-        limit: bytes that the tensors may have together. Nothing is unpacked where the file says that it has more.
+        limit: the largest number of bytes of all tensors together. A file whose header has more is not unpacked.
 
     Raises:
         DamagedFileError: it is no such file, not what was written, or of more bytes than the limit.
@@ -187,7 +187,7 @@ def _zstandard() -> Any:
 
 
 class Compressed(Export):
-    """The weights in a file that is as small as the zeros allow. Once loaded they compute like dense ones.
+    """The weights in a file that is as small as the zeros allow. Loaded weights compute like dense ones.
 
     Args:
         level: the level of zstd, 1 (fast) to 22 (small).

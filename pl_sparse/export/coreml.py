@@ -27,12 +27,12 @@ _ROUNDING = 2.0**-10
 
 
 class CoreML(Traced):
-    """An ML program of float16 weights, in which sparse ones are a mask of bits and the values that are not zero.
+    """An ML program of float16 weights, in which sparse weights are a bit mask and their nonzero values.
 
-    coremltools converts on Linux, and predicts on macOS alone. So the saved program is read back: its weights,
-    decompressed, are those of the same program with dense weights bit for bit, and the model's own to float16's
-    rounding, but for a factor per output that a norm was folded into. The program takes single samples, as the Neural
-    Engine wants fixed shapes. The file is the package in an archive without compression: unzip it for Xcode.
+    coremltools converts on Linux, but predicts only on macOS. So the saved program is read back: its decompressed
+    weights equal those of the same program with dense weights bit for bit, and the model's own up to the rounding of
+    float16 and a factor per output where a norm was folded in. The program takes single samples, because the Neural
+    Engine needs fixed shapes. The file is the package in an archive without compression: unzip it for Xcode.
 
     Source: Core ML Tools, Pruning,
     https://apple.github.io/coremltools/docs-guides/source/opt-pruning-perf.html.
@@ -127,7 +127,7 @@ def _read(package: Path) -> tuple[list[str], dict[str, np.ndarray[Any, Any]]]:
 
 
 def read_coreml(path: Path) -> tuple[list[str], dict[str, np.ndarray[Any, Any]]]:
-    """What is in a file that `CoreML` wrote.
+    """The contents of a file that `CoreML` wrote.
 
     Args:
         path: the archive.

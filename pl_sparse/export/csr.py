@@ -28,9 +28,9 @@ __all__ = ["CSR", "CSRConv2d", "CSRLinear", "load_csr", "to_csr"]
 
 
 class CSRLinear(nn.Module):
-    """y = x W^T + b with W (out, in) in compressed sparse rows: the products with zeros are not made.
+    """y = x W^T + b with W (out, in) in compressed sparse rows: products with zeros are skipped.
 
-    Computes (b + W x^T)^T, which is the order that the kernels are fast in; indices have 32 bits.
+    It computes (b + W x^T)^T, for which the kernels are fast; indices have 32 bits.
 
     >>> layer = nn.Linear(3, 2)
     >>> with torch.no_grad():

@@ -19,7 +19,7 @@ __all__ = ["ExecuTorch"]
 class ExecuTorch(Traced):
     """The model as an ExecuTorch program, delegated to XNNPACK and checked there against torch.
 
-    XNNPACK multiplies zeros like other numbers here: what makes it faster are channels and heads that are gone.
+    XNNPACK multiplies zeros like other numbers; removed channels and heads make the model faster.
 
     Args:
         tolerance: the largest difference of outputs, as a part of their largest absolute value.

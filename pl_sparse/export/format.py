@@ -1,4 +1,4 @@
-"""What an export is: a file format, how a model is written in it, and how the file runs."""
+"""Exports: file formats, how a model is written in one, and how the file runs."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Executable = Callable[[Tensor], Tensor]
 
 
 class Export(ABC):
-    """A format that a trained model is written in.
+    """A file format of a trained model.
 
     Attributes:
         file: the name of the file in the folder of a run.
         runtime: what runs it.
-        dtype: the type of its weights; of "int8" the quantized model is written.
+        dtype: the type of its weights; for "int8" the quantized model is written.
         advice: what makes it faster than a dense model.
         whole: whether the file holds the graph too, so that it runs without the model's class; channels and heads that
-            are all zero are taken out before it is written.
+            are all zero are removed before it is written.
     """
 
     file: ClassVar[str]
@@ -57,7 +57,7 @@ class Export(ABC):
             sparsity: of the prunable weights, when trained.
 
         Returns:
-            A reason that names what helps.
+            The reason, and what would help.
         """
         return None
 
@@ -71,7 +71,7 @@ class Export(ABC):
             path: the file; what was there is replaced.
 
         Returns:
-            Notes: layers that it left as they were, and why.
+            Notes: the layers that were left unchanged, with the reason.
 
         Raises:
             ValueError: the model has no such form.

@@ -1,4 +1,4 @@
-"""What a device can make of zeros: which structures it accelerates, in which number formats, run how."""
+"""Devices: which structures they accelerate, in which number formats, and how models run there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Hardware:
         accelerates: structures whose zeros it skips, by name; "nm24" is that pattern, "n:4" those of four neighbours,
             "block" all sizes; None: any.
         least_sparsity: the sparsity below which skipping zeros costs more than it saves; or such by structure.
-        multiple: it computes with channels in multiples of this; what a layer keeps is best one.
+        multiple: it computes with channels in multiples of this number, which a layer should keep.
         dtypes: the types of weights it computes with, best first.
         exports: the formats that it runs, best first.
         strict: whether a structure that it cannot use is refused, or only warned about.
@@ -32,7 +32,8 @@ class Hardware:
         device: the device that torch measures on, "cpu" or "cuda"; None: the one that trains.
         budget_kb: how many kilobytes (1000 bytes) the exported file may have; None: any size.
         budget_ms: how many milliseconds a batch of two may take; None: any time.
-        macs: what may be left of the multiply-accumulates: a fraction, or above 1 their number for a sample; None: any.
+        macs: the largest multiply-accumulates: a fraction of the dense network's, or above 1 their number per sample;
+            None: any.
 
     >>> ampere = Hardware(name="ampere", accelerates=["nm24", "channel"])
     >>> ampere.objection(structure("nm24"), 0.5) is None

@@ -1,7 +1,7 @@
-"""What a model costs to run: latency, throughput, memory; two models side by side, and a verdict that does not flatter.
+"""The cost of running a model: latency, throughput, memory; two models side by side, and a verdict.
 
-Times are taken in rounds in which every model runs once, in turns first, so that whatever else the machine does meets
-all of them alike.
+Times are taken in rounds. In each round every model runs once, and the models take turns in running first, so that
+other work of the machine affects all of them equally.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def latencies(
     Args:
         runs: models that can be called, by name.
         batch: inputs, (samples, *shape).
-        seconds: how long to go on, once each has run 10 times.
+        seconds: how long to continue after each has run 10 times.
         most: rounds at most.
-        clock: in seconds. `time.process_time` does not see what else the machine does, and is the time of models that
-            run on one thread.
+        clock: in seconds. `time.process_time` excludes other work of the machine; it suits models that run on one
+            thread.
     """
     names = list(runs)
     for _ in range(3):
@@ -180,7 +180,7 @@ class Comparison:
     Attributes:
         name: the format of the exported one.
         runtime: what ran both.
-        batch: samples a call.
+        batch: samples per call.
         dense: the cost of the dense model.
         exported: that of the exported one.
         faster: how many times faster the exported one is, and whether that is to be claimed (`ratio`).

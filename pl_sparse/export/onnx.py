@@ -1,4 +1,4 @@
-"""ONNX files, for ONNX Runtime and whatever else reads them."""
+"""ONNX files, for ONNX Runtime and other readers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def open_onnx(path: Path, threads: int | None = None) -> Executable:
 class ONNX(Traced):
     """The model in ONNX, checked in ONNX Runtime against torch.
 
-    ONNX Runtime multiplies zeros like other numbers: what makes it faster are channels and heads that are gone.
+    ONNX Runtime multiplies zeros like other numbers; removed channels and heads make the model faster.
 
     Args:
         tolerance: the largest difference of outputs, as a part of their largest absolute value.
@@ -101,9 +101,9 @@ class ONNX(Traced):
 class ONNXInt8(ONNX):
     """The model with 8-bit weights and activations in ONNX (QuantizeLinear and DequantizeLinear around each layer).
 
-    With quantization=int8 it is the one that was trained so; otherwise it is quantized after training, on training
-    batches. Rounding falls differently in two runtimes now and then, hence the wider tolerance; the accuracy is
-    reported beside it.
+    With `quantization=int8` it is the model that was trained with integers; otherwise it is quantized after training,
+    on training batches. Two runtimes sometimes round differently, hence the wider tolerance; the accuracy is reported
+    beside it.
 
     Args:
         tolerance: the largest difference of outputs, as a part of their largest absolute value.

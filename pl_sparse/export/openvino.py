@@ -53,7 +53,7 @@ def open_openvino(path: Path, decompression: float | None = None, threads: int |
     Args:
         path: the graph.
         decompression: matrices with at least this fraction of zeros are packed, where the processor can; None: none.
-        threads: as many as torch uses, if None.
+        threads: None: as many as torch uses.
 
     Raises:
         ImportError: openvino is missing.
@@ -81,8 +81,8 @@ def _unpackable() -> str | None:
 class OpenVINO(Traced):
     """The model for OpenVINO, checked there against torch.
 
-    Its kernels multiply zeros like other numbers, with one exception, that of `OpenVINOInt8`: what makes it faster are
-    channels and heads that are gone.
+    Its kernels multiply zeros like other numbers, except as described at `OpenVINOInt8`; removed channels and heads
+    make the model faster.
 
     Args:
         tolerance: the largest difference of outputs, as a part of their largest absolute value.
@@ -90,7 +90,7 @@ class OpenVINO(Traced):
             zeros are packed, and unpacked as they are used; 1: none.
 
     Raises:
-        ValueError: `decompression` is no fraction.
+        ValueError: `decompression` is not a fraction.
     """
 
     file = "model_openvino.xml"

@@ -1,4 +1,5 @@
-"""Folders that hold a pruned model of Hugging Face: weights, configuration, what is gone, and a page; no pickle."""
+"""Folders that hold a pruned model of Hugging Face: weights, configuration, the removed parts, and a page; no
+pickle."""
 
 from __future__ import annotations
 
@@ -40,25 +41,25 @@ def save_pretrained(
 ) -> bool:
     """Write a shrunk model of transformers to a folder that can be pushed to the hub: weights, configuration, page.
 
-    Where its class makes the sizes that are left from a configuration (the same number of neurons in all layers, heads
-    of Llama), the configuration has these, and any `from_pretrained` of transformers loads the folder. Else the
-    configuration is that of before, shrunk.json says what is gone, and `pl_sparse.export.from_pretrained` loads it;
-    that of transformers refuses it for its shapes. The tokenizer or image processor that is found where the model came
-    from goes along.
+    If the model's class can make the remaining sizes from a configuration (the same number of neurons in all layers,
+    heads of Llama), the configuration has these sizes, and `from_pretrained` of transformers loads the folder.
+    Otherwise the configuration is unchanged, shrunk.json lists the removed parts, and
+    `pl_sparse.export.from_pretrained` loads the folder; transformers refuses its shapes. The tokenizer or image
+    processor of the original model is copied, if it is found.
 
     Args:
-        model: a PreTrainedModel, without what was taken out of it.
-        plan: what was taken out, with names of this model (`shrink(model, ...).plan`).
-        folder: made, if there is none.
+        model: a PreTrainedModel from which the plan's parts were removed.
+        plan: the removed parts, with names of this model (`shrink(model, ...).plan`).
+        folder: the folder, which is made if it does not exist.
         example: inputs, as the model is called with: a tensor, a tuple of arguments or a dict of keywords. With them
             outputs are compared.
-        card: what the page says besides.
+        card: the contents of the page.
 
     Returns:
-        whether transformers alone loads it.
+        whether transformers alone loads the folder.
 
     Raises:
-        ValueError: the model is none of transformers, or what was written computes something else.
+        ValueError: the model is not one of transformers, or the written model has other outputs.
     """
     if not _is_pretrained(model):
         raise ValueError(f"a {type(model).__name__} is no PreTrainedModel of transformers: use save_shrunk")
@@ -231,7 +232,7 @@ def _hub_name(model: Any) -> str:
 
 class HuggingFace(Export):
     """A folder that `from_pretrained` loads and that can be pushed to the hub, for networks that hold a model of
-    transformers: channels and heads that are all zero are taken out. See `save_pretrained`."""
+    transformers: channels and heads that are all zero are removed. See `save_pretrained`."""
 
     file = "hugging_face"
     advice = "channels and heads that are gone (structure=coupled, structure=head)"

@@ -1,4 +1,4 @@
-"""TensorRT: ONNX files whose weights are 2:4 along the axis that its sparse tactics want."""
+"""TensorRT: ONNX files whose weights are 2:4 along the axis that its sparse tactics need."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _PASSING = {"Identity", "Cast", "DequantizeLinear", "QuantizeLinear"}
 
 
 def two_four(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
-    """Which layers of an ONNX file have 2:4 weights along their inputs, as TensorRT's sparse tactics want them.
+    """Which layers of an ONNX file have 2:4 weights along their inputs, as TensorRT's sparse tactics need them.
 
-    Of a convolution's weight (out, in, *kernel) four neighbouring inputs at a kernel position have at most two that are
-    not zero, of a matrix (inputs, outputs) four neighbouring inputs of an output. Integers are looked at as they are
-    stored: 0 is the zero of symmetric ones.
+    In a convolution's weight (out, in, *kernel), at most two of four neighbouring inputs at a kernel position are
+    nonzero; in a matrix (inputs, outputs), at most two of four neighbouring inputs of an output. Integers are compared
+    with 0, which is the zero of symmetric quantization.
 
     Args:
         path: the file, in floating point or with 8-bit weights (QuantizeLinear and DequantizeLinear).
 
     Returns:
-        The names of the weights that are 2:4, and of each other one why not.
+        The names of the weights that are 2:4, and the reason for each other weight.
 
     Raises:
         ImportError: onnx is missing.
@@ -95,8 +95,8 @@ def _matrices(path: str | os.PathLike[str]) -> Iterator[tuple[str, _Array]]:
 class TensorRT(ONNX):
     """The model in ONNX with 2:4 weights, checked to be so along the right axis; TensorRT builds an engine of it.
 
-    TensorRT is not needed here, and builds where its GPU is:
-    `trtexec --onnx=model_tensorrt.onnx --fp16 --sparsity=enable`.
+    TensorRT is not needed for this; it builds the engine on the machine with the GPU: `trtexec
+    --onnx=model_tensorrt.onnx --fp16 --sparsity=enable`.
 
     Source: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378.
 

@@ -19,14 +19,14 @@ class Quantization(ABC):
     """How integers are simulated in training, and made afterwards.
 
     Attributes:
-        dtype: the type of the weights that come out.
+        dtype: the type of the resulting weights.
     """
 
     dtype: ClassVar[str]
 
     @abstractmethod
     def prepare(self, net: nn.Module, example: Tensor) -> None:
-        """From here on calls of `net` compute with weights (and activations) rounded to integers.
+        """Let calls of `net` compute with weights (and activations) rounded to integers from now on.
 
         Gradients pass the rounding as if it were not there. The parameters of `net` are the same objects as before.
 
@@ -41,7 +41,7 @@ class Quantization(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Calls of the network are in floating point again."""
+        """Let calls of the network compute in floating point again."""
 
     @abstractmethod
     def convert(self) -> nn.Module:
@@ -54,14 +54,14 @@ class Quantization(ABC):
     # What follows has a meaning where ranges of activations are learned.
 
     def freeze(self) -> None:  # noqa: B027
-        """Ranges and BatchNorm's statistics stay what they are from here on."""
+        """Fix ranges and BatchNorm's statistics from now on."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The ranges that were learned, as tensors by name."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Take up what `state_dict` gave, after `prepare`.
+        """Restore what `state_dict` returned, after `prepare`.
 
         Raises:
             ValueError: it is of another model.

@@ -28,7 +28,7 @@ class Int8(Quantization):
     activations are moving averages over training batches. torchao's PT2E flow finds the layers.
 
     Source: Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference,
-    2017, arXiv:1712.05877, section 3. It differs in the scales of weights, one per channel here.
+    2017, arXiv:1712.05877, section 3. Here weights have one scale per channel.
     """
 
     dtype = "int8"
@@ -187,11 +187,11 @@ def _is_folded(node: torch.fx.Node) -> bool:
 
 
 def post_training(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """The network in 8 bits as `Int8` makes it, but quantized after training: the baseline.
+    """The network in 8 bits like that of `Int8`, but quantized after training: the baseline.
 
     Args:
-        net: the trained network; it is left as it is.
-        batches: inputs, of which the ranges of activations are taken.
+        net: the trained network, which does not change.
+        batches: inputs, from which the ranges of activations are taken.
     """
     batches = list(batches)
     with quiet_torchao(), torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -22,12 +22,12 @@ __all__ = ["Classifier"]
 class Classifier(LightningModule):
     """Cross-entropy training of `net`.
 
-    Logs train/loss, train/acc, val/loss, val/acc, test/loss, test/acc, as means over the epoch's samples, and of
-    val and test what the network's `reported_metrics()` gives, torchmetrics by name.
+    Logs train/loss, train/acc, val/loss, val/acc, test/loss, test/acc, as means over the epoch's samples. For val and
+    test it also logs the network's `reported_metrics()`, torchmetrics by name.
 
     Args:
         net: from inputs (batch, *shape) to logits (batch, classes), or (batch, ..., classes) with labels (batch, ...).
-        classes: how many classes there are.
+        classes: the number of classes.
         optimizer: makes the optimizer from parameter groups. Biases and norms have no weight decay.
         lr_schedule: the learning rate over training.
         label_smoothing: in [0, 1).

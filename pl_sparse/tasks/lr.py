@@ -80,13 +80,13 @@ class LinearLR(LRSchedule):
 
 @dataclass(frozen=True, kw_only=True)
 class RewindingLR(LRSchedule):
-    """A line from 1 to `final`, again and again.
+    """A line from 1 to `final`, repeated `cycles` times.
 
     Source: Kurtic, Alistarh, GMP*: well-tuned gradual magnitude pruning can outperform most BERT-pruning methods, 2022,
     arXiv:2210.06384.
 
     Args:
-        cycles: how many lines there are.
+        cycles: the number of lines.
         final: the factor at the end of each line.
 
     >>> [round(RewindingLR(cycles=2, final=0.0).curve(x), 3) for x in (0, 0.25, 0.5, 0.75, 1)]
@@ -111,7 +111,7 @@ class StepLR(LRSchedule):
 
     Args:
         milestones: fractions of the time after the warm-up, in [0, 1].
-        gamma: what the learning rate is multiplied by at each milestone.
+        gamma: the factor on the learning rate at each milestone.
     """
 
     milestones: Sequence[float] = (0.5, 0.75)

@@ -23,9 +23,9 @@ class Batches:
         batch_size: samples of a batch.
         shuffle: a new order each epoch, a function of `seed` and the epoch.
         seed: the seed of the order.
-        drop_last: leave out a last batch that is not full.
-        rank: this process's share of the samples, one of ...
-        world_size: ... so many.
+        drop_last: whether a last batch that is not full is left out.
+        rank: the index of this process, whose share of the samples is used.
+        world_size: the number of processes.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ def hold_out(x: Tensor, y: Tensor, count: int) -> tuple[Split, Split]:
         The others, and those that were split off, both in their order.
 
     Raises:
-        ValueError: none of the one or the other would be left.
+        ValueError: one of the two parts would be empty.
     """
     if not 0 < count < len(x):
         raise ValueError(f"validation={count} must leave some of the {len(x)} training samples")

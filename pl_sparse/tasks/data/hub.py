@@ -63,11 +63,11 @@ class Torchvision(_Images):
 
     Args:
         name: a class of torchvision.datasets that takes `train` or `split`, such as "CIFAR10" and "SVHN".
-        root: the folder where it is.
+        root: the folder of the data.
         download: whether it may be downloaded into `root`.
         size: height and width in pixels; None for those of the model.
         channels: 3 for colour, 1 for grey.
-        validation: samples taken off the training part.
+        validation: the number of training samples that are held out.
 
     Raises:
         ImportError: the extra `torchvision` is missing.

@@ -48,7 +48,7 @@ class MNIST1D(InMemory):
     Source: Greydanus and Kobak, Scaling down deep learning with MNIST-1D, 2020, arXiv:2011.14439.
 
     Args:
-        validation: samples taken off the training set.
+        validation: the number of training samples that are held out.
 
     Raises:
         ImportError: the package `mnist1d` is missing.
