@@ -172,7 +172,9 @@ def _bracketed(scores: Sequence[Tensor], keep: int) -> Threshold | None:
     places = [int(middle - margin)] * (middle > margin), [int(middle + margin)] * (middle + margin < len(sample))
     ranked = _ranked(sample, [*places[0], *places[1]])
     high, low = ranked[0] if places[0] else float("inf"), ranked[-1] if places[1] else float("-inf")
-    over, under, seen = 0, 0, 0  # above the lower bound, below the upper one, of all that are ranked
+    over: Tensor | int = 0  # how many are above the lower bound
+    under: Tensor | int = 0  # and below the upper one
+    seen: Tensor | int = 0  # of all that are ranked
     filled = 0
     for index in range(len(scores)):
         for run in _runs(scores, index)[1]:
@@ -214,13 +216,12 @@ def _searched(scores: Tensor, keep: int) -> Threshold:
 
 def _tied(scores: Sequence[Tensor], keep: int, value: float) -> Threshold | None:
     """The threshold, if it is this value; else None. None too where a score is NaN."""
-    above, equal, below = 0, 0, 0
+    counts: list[Tensor | int] = [0, 0, 0]
     for index in range(len(scores)):
         for run in _filled(scores, index):
-            above += counted(_compared((run, None), operator.gt, value))
-            equal += counted(_compared((run, None), operator.eq, value))
-            below += counted(_compared((run, None), operator.lt, value))
-    above, equal, below = int(above), int(equal), int(below)
+            for place, compare in enumerate((operator.gt, operator.eq, operator.lt)):
+                counts[place] += counted(_compared((run, None), compare, value))
+    above, equal, below = map(int, counts)
     if not above < keep <= above + equal or above + equal + below != sum(sizes(scores)):
         return None
     return Threshold(value, keep - above, equal)
