@@ -45,7 +45,7 @@ def pl_sparse(net: nn.Module) -> Callable[[], int]:
     groups = Unstructured().groups(params, net)
 
     def masks() -> int:
-        choose(Units(groups, Unstructured(), Magnitude().score), Global(), SPARSITY)
+        choose(Units(groups, Unstructured(), Magnitude().score, pointwise=True), Global(), SPARSITY)
         return 0
 
     return lambda: masks() + sum(param.kept for param in params)

@@ -194,7 +194,7 @@ class Pruner(MaskedModel):
         assert self._model is not None
         guess = self.structure.removes_outputs and not self.structure.needs_example  # which the outputs are
         choice = self.targets.choose(self._model, guess, trained=trained)
-        refuse_shared(choice.params, self)
+        refuse_shared(choice.params, self, self._model)
         groups, misfits = self.structure.bind(choice.params, self._model, example, self.targets.misfit)
         normed = [param.name for group in groups for param, _ in group.members if param.norm_dim is not None]
         if normed and self.masking.transforms:
@@ -377,7 +377,8 @@ class Pruner(MaskedModel):
         """Calibrate the scorer for nothing, so that what it cannot score is refused before training."""
         if self.scorer.calibrates and self._probe is not None:
             try:
-                self.scorer.calibrate(self.params, self._probe)
+                with whole(self.params):
+                    self.scorer.calibrate(self.params, self._probe)
             finally:
                 self._forget_calibration()
 
@@ -679,7 +680,8 @@ class Pruner(MaskedModel):
             )
             if self.scorer.calibrates:
                 assert self._probe is not None
-                self.scorer.calibrate(self.params, self._probe)
+                with whole(self.params):
+                    self.scorer.calibrate(self.params, self._probe)
             with whole(self.masked):
                 self.updater.update(self.groups, self.scorer, self.structure, self.allocation, due)
             if level == levels[-1] and self.ablation == "shuffle":

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pl_sparse import Pruner
 from pl_sparse.network.probe import Probe
+from pl_sparse.schedule import OneShot
 
 STEPS = 16
 FULL = StateDictOptions(full_state_dict=True)
@@ -93,9 +94,11 @@ class Training:
         self.x = torch.randn(STEPS, 8, 1, 8, 8, generator=generator)
         self.y = torch.randint(4, (STEPS, 8), generator=generator)
 
-    def begin(self) -> None:
+    def begin(self, own: bool = False) -> None:
         self.pruner.attach(self.net)
         batches = [(self.x[0], self.y[0]), (self.x[1], self.y[1])]
+        if own:
+            batches = batches[get_rank() :: get_world_size()]
         probe = Probe(self.net, batches, lambda batch: F.cross_entropy(self.net(batch[0]), batch[1]), self.reduce)
         self.pruner.prepare(STEPS, probe=probe)
 
@@ -163,10 +166,20 @@ def compared(make: Callable[[], Pruner], kind: str) -> str:
     return ""
 
 
+def calibrated(make: Callable[[], Pruner]) -> str:
+    """How masks and weights differ from those of one process that has the batches of both, at the first update."""
+    alone, shared = Training(make, None), Training(make, "fsdp")
+    alone.begin()
+    shared.begin(own=True)
+    return difference(alone, shared, 1e-6) if alone.pruner.sparsity else "nothing was pruned"
+
+
 def main(kind: str, settings: dict[str, Any]) -> None:
     results = {}
     for name, options in settings.items():
-        if options is None:
+        if kind == "own":
+            results[name] = calibrated(lambda options=options: Pruner(schedule=OneShot(final=0.7, begin=0), **options))
+        elif options is None:
             from test_properties import made
 
             results[name] = compared(lambda name=name: made(name, 0.8), kind)

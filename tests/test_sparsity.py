@@ -132,6 +132,15 @@ def test_a_count_of_macs_that_was_restored_is_not_made_again_by_a_test() -> None
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_calibration_within_a_batch_is_no_part_of_its_macs(tmp_path: Path) -> None:
+    """A resumed training counts in its first batch, within which masks may be due."""
+    save = ModelCheckpoint(tmp_path, filename="end")
+    for epochs, path in ((1, None), (2, tmp_path / "end.ckpt")):
+        callback = sparsity(scorer="wanda", schedule=Linear(final=0.5, begin=0, end=1.0, every=1))
+        fit(Foreign(), callback, save, ckpt_path=path, max_epochs=epochs)
+        assert callback.summary is not None and callback.summary.macs_dense == 640
+
+
 def test_arguments_may_be_strings_or_objects() -> None:
     a = Sparsity(schedule="oneshot", structure="nm24", allocation="uniform", sparsity=0.5).pruner
     b = Sparsity(schedule=OneShot(final=0.5), structure=NM(2, 4), allocation="uniform").pruner

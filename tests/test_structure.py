@@ -10,7 +10,19 @@ from torch import nn
 
 from pl_sparse.core.layouts import Blocks, Heads, InputsFirst, Layout, Plain
 from pl_sparse.core.targets import find
-from pl_sparse.structure import NM, Block, Channel, Head, Kernel, Row, Structure, Transposable, Unstructured, structure
+from pl_sparse.structure import (
+    NM,
+    Block,
+    Channel,
+    Head,
+    Kernel,
+    Row,
+    Structure,
+    Transposable,
+    Unstructured,
+    pattern,
+    structure,
+)
 
 
 def masked(structure: Structure, scores: torch.Tensor, keep: int) -> torch.Tensor:
@@ -42,6 +54,20 @@ def test_nm_ties_go_to_the_first(n: int, values: list[int]) -> None:
 def test_nm_becomes_sparser_by_the_level() -> None:
     scores = torch.randn(4, 16)
     assert [int(masked(NM(2, 4), scores, keep).sum()) for keep in (64, 50, 48, 33, 32, 1)] == [64, 64, 48, 48, 32, 32]
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (5, 12, 3, 3)])
+def test_numpy_ranks_a_group_as_torch_does(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties and infinite scores too; of half precision torch ranks."""
+    monkeypatch.setattr(pattern, "_GROUPS", 7)
+    scores = torch.randint(-3, 4, shape).float()
+    scores.view(-1)[:3] = torch.tensor([float("inf"), -float("inf"), -0.0])
+    for m in (2, 4):
+        for n in range(1, m):
+            units = NM(n, m).pool(scores)
+            chosen = NM(n, m).select(units, 1)
+            assert torch.equal(chosen, NM(n, m).select(units.half(), 1))
+            assert bool((chosen.sum(-1) == n).all())
 
 
 def test_blocks_kernels_channels_against_loops() -> None:

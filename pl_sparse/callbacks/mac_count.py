@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -71,6 +72,10 @@ class MacCount:
                 self._positions = {name: uses / samples for name, uses in counter.positions.items()}
                 self._other = counter.other / samples
 
+    def aside(self) -> AbstractContextManager[None]:
+        """Within the block what the model computes, as when a scorer is calibrated, is not of the batch."""
+        return nullcontext() if self._counter is None else _uncounted(self._counter)
+
     def release(self) -> None:
         """Stop watching."""
         if self._counter is not None:
@@ -99,6 +104,15 @@ class MacCount:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a count, which stands where no batch is counted any more: training was over."""
         self._restored = dict(state["positions"]), float(state["other"])
+
+
+@contextmanager
+def _uncounted(counter: MacCounter) -> Iterator[None]:
+    positions, other = dict(counter.positions), counter.other
+    try:
+        yield
+    finally:
+        counter.positions, counter.other = positions, other
 
 
 class _Counter(MacCounter):

@@ -286,7 +286,7 @@ class Sparsity(Callback):
             self._timekeeper = optimizer
         skipped = found_infinite_gradients(trainer, optimizer)
         step = self.pruner.step if optimizer is self._timekeeper else None
-        with together(trainer):
+        with together(trainer), self._macs.aside():
             self.pruner.before_step(step, optimizer=optimizer, observe=not skipped)
         if skipped:
             self.pruner.after_step(optimizer)  # the scaler leaves the step out, and its hook with it
@@ -308,8 +308,8 @@ class Sparsity(Callback):
         self._keep_time(trainer)
         if self.pruner.num_updates != self._seen:
             self.look(trainer)
-        judge(self.pruner, trainer, pl_module, batch)
         self._macs.finish(batch, trainer.train_dataloader, batch_idx)
+        judge(self.pruner, trainer, pl_module, batch)
 
     def _keep_time(self, trainer: Trainer, ended: bool = False) -> None:
         """Let the schedule follow what is behind of training, and reach its last level before training ends."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["full", "gathered", "is_sharded", "local", "part_of", "reshard", "total"]
+__all__ = ["full", "gathered", "is_sharded", "local", "of_fsdp", "part_of", "reshard", "total"]
 
 
 def _dtensor() -> Any:
@@ -71,6 +71,20 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     shared = _dtensor().from_local(whole.contiguous(), spec.device_mesh, everywhere, run_check=False)
     part: Tensor = shared.redistribute(placements=spec.placements).to_local()
     return part.clone()
+
+
+def of_fsdp(weight: Tensor, model: nn.Module) -> bool:
+    """Whether FSDP2 alone shares a parameter of a model, so that its layer sees whole inputs, and gathers it itself."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not is_sharded(weight):
+        return False
+    managed = any(
+        weight is parameter
+        for module in model.modules()
+        if isinstance(module, fsdp.FSDPModule)
+        for parameter in module.parameters()
+    )
+    return managed and sum(not place.is_replicate() for place in weight.placements) == 1  # type: ignore[attr-defined]
 
 
 def reshard(model: nn.Module) -> None:

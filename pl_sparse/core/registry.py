@@ -73,11 +73,14 @@ class Axis:
         axis: which one it is; the base class of each axis sets it.
         elementwise: whether what it does at each step it does to each number of a weight on its own, sums but by
             `MaskedParameter.total`, so that of a weight that processes share each may do it to its part.
+        sees_inputs: whether it looks at the whole model by the inputs of its layers alone (`Probe.activations`), which
+            are there in full where FSDP alone shares the weights.
         renamed: class attributes that had another name in an earlier release, old name first.
     """
 
     axis: ClassVar[str]
     elementwise: ClassVar[bool] = False
+    sees_inputs: ClassVar[bool] = False
     renamed: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

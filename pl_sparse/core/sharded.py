@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.core.dtensor import gathered, is_sharded, local, part_of, total
+from pl_sparse.core.dtensor import gathered, is_sharded, local, of_fsdp, part_of, total
 from pl_sparse.core.parameter import MaskedParameter, checksum
 from pl_sparse.core.registry import Axes, name_of
 
@@ -142,7 +142,7 @@ def masked(name: str, module: nn.Module, weight: nn.Parameter, **seen: Any) -> M
     return kind(name, module, weight, torch.ones_like(local(weight), dtype=torch.bool, requires_grad=False), **seen)
 
 
-def refuse_shared(params: Iterable[MaskedParameter], axes: Axes) -> None:
+def refuse_shared(params: Sequence[MaskedParameter], axes: Axes, model: nn.Module) -> None:
     """Raise a ValueError if processes share a weight, and an axis does not work on parts of weights."""
     shared = next((param.name for param in params if isinstance(param, ShardedParameter)), None)
     if shared is None:
@@ -153,6 +153,15 @@ def refuse_shared(params: Iterable[MaskedParameter], axes: Axes) -> None:
                 f"processes share {shared} (FSDP2, tensor parallelism), and {axis.axis}="
                 f"{name_of(axis)} {reason}: use "
                 "another one, or strategy=ddp"
+            )
+    tensor_parallel = next(
+        (p.name for p in params if isinstance(p, ShardedParameter) and not of_fsdp(p.weight, model)), None
+    )
+    for axis in (axes.scorer, axes.updater):
+        if axis.sees_inputs and tensor_parallel is not None:
+            raise ValueError(
+                f"processes share {tensor_parallel} by tensor parallelism, and {axis.axis}={name_of(axis)} looks at "
+                "the inputs of layers, which none of them has whole: use another one, or FSDP2 alone"
             )
     if axes.ablation in ("shuffle", "reinit"):
         raise ValueError(

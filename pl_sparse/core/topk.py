@@ -168,50 +168,60 @@ def _bracketed(scores: Sequence[Tensor], keep: int) -> Threshold | None:
                 return None
             sample[filled : filled + len(piece)] = piece
             filled += len(piece)
-    sample = descending(sample)
     middle, margin = keep / total * len(sample), 5 * len(sample) ** 0.5
-    high = float(sample[int(middle - margin)]) if middle > margin else float("inf")
-    low = float(sample[int(middle + margin)]) if middle + margin < len(sample) else float("-inf")
-    over, under, ranked = 0, 0, 0  # above the lower bound, below the upper one, of all that are ranked
+    places = [int(middle - margin)] * (middle > margin), [int(middle + margin)] * (middle + margin < len(sample))
+    ranked = _ranked(sample, [*places[0], *places[1]])
+    high, low = ranked[0] if places[0] else float("inf"), ranked[-1] if places[1] else float("-inf")
+    over: Tensor | int = 0  # how many are above the lower bound
+    under: Tensor | int = 0  # and below the upper one
+    seen: Tensor | int = 0  # of all that are ranked
     filled = 0
     for index in range(len(scores)):
         for run in _runs(scores, index)[1]:
             above, below = _compared(run, operator.gt, low), _compared(run, operator.lt, high)
             over += counted(above)
             under += counted(below)
-            ranked += len(run[0]) if run[1] is None else counted(run[1])
+            seen += len(run[0]) if run[1] is None else counted(run[1])
             piece = _picked(run[0], _both(above, below))
             if filled + len(piece) > len(between):  # a sample that is not like the rest
                 return None
             between[filled : filled + len(piece)] = piece
             filled += len(piece)
     above_high, above_low = int(over) - filled, int(over)  # the first counts what equals the upper bound
-    if low < high and above_low + int(under) - filled != int(ranked):  # NaN is neither above nor below
+    if low < high and above_low + int(under) - filled != int(seen):  # NaN is neither above nor below
         return None
     if above_high < keep <= above_low and low < high:
         return _searched(between[:filled], keep - above_high)
     return _tied(scores, keep, low if keep > above_high else high)
 
 
+def _ranked(scores: Tensor, places: Sequence[int]) -> list[float]:
+    """The scores that stand at some places, the largest at place 0; the tensor is put in another order."""
+    if not _in_numpy(scores):
+        return [float(value) for value in descending(scores)[list(places)]]
+    numbers = scores.numpy()
+    if places:
+        numbers.partition([len(numbers) - 1 - place for place in places])
+    return [float(numbers[len(numbers) - 1 - place]) for place in places]
+
+
 def _searched(scores: Tensor, keep: int) -> Threshold:
     """The threshold of one flat tensor, which is put in another order."""
     if not _in_numpy(scores):
         return threshold([scores], keep, lambda histogram: histogram)
+    (value,) = _ranked(scores, [keep - 1])
     numbers = scores.numpy()
-    numbers.partition(len(numbers) - keep)
-    value = numbers[len(numbers) - keep]
-    return Threshold(float(value), keep - int((numbers > value).sum()), int((numbers == value).sum()))
+    return Threshold(value, keep - int((numbers > value).sum()), int((numbers == value).sum()))
 
 
 def _tied(scores: Sequence[Tensor], keep: int, value: float) -> Threshold | None:
     """The threshold, if it is this value; else None. None too where a score is NaN."""
-    above, equal, below = 0, 0, 0
+    counts: list[Tensor | int] = [0, 0, 0]
     for index in range(len(scores)):
         for run in _filled(scores, index):
-            above += counted(_compared((run, None), operator.gt, value))
-            equal += counted(_compared((run, None), operator.eq, value))
-            below += counted(_compared((run, None), operator.lt, value))
-    above, equal, below = int(above), int(equal), int(below)
+            for place, compare in enumerate((operator.gt, operator.eq, operator.lt)):
+                counts[place] += counted(_compared((run, None), compare, value))
+    above, equal, below = map(int, counts)
     if not above < keep <= above + equal or above + equal + below != sum(sizes(scores)):
         return None
     return Threshold(value, keep - above, equal)

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pl_sparse.core.dtensor import reshard
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import suggestion
 from pl_sparse.core.targets import find
@@ -211,6 +212,7 @@ class Probe:
         with hooked(by_module, pre=watch), evaluated(self.model):
             for batch in self.batches:
                 self.loss(batch)
+        reshard(self.model)  # the next pass is to see weights that are written until then
 
     @torch.no_grad()
     def sums(

@@ -32,6 +32,7 @@ class Wanda(Scorer):
     """
 
     calibrates: ClassVar[bool] = True
+    sees_inputs: ClassVar[bool] = True
 
     def calibrate(self, params: Sequence[MaskedParameter], probe: Probe) -> None:
         norms = _input_norms(params, probe)

@@ -67,7 +67,7 @@ class Scorer(Axis, ABC):
 
     @property
     def needs_whole(self) -> str | None:
-        if self.calibrates:
+        if self.calibrates and not self.sees_inputs:
             return "looks at the whole model at once"
         return None if type(self).observe is Scorer.observe else super().needs_whole
 

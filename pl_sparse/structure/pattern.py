@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations, product
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from pl_sparse.core.registry import register
 from pl_sparse.structure.base import Structure, exchanged_within
 
 __all__ = ["NM", "Transposable"]
+
+_GROUPS = 1 << 14  # that are ranked at once, within the cache
 
 
 @register
@@ -73,6 +77,8 @@ class NM(Structure):
         if self.m > 8:
             order = units.sort(dim=-1, descending=True, stable=True).indices
             return torch.zeros_like(units, dtype=torch.bool).scatter_(-1, order[..., :n], True)
+        if units.device.type == "cpu" and units.dtype in (torch.float32, torch.float64):
+            return torch.from_numpy(_best(units.detach().numpy(), n))
         # The rank of a weight is how many of its group beat it; an equal one beats it if it comes first.
         lanes = units.unbind(-1)
         ranks = []
@@ -158,3 +164,20 @@ def _permutation_sums(n: int, m: int) -> Tensor:
         if all(sum(j in row for row in chosen) == n for j in range(m))
     ]
     return torch.tensor(masks).flatten(1)
+
+
+def _best(scores: np.ndarray[Any, Any], n: int) -> np.ndarray[Any, Any]:
+    """Where the n best of each group are, (..., m); equal ones rank by their place. In pieces that the cache holds."""
+    groups = scores.reshape(-1, scores.shape[-1])
+    chosen = np.empty(groups.shape, bool)
+    for start in range(0, len(groups), _GROUPS):
+        lanes = np.ascontiguousarray(groups[start : start + _GROUPS].T)  # (m, groups)
+        beaten = np.empty(lanes.shape, np.int8)  # by how many of its group
+        beaten[:] = np.arange(len(lanes), dtype=np.int8)[:, None]
+        for i, mine in enumerate(lanes):
+            for j in range(i + 1, len(lanes)):
+                better = (lanes[j] > mine).view(np.int8)
+                beaten[i] += better
+                beaten[j] -= better
+        chosen[start : start + _GROUPS] = (beaten < n).T
+    return chosen.reshape(scores.shape)

@@ -124,7 +124,7 @@ class Updater(Axis, ABC):
 
     @property
     def needs_whole(self) -> str | None:
-        if self.calibrates:
+        if self.calibrates and not self.sees_inputs:
             return "looks at the whole model at once"
         return None if type(self).observe is Updater.observe else super().needs_whole
 

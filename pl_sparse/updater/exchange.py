@@ -50,6 +50,7 @@ class DSnoT(Prune):
     threshold: float = 0.1
     power: float = 1.0
     calibrates: ClassVar[bool] = True
+    sees_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.cycles < 1:

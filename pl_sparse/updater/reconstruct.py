@@ -53,6 +53,7 @@ class Reconstruct(Updater):
     damping: float = 0.01
     needs_zeros: ClassVar[bool] = True
     calibrates: ClassVar[bool] = True
+    sees_inputs: ClassVar[bool] = True
     writes_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
