@@ -15,7 +15,7 @@ from pl_sparse.allocation import LAMP, Budget
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.training import train
 from pl_sparse.callbacks import CostTarget
-from pl_sparse.export import shrink
+from pl_sparse.export import Compressed, shrink
 from pl_sparse.network.macs import MacCounter, macs
 from pl_sparse.tasks.classifier import Classifier
 from pl_sparse.tasks.data import Digits
@@ -135,6 +135,18 @@ def test_a_resumed_training_goes_by_the_budget_that_was_found(tmp_path: Path, mo
 def test_what_cannot_meet_a_target_is_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=reason):
         fit(CostTarget(macs=0.3), small(), tmp_path, **options)
+
+
+def test_the_size_of_a_file_of_single_weights_is_a_sparsity_that_the_refusal_names(tmp_path: Path) -> None:
+    pytest.importorskip("zstandard")
+    with pytest.raises(ValueError, match=r"a compressed file of that size sparsity=0\.781 export=\[safetensors\]"):
+        fit(CostTarget(size=0.25), small(), tmp_path, structure="unstructured")
+    net = nn.Sequential(nn.Linear(256, 256, bias=False))
+    torch.manual_seed(0)
+    weight = net[0].weight.detach()
+    net[0].weight = nn.Parameter(weight * (torch.rand_like(weight) > 0.781))
+    Compressed().write(net, torch.zeros(2, 256), tmp_path / "file")
+    assert 0.8 * 0.25 < (tmp_path / "file").stat().st_size / (4 * 256**2) < 0.25
 
 
 def test_a_target_out_of_reach_is_refused_with_what_is_possible(tmp_path: Path) -> None:

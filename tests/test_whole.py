@@ -7,14 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pl_sparse import Pruner
-from pl_sparse.export import load_shrunk, save_shrunk, shrink
+from pl_sparse import Pruner, Sparsity
+from pl_sparse.app import load_run
+from pl_sparse.app.formats import refuse
+from pl_sparse.app.settings import ConfigError
+from pl_sparse.callbacks import Shrink
+from pl_sparse.export import CSR, Compressed, TorchExport, load_shrunk, save_shrunk, shrink
 from pl_sparse.network.blocks import residual_blocks
 from pl_sparse.network.experts import expert_layers
 from pl_sparse.network.probe import Probe
+from pl_sparse.structure import Channel
+from pl_sparse.tasks.classifier import Classifier
 from pl_sparse.tasks.models import resnet20, vit_tiny
 
 
@@ -358,3 +365,58 @@ def test_a_block_whose_list_must_stay_is_passed_by() -> None:
     left = {id(p) for p in net.parameters()}
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == left
     assert {id(p) for p in optimizer.state} <= left
+
+
+class Joined(nn.Module):
+    """Blocks whose norm comes after the join, as in BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(4))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x.mean(1))
+
+
+@pytest.mark.parametrize("structure", ["expert", "layer"])
+def test_an_export_without_shrinking_computes_what_the_masked_network_does(structure: str, tmp_path: Path) -> None:
+    """In a graph; weights alone, loaded into the class, do so once the structure has adapted it."""
+    torch.manual_seed(0)
+    make: Callable[[], nn.Module] = Tokens if structure == "expert" else Joined
+    net, x = make(), torch.randn(2, 5, 8)
+    for norm in net.modules():
+        if isinstance(norm, nn.LayerNorm):
+            nn.init.uniform_(norm.weight, 0.5, 2.0)
+    pruner = pruned(net, x, structure, 0.5)
+    expected = out_of(net, x)
+    plain = make()
+    plain.load_state_dict(net.state_dict())
+    assert not torch.allclose(out_of(plain, x), expected, atol=1e-3)
+    pruner.structure.adapt(plain)
+    assert torch.equal(out_of(plain, x), expected)
+    if structure == "layer":  # where tokens go is no graph
+        TorchExport().write(net, x, tmp_path / "model.pt2")
+        assert torch.allclose(TorchExport().open(tmp_path / "model.pt2", net)(x), expected, atol=1e-5)
+    for kind, named in ((Compressed, "safetensors"), (CSR, "csr")):
+        with pytest.raises(
+            ConfigError, match=f"export={named} writes weights, .* masked units of structure={structure}"
+        ):
+            refuse({named: kind()}, Classifier(net, 3), None, pruner.structure, 0.5)
+
+
+def test_a_run_that_is_loaded_computes_with_masked_units_as_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted: list[nn.Module] = []
+    monkeypatch.setattr(Channel, "adapt", lambda self, model: adapted.append(model))
+    module, *_ = load_run(Path(__file__).parent / "data" / "run_0.1.0" / "coupled")
+    assert adapted == [module]
+
+
+@pytest.mark.parametrize("structure", ["expert", "layer"])
+def test_shrinking_in_training_refuses_whole_modules_before_it(structure: str) -> None:
+    sparsity = Sparsity(structure=structure, sparsity=0.5, report=False)
+    trainer = Trainer(accelerator="cpu", callbacks=[sparsity, Shrink()], logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=f"structure={structure} removes whole modules, which leave after training"):
+        Shrink()._check(trainer)

@@ -13,6 +13,7 @@ from pl_sparse.app.instantiate import each, network
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.export.format import Export
 from pl_sparse.structure import Structure
+from pl_sparse.structure.units import Whole
 
 __all__ = ["make_formats", "refuse"]
 
@@ -44,6 +45,12 @@ def refuse(
     shape = getattr(data, "shape", None)
     example = module.example_input_array if shape is None else torch.zeros(2, *shape)
     for name, format in formats.items():
+        if format.weights_alone and isinstance(structure, Whole):
+            raise ConfigError(
+                f"export={name} writes weights, for a model of the class, and that computes something else with masked "
+                f"units of structure={structure.label} than the trained one: use a format that holds the network "
+                "without them, as export=[onnx] or export=[torch_export]"
+            )
         reason = format.refusal(network(module), example if isinstance(example, Tensor) else None, structure, sparsity)
         if reason is not None:
             raise ConfigError(f"export={name}: {reason}")

@@ -115,9 +115,11 @@ class CostTarget(Callback):
         pruner = Sparsity.of(trainer).pruner
         asked = f"target {self.what}={self.asked:g}"
         if not (isinstance(pruner.structure, Channel) and pruner.structure.coupled):
+            left = max(self.asked - 1 / 32, 0)  # of a file: a bit for each weight, and the values that are left
+            file = f", or for a compressed file of that size sparsity={1 - left:.3g} export=[safetensors]"
             raise ValueError(
                 f"{asked} is met by channels that can be removed, and structure={pruner.structure.label} leaves them "
-                "where they are: use structure=coupled"
+                f"where they are: use structure=coupled{file if self.what == 'size' else ''}"
             )
         unlimited: dict[str, Any] = {_UNITS[self.what]: inf}
         budget = Budget(final=pruner.schedule.final, **unlimited)

@@ -17,6 +17,7 @@ from pl_sparse.callbacks.rewind import Rewind
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.core.upstream import averaged_models, override, restore
 from pl_sparse.structure import Channel, Head
+from pl_sparse.structure.units import Whole
 from pl_sparse.surgery.plan import RemovalPlan
 from pl_sparse.surgery.shrink import shrink
 
@@ -77,6 +78,11 @@ class Shrink(Callback):
         if (reason := pruner.unshrinkable) is not None:
             raise ValueError(f"shrinking during training is not possible: {reason}")
         structure = pruner.structure
+        if isinstance(structure, Whole):
+            raise ValueError(
+                f"structure={structure.label} removes whole modules, which leave after training alone: leave "
+                "shrink_every and Shrink out, and call export.shrink or export to a format with a graph"
+            )
         if not isinstance(structure, Head) and not (isinstance(structure, Channel) and structure.coupled):
             raise ValueError(
                 f"structure={structure.label} leaves nothing that could be removed during training: use "

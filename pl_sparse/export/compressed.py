@@ -193,6 +193,7 @@ class Compressed(Export):
         level: the level of zstd, 1 (fast) to 22 (small).
     """
 
+    weights_alone = True
     file = "model.safetensors.zst"
 
     def __init__(self, level: int = 19) -> None:

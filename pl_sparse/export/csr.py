@@ -209,6 +209,7 @@ class CSR(Export):
         where: "faster" replaces the layers that are faster so on this machine, "all" every one that has zeros.
     """
 
+    weights_alone = True
     file = "model_csr.safetensors"
     runtime = "torch"
     advice = "more zeros (from about 90 % on), larger linear layers, larger batches, or structure=channel"

@@ -36,6 +36,7 @@ class Export(ABC):
         advice: what makes it faster than a dense model.
         whole: whether the file holds the graph too, so that it runs without the model's class; channels and heads that
             are all zero are removed before it is written.
+        weights_alone: whether the file is loaded into a model of the class, which knows nothing of masks.
     """
 
     file: ClassVar[str]
@@ -46,6 +47,7 @@ class Export(ABC):
     runtime: ClassVar[str] = "torch"
     dtype: ClassVar[str] = "float32"
     whole: ClassVar[bool] = False
+    weights_alone: ClassVar[bool] = False
 
     def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
         """Why such a model cannot be written so, as far as is known before it is trained; None if it can.

@@ -84,6 +84,7 @@ class SemiStructured(Export):
     Source: Mishra et al., Accelerating sparse deep neural networks, 2021, arXiv:2104.08378.
     """
 
+    weights_alone = True
     file = "model_24.safetensors.zst"
     runtime = "torch, float16"
     advice = "larger layers and larger batches: sparse tensor cores pay where products dominate"

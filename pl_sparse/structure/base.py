@@ -72,6 +72,9 @@ class Structure(Axis, ABC):
 
     # The hooks below have a meaning for some structures only.
 
+    def adapt(self, model: nn.Module) -> None:
+        """Let a model that pruned weights were loaded into compute with them as the model did that was trained."""
+
     def misfit(self, shape: torch.Size) -> str | None:
         """Why a tensor of shape (out, in, *kernel) cannot be pruned so, or None."""
         return None

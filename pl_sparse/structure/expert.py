@@ -37,6 +37,11 @@ class Expert(Whole):
     for removing experts with their rows of the router.
     """
 
+    def adapt(self, model: nn.Module) -> None:
+        for layer in expert_layers(model):
+            if layer.reason is None:
+                close_masked(model.get_submodule(layer.router))
+
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
         by_weight = {id(param.weight): param for param in params}
         groups = []

@@ -15,7 +15,7 @@ from pl_sparse.core.layouts import Layout, Part
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
 from pl_sparse.core.upstream import plain_name
-from pl_sparse.network.blocks import Block, pass_by_masked, residual_blocks
+from pl_sparse.network.blocks import Block, listed, pass_by_masked, residual_blocks
 from pl_sparse.structure.base import divided
 from pl_sparse.structure.units import Whole, beside
 
@@ -43,6 +43,11 @@ class Layer(Whole):
     @property
     def needs_example(self) -> bool:
         return True
+
+    def adapt(self, model: nn.Module) -> None:
+        for _, block in listed(model):
+            if not any(bool(weight.any()) for weight in block.parameters() if weight.dim() > 1):
+                pass_by_masked(block)
 
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
         example = getattr(model, "example_input_array", None) if example is None else example
