@@ -358,3 +358,19 @@ def test_a_block_whose_list_must_stay_is_passed_by() -> None:
     left = {id(p) for p in net.parameters()}
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == left
     assert {id(p) for p in optimizer.state} <= left
+
+
+@pytest.mark.parametrize(("make", "structure", "size"), [(Tokens, "expert", 8), (Plain, "layer", 8)])
+def test_a_plain_model_computes_what_the_masked_one_did_once_it_is_prepared(
+    make: Callable[[], nn.Module], structure: str, size: int
+) -> None:
+    torch.manual_seed(0)
+    net, plain, x = make(), make(), torch.randn(2, 5, size)
+    with torch.no_grad():
+        for parameter in net.get_submodule("body.1" if structure == "layer" else "first").parameters():
+            parameter.mul_(0.1)  # the block with a norm after the join goes first
+    pruner = pruned(net, x, structure, 0.4, "global")
+    plain.load_state_dict(net.state_dict())
+    assert not torch.allclose(out_of(plain, x), out_of(net, x), atol=1e-3)
+    pruner.structure.prepare_masked(plain)
+    assert torch.allclose(out_of(plain, x), out_of(net, x), atol=1e-6)

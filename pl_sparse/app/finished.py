@@ -14,6 +14,7 @@ from pl_sparse.app.aliases import current_targets
 from pl_sparse.app.instantiate import make_module, network, optional
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.trust import read_settings
+from pl_sparse.structure import Structure
 from pl_sparse.surgery.saved import load_shrunk
 
 __all__ = ["load_run"]
@@ -53,6 +54,9 @@ def load_run(
         else:
             tensors = load_file(folder / "model.safetensors")
             module.load_state_dict({prefix + name: value for name, value in tensors.items()})
+            structure: Structure | None = optional(cfg, "structure")
+            if structure is not None:
+                structure.prepare_masked(module)
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise ConfigError(f"the weights in {folder} are of another model than its config.yaml: {error}") from error
     return module.eval(), data, cfg

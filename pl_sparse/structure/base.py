@@ -123,6 +123,12 @@ class Structure(Axis, ABC):
         skipped = dict.fromkeys((p.name for p in params), f"structure={self.label} has no unit in it") | skipped
         return groups, {name: reason for name, reason in skipped.items() if name not in pruned}
 
+    def prepare_masked(self, model: nn.Module) -> None:
+        """Let a model that masked weights were loaded into compute what it did when it was pruned, in place.
+
+        Where zeros alone do not say it, hooks do (`groups` adds them to the model that it finds units of).
+        """
+
     @property
     def needs_whole(self) -> str | None:
         return "couples layers, which it calls the model for" if self.needs_example else None

@@ -94,6 +94,11 @@ class Channel(RowUnits):
         groups += [Group(p.name, ((p, p.layout),), reason=reason) for p in params if p.name not in grouped]
         return sorted(groups, key=lambda group: order[group.name])
 
+    def prepare_masked(self, model: nn.Module) -> None:
+        for _, norm in last_norms(model) if self.through_norms else ():
+            if not bool(kept_channels(norm).all()):
+                norm_over_left(norm)
+
     @property
     def needs_example(self) -> bool:
         return self.coupled

@@ -66,6 +66,11 @@ class Expert(Whole):
             )
         return groups
 
+    def prepare_masked(self, model: nn.Module) -> None:
+        for layer in expert_layers(model):
+            if layer.reason is None:
+                close_masked(model.get_submodule(layer.router))
+
 
 def _group(model: nn.Module, layer: Experts, by_weight: dict[int, MaskedParameter]) -> Group:
     members: list[tuple[MaskedParameter, Layout]] = []

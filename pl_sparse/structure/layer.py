@@ -15,7 +15,7 @@ from pl_sparse.core.layouts import Layout, Part
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
 from pl_sparse.core.upstream import plain_name
-from pl_sparse.network.blocks import Block, pass_by_masked, residual_blocks
+from pl_sparse.network.blocks import Block, listed, pass_by_masked, residual_blocks
 from pl_sparse.structure.base import divided
 from pl_sparse.structure.units import Whole, beside
 
@@ -73,6 +73,11 @@ class Layer(Whole):
             if param not in grouped
         ]
         return groups
+
+    def prepare_masked(self, model: nn.Module) -> None:
+        for _, part in listed(model):
+            if not any(bool(weight.any()) for weight in part.parameters() if weight.dim() > 1):
+                pass_by_masked(part)
 
 
 def _group(blocks: Sequence[Block], by_weight: dict[int, MaskedParameter]) -> Group:
