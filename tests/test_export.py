@@ -3,6 +3,7 @@
 import copy
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from pl_sparse.export import (
 from pl_sparse.export.csr import CSRConv2d, CSRLinear, to_csr
 from pl_sparse.export.hardware import Hardware
 from pl_sparse.export.measure import Comparison, Cost, latencies, percentile, ratio, verdict
+from pl_sparse.export.onnx import open_onnx, save_onnx
 from pl_sparse.export.semi_structured import unfit
 from pl_sparse.structure import NM, Channel, Unstructured, structure
 from pl_sparse.tasks.models import lenet5, vit_tiny
@@ -183,6 +185,36 @@ def test_sparse_tensor_cores_compute_the_same(tmp_path: Path) -> None:
     export.write(net, x, tmp_path / export.file)
     with torch.no_grad():
         torch.testing.assert_close(export.open(tmp_path / export.file, net)(x), net(x), atol=1e-2, rtol=1e-2)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.a(x) + self.b(x))
+
+
+def test_a_sum_and_its_norm_stay_two_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ONNX Runtime computes them faster so; its own default joins them."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    net, x, path = Residual().eval(), torch.randn(2, 3, 8), tmp_path / "net.onnx"
+    save_onnx(net, x, path)
+    made = runtime.InferenceSession
+
+    def operations(**other: object) -> set[str]:
+        def session(name: str, options: Any, **given: Any) -> Any:
+            options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+            return made(name, options, **given, **other)
+
+        monkeypatch.setattr(runtime, "InferenceSession", session)
+        assert torch.allclose(open_onnx(path, threads=1)(x), net(x), atol=1e-5)
+        return {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+
+    assert "LayerNormalization" in operations() and "SkipLayerNormalization" not in operations()
+    monkeypatch.setattr("pl_sparse.network.runtimes.SLOWER", ())
+    assert "SkipLayerNormalization" in operations()
 
 
 def test_a_model_that_cannot_be_traced_is_refused_with_a_way_out() -> None:

@@ -7,11 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pl_sparse import Pruner
+from pl_sparse.app.finished import load_run
+from pl_sparse.app.hydra_api import composition
+from pl_sparse.app.training import train
 from pl_sparse.export import load_shrunk, save_shrunk, shrink
 from pl_sparse.network.hooks import called
 from pl_sparse.network.norms import is_over_left, norm_over_all, norm_over_left
@@ -189,3 +193,23 @@ def test_norms_that_do_not_tell_what_is_left_keep_their_channels(norm: nn.Module
 def test_the_option_is_of_coupled_channels() -> None:
     with pytest.raises(ValueError, match="structure=coupled"):
         Channel(through_norms=True)
+
+
+def settings(folder: Path, *overrides: str) -> Any:
+    short = ["trainer.enable_progress_bar=false", "trainer.max_epochs=2", "data.limit=128", f"output_dir={folder}"]
+    width = ["structure=coupled", "structure.through_norms=true", "allocation=uniform", "sparsity=0.5"]
+    with composition():
+        return hydra.compose("train", ["model=vit_tiny", *width, *short, *overrides])
+
+
+def test_the_command_removes_the_width_while_it_trains_and_knows_a_masked_run(tmp_path: Path) -> None:
+    masked = train(settings(tmp_path / "masked"))
+    shrunk = train(settings(tmp_path / "shrunk", "shrink_every=1"))
+    assert shrunk["sparsity"] == masked["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert shrunk["params_left"] < 0.5 * masked["params_left"]
+    assert shrunk["test/acc"] == pytest.approx(masked["test/acc"], abs=0.02)
+    runs = [load_run(tmp_path / name)[0].net for name in ("masked", "shrunk")]
+    x = torch.randn(4, *load_run(tmp_path / "masked")[1].shape)  # type: ignore[union-attr]
+    assert any(is_over_left(module) for module in runs[0].modules())
+    assert not any(is_over_left(module) for module in runs[1].modules())
+    assert torch.allclose(runs[0](x), runs[1](x), atol=1e-4)

@@ -13,7 +13,6 @@ from pl_sparse.app.instantiate import each, network
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.export.format import Export
 from pl_sparse.structure import Structure
-from pl_sparse.structure.units import Whole
 
 __all__ = ["make_formats", "refuse"]
 
@@ -45,7 +44,7 @@ def refuse(
     shape = getattr(data, "shape", None)
     example = module.example_input_array if shape is None else torch.zeros(2, *shape)
     for name, format in formats.items():
-        if format.weights_alone and isinstance(structure, Whole):
+        if format.weights_alone and structure.adapts:
             raise ConfigError(
                 f"export={name} writes weights, for a model of the class, and that computes something else with masked "
                 f"units of structure={structure.label} than the trained one: use a format that holds the network "

@@ -16,6 +16,7 @@ from pl_sparse.callbacks.regularize import Regularize
 from pl_sparse.callbacks.rewind import Rewind
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.core.upstream import averaged_models, override, restore
+from pl_sparse.network.norms import is_over_left, norm_over_left
 from pl_sparse.structure import Channel, Head
 from pl_sparse.structure.units import Whole
 from pl_sparse.surgery.plan import RemovalPlan
@@ -118,7 +119,10 @@ class Shrink(Callback):
         masks = {param.name: param.mask for param in pruner.params if param.pruned}
         if not masks:
             return
+        norms = [part for part in module.modules() if is_over_left(part)]
         result = shrink(module, example_of(trainer, module), masks, optimizers)
+        for norm in norms if optimizers else ():  # more of its channels may be masked
+            norm_over_left(norm)
         for name, reason in result.left.items():
             if self.left.get(name) != reason:
                 rank_zero_info(f"{name} has masked channels that stay: {reason}")

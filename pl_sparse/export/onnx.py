@@ -44,7 +44,7 @@ def save_onnx(net: nn.Module, example: Tensor, path: Path) -> None:
 
 
 def open_onnx(path: Path, threads: int | None = None) -> Executable:
-    """An ONNX file in ONNX Runtime, on the CPU.
+    """An ONNX file in ONNX Runtime, on the CPU (`network.runtimes.onnx_session`).
 
     Args:
         path: the file.

@@ -73,7 +73,15 @@ class Structure(Axis, ABC):
     # The hooks below have a meaning for some structures only.
 
     def adapt(self, model: nn.Module) -> None:
-        """Let a model that pruned weights were loaded into compute with them as the model did that was trained."""
+        """Let a model that pruned weights were loaded into compute with them as the model did that was trained.
+
+        Where zeros alone do not say it, hooks do. `groups` adds them to the model that it finds units of.
+        """
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a model of the class computes something else with the pruned weights until `adapt` was called."""
+        return type(self).adapt is not Structure.adapt
 
     def misfit(self, shape: torch.Size) -> str | None:
         """Why a tensor of shape (out, in, *kernel) cannot be pruned so, or None."""

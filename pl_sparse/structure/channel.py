@@ -95,6 +95,15 @@ class Channel(RowUnits):
         return sorted(groups, key=lambda group: order[group.name])
 
     @property
+    def adapts(self) -> bool:
+        return self.through_norms
+
+    def adapt(self, model: nn.Module) -> None:
+        for _, norm in last_norms(model) if self.through_norms else ():
+            if not bool(kept_channels(norm).all()):
+                norm_over_left(norm)
+
+    @property
     def needs_example(self) -> bool:
         return self.coupled
 
