@@ -184,12 +184,13 @@ SETTING = re.compile(r"(?<![\w.])([a-z_]+(?:\.[a-z_]+)*)=(\"[^\"]+\"|\[[^]]+\]|[
 
 
 def settings_of_cards() -> list[tuple[str, str]]:
-    """What the comments of presets name as a setting, with the preset that it is for."""
-    found = []
+    """What the comments of presets name as a setting, with the preset that it is for; a preset or recipe once."""
+    found = {}
     for name in options("method"):
         comment = "\n".join(re.findall(r"^# (.*)", (CONF / "method" / f"{name}.yaml").read_text(), re.M))
-        found += [(name, f"{key}={value}") for key, value in dict.fromkeys(SETTING.findall(comment))]
-    return found
+        for key, value in SETTING.findall(comment):
+            found.setdefault((key in ("method", "experiment") or name, f"{key}={value}"), name)
+    return [(name, setting) for (_, setting), name in found.items()]
 
 
 def composed(*overrides: str) -> DictConfig:
