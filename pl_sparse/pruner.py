@@ -292,17 +292,20 @@ class Pruner(MaskedModel):
 
     @torch.no_grad()
     def carries_on(self, model: nn.Module) -> bool:
-        """Whether a model is the one that the masks were made for, or is zero where they are, as a copy of it is."""
+        """Whether a model has the masks: it is the one that they were made for, or a copy, and zero where they are."""
         model = unwrapped(model)
+        same = model is self._model
+        if same:
+            self.refuse_unfollowed()
         bound = {plain_name(name): weight for name, weight in model.named_parameters()}
 
         def agrees(param: MaskedParameter) -> bool:
             weight = bound.get(param.name)
-            if weight is None or weight is param.weight or weight.shape != param.shape or not param.pruned:
-                return weight is param.weight
+            if weight is None or weight.shape != param.shape or not param.pruned:
+                return same or weight is param.weight
             return not bool((local(weight.detach()) != 0).logical_and(~param.mask.to(weight.device)).any())
 
-        return model is self._model or all(agrees(param) for param in self.params)
+        return all(agrees(param) for param in self.params)
 
     def reset(self) -> None:
         """Forget model, masks and counters, to be attached to another model."""

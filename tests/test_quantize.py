@@ -17,6 +17,7 @@ from pl_sparse.export import (
     ONNXInt8,
     shrink,
 )
+from pl_sparse.network.graph import traced
 from pl_sparse.quantize import Int4Weight, Int8, Quantization, integers, post_training
 from pl_sparse.tasks.data import Batches
 from pl_sparse.tasks.models import resnet20
@@ -203,6 +204,22 @@ def test_what_cannot_be_quantized_is_told_before_training(tmp_path: Path) -> Non
         fit(tmp_path, Module(), Int4Weight(group=48))
     with pytest.raises(ValueError, match="integers must be simulated before the end"):
         fit(tmp_path, Module(), Int8(), begin=0.8, freeze=0.2)
+
+
+def test_a_norm_that_is_called_twice_is_named() -> None:
+    norm = nn.BatchNorm2d(2)
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), norm, nn.Conv2d(2, 2, 1), norm)
+    with pytest.raises(ValueError, match=r"^torchao cannot quantize Sequential .*running_mean.*: used by several"):
+        Int8().prepare(net, torch.randn(2, 1, 2, 2))
+
+
+def test_a_network_that_takes_any_number_of_inputs_is_traced() -> None:
+    class Net(nn.Linear):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return super().forward(inputs[0])
+
+    graph = traced(Net(3, 2), torch.randn(4, 3)).module()
+    assert graph(torch.randn(7, 3)).shape == (7, 2)
 
 
 def test_a_network_that_is_not_called_is_told(tmp_path: Path) -> None:

@@ -575,6 +575,34 @@ def test_a_copy_or_a_state_that_is_loaded_goes_on() -> None:
     assert zeros(other) == 0.5
 
 
+def test_a_model_whose_weights_were_reset_starts_anew() -> None:
+    callback, module, masks = Sparsity(schedule=OneShot(final=0.5), report=False), Module(), []
+    fit(module, callback)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        for layer in (module.net[0], module.net[2]):
+            layer.reset_parameters()
+        fit(module, callback)
+        assert callback.sparsity == zeros(module) == 0.5 and callback.pruner.step == 16
+        masks.append(torch.cat([param.mask.reshape(-1) for param in callback.pruner.params]))
+    assert not torch.equal(*masks)
+    fit(module, callback)  # and one that was not goes on
+    assert torch.equal(torch.cat([param.mask.reshape(-1) for param in callback.pruner.params]), masks[1])
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_the_sparsity_of_a_checkpoint_is_known_without_training(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    fit(Module(), Sparsity(sparsity=0.5, report=False), saving, enable_checkpointing=True)
+    for what in ("validate", "fit"):  # which is over already
+        callback, module = Sparsity(sparsity=0.5, report=False), Module()
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[callback], **quiet)
+        loaders = {"fit": (loader(), loader())}.get(what, (loader(),))
+        getattr(trainer, what)(module, *loaders, ckpt_path=tmp_path / "last.ckpt")
+        assert callback.sparsity == zeros(module) == 0.5
+
+
 @pytest.mark.parametrize("name", ["unstructured", "row", "nm24", "channel"])
 @pytest.mark.parametrize("allocation", ["erk", "global"])
 def test_a_model_that_is_sparse_already_starts_from_its_zeros(name: str, allocation: str) -> None:

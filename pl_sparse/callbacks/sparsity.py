@@ -137,6 +137,7 @@ class Sparsity(Callback):
                 f"the model is sparse already: its zeros, {self.pruner.level:.2%} of its weights, stay pruned"
             )
         self._judging = BestAtTarget(trainer, lambda: self.pruner.at_target)
+        self.sparsity = self.pruner.sparsity
 
     def _start_anew(self, pl_module: LightningModule) -> None:
         """Forget the model of an earlier fit, unless this one continues it or a state that was loaded."""
@@ -146,8 +147,8 @@ class Sparsity(Callback):
         self.pruner.reset()
         self.summary, self._macs, self._audit = None, MacCount(), Audit()
         rank_zero_info(
-            "the Sparsity callback has pruned another model before: it forgets those masks, and starts with none. To "
-            "carry masks over: sparsity.load_state_dict(sparsity.state_dict()) before fit"
+            "the Sparsity callback has pruned another model before, or this one with other weights: it forgets those "
+            "masks. To carry masks over: sparsity.load_state_dict(sparsity.state_dict()) before fit"
         )
 
     def _join(self, trainer: Trainer) -> None:
@@ -424,7 +425,7 @@ class Sparsity(Callback):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.pruner.state_dict(), "macs": self._macs.state_dict()}
+        return {**self.pruner.state_dict(), "macs": self._macs.state_dict(), "sparsity": self.sparsity}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for state in checkpoint.get("optimizer_states", []):
@@ -439,6 +440,8 @@ class Sparsity(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pruner.load_state_dict(state_dict)
+        attached = self.pruner.attached  # if not, no weights are there to be counted
+        self.sparsity = self.pruner.sparsity if attached else state_dict.get("sparsity", 0.0)
         if "macs" in state_dict:
             self._macs.load_state_dict(state_dict["macs"])
         self._restored = True

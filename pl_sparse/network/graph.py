@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def traced(net: nn.Module, example: Tensor, largest: int | None = None) -> torch
     Raises:
         ValueError: it cannot be traced so.
     """
+    sizes: Any
     if largest == 1:
         example, sizes = example[:1], None
     else:
@@ -43,6 +45,9 @@ def traced(net: nn.Module, example: Tensor, largest: int | None = None) -> torch
             example = torch.cat([example, example])
         dimension: Any = torch.export.Dim.DYNAMIC
         sizes = ({0: torch.export.Dim("batch", min=1, max=largest) if largest else dimension},)
+        first = next(iter(inspect.signature(net.forward).parameters.values()), None)
+        if first is not None and first.kind is first.VAR_POSITIONAL:
+            sizes = (sizes,)
     try:
         return torch.export.export(net, (example,), dynamic_shapes=sizes, strict=False)
     except Exception as error:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pl_sparse.core.parametrized import behind
 from pl_sparse.core.upstream import fake_quantizers, override, restore
+from pl_sparse.network.channels import short
 from pl_sparse.network.graph import traced
 from pl_sparse.network.layers import WEIGHTED
 from pl_sparse.quantize.base import Quantization, quiet_torchao
@@ -49,7 +50,15 @@ class Int8(Quantization):
                 graph = traced(net.train(), example).module()
             finally:
                 net.train(training)
-            graph = prepare_qat_pt2e(graph, x86_quantizer(training=True))
+            shared = [str(node.target) for node in graph.graph.nodes if node.op == "get_attr" and len(node.users) > 1]
+            try:
+                graph = prepare_qat_pt2e(graph, x86_quantizer(training=True))
+            except Exception as error:
+                twice = f"{', '.join(shared)}: used by several calls, each of which needs a layer of its own"
+                raise ValueError(
+                    f"torchao cannot quantize {type(net).__name__} ({short(error)}). "
+                    + (twice if shared else "Leave quantization out, or replace what it names")
+                ) from error
         if not fake_quantizers(graph):
             raise ValueError(
                 f"{type(net).__name__} has no layer that is quantized: quantization=int8 finds Linear, Conv"
