@@ -266,7 +266,7 @@ def test_rows_keep_as_many_each_whatever_the_allocation(name: str) -> None:
         assert int(each.max() - each.min()) <= 1
 
 
-@pytest.mark.parametrize("allocation", [Global(), Uniform(), ERK()])
+@pytest.mark.parametrize("allocation", [Global(), Uniform(), ERK(), LAMP()])
 @pytest.mark.parametrize("kind", ["normal", "tied", "zero"])
 def test_scores_made_in_pieces_choose_the_same_masks(
     kind: str, allocation: Allocation, monkeypatch: pytest.MonkeyPatch
@@ -307,5 +307,6 @@ def test_nan_is_refused_by_name_where_scores_are_made_in_pieces(monkeypatch: pyt
         monkeypatch.setattr(topk, "_LARGE", large)
         found = groups(nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 40)))
         params(found)[1].weight.data[3, 4] = float("nan")
-        with pytest.raises(ValueError, match=r"scores of 1\.weight hold NaN"):
-            choose(Units(found, Unstructured(), Magnitude().score, pointwise=True), Global(), 0.5)
+        for allocation in (Global(), LAMP()):
+            with pytest.raises(ValueError, match=r"scores of 1\.weight hold NaN"):
+                choose(Units(found, Unstructured(), Magnitude().score, pointwise=True), allocation, 0.5)

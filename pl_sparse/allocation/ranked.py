@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pl_sparse.allocation.count import kept
 from pl_sparse.allocation.units import LazyScores, Units
 from pl_sparse.core.group import Group
 from pl_sparse.core.registry import Axes, name_of, register
-from pl_sparse.core.topk import descending, threshold, top_k
+from pl_sparse.core.topk import above, counted, descending, living, threshold, top_k, within
 
 __all__ = ["LAMP", "Global", "lamp"]
 
@@ -110,7 +111,7 @@ def _lamp_counts(units: Units, keep: int) -> list[int]:
     In a tensor LAMP scores fall as scores do. Each is sorted once, and one rank in `_EVERY` remembered: that tells
     which of its ranks the threshold may lie between, and only these are looked at again.
     """
-    curves = [_Curve(_living(units[index])) for index in range(len(units))]
+    curves = [_Curve(_sizes(units, index)) for index in range(len(units))]
     spare = keep - sum(curve.size for curve in curves)
     if spare >= 0:  # all that is left, and of what is pruned already the first
         counts = []
@@ -126,7 +127,7 @@ def _lamp_counts(units: Units, keep: int) -> list[int]:
     upper, lower = float(known[(keep - 1) // _EVERY]), float(known[low]) if low < len(known) else float("-inf")
     spans = [curve.span(upper, lower) for curve in curves]
     between = [
-        curve.scores(_living(units[index]), *span).cpu()
+        curve.scores(_sizes(units, index), *span).cpu()
         for index, (curve, span) in enumerate(zip(curves, spans, strict=True))
     ]
     sure = [start for start, _ in spans]
@@ -134,31 +135,33 @@ def _lamp_counts(units: Units, keep: int) -> list[int]:
     return [count + int(torch.count_nonzero(mask)) for count, mask in zip(sure, cutoff.masks(between), strict=True)]
 
 
-def _living(scores: Tensor) -> Tensor:
-    """The size of each score, flat; -1 where the unit is pruned already."""
-    flat = scores.reshape(-1)
-    return torch.where(flat == torch.finfo(flat.dtype).min, -1, flat.abs())
+def _sizes(units: Units, index: int) -> Tensor:
+    """The size of each score of a tensor that is not pruned already, flat."""
+    sizes = living(units, index).abs_()
+    if math.isnan(float(sizes.sum())):
+        return units[index].reshape(-1)  # which refuses NaN by name
+    return sizes
 
 
 class _Curve:
     """The LAMP scores of a tensor by rank, as far as they are remembered.
 
     Args:
-        scores: flat, -1 where a unit is pruned already.
+        scores: of the units that are not pruned already, flat and not negative.
 
     Attributes:
-        size: how many units there are that are not pruned already.
+        size: how many there are.
         ranked: the LAMP scores of ranks 0, `_EVERY`, 2 `_EVERY`, ..., float64.
     """
 
     def __init__(self, scores: Tensor) -> None:
         ranked = descending(scores)
-        self.size = int(torch.count_nonzero(ranked >= 0))
-        squared = _squares(ranked[: self.size])
-        total = squared.cumsum(0)
-        self._scores = ranked[: self.size : _EVERY].clone()
-        self._total = total[::_EVERY].clone()
-        self.ranked = _shares(squared[::_EVERY], self._total)
+        self.size = len(ranked)
+        squared = _squares(ranked)
+        self._scores = ranked[::_EVERY].clone()
+        some = squared[::_EVERY].clone()
+        self._total = squared.cumsum_(0)[::_EVERY].clone()
+        self.ranked = _shares(some, self._total)
 
     def span(self, upper: float, lower: float) -> tuple[int, int]:
         """The first rank and the one after the last of all that may have a LAMP score from `lower` to `upper`."""
@@ -171,15 +174,15 @@ class _Curve:
             return self.ranked[:0]
         most = self._scores[start // _EVERY]
         least = self._scores[end // _EVERY] if end < self.size else 0.0
-        ranked = descending(scores[(scores >= least) & (scores <= most)])
-        first = int(torch.count_nonzero(scores > most))  # equal ones may lie before `start`
+        ranked = descending(within(scores, float(least), float(most)))
+        first = int(counted(above(scores, float(most))))  # equal ones may lie before `start`
         squared = _squares(ranked[start - first : end - first])
         total = torch.cat([self._total[start // _EVERY].reshape(1), squared[1:]]).cumsum(0)
         return _shares(squared, total)
 
 
 def _squares(scores: Tensor) -> Tensor:
-    return scores.double().square().clamp_max(1e200)  # infinite scores have a rank among others too
+    return scores.double().square_().clamp_max_(1e200)  # infinite scores have a rank among others too
 
 
 def _shares(squared: Tensor, total: Tensor) -> Tensor:

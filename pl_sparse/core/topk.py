@@ -227,6 +227,26 @@ def _tied(scores: Sequence[Tensor], keep: int, value: float) -> Threshold | None
     return Threshold(value, keep - above, equal)
 
 
+def living(scores: Sequence[Tensor], index: int) -> Tensor:
+    """The scores of one tensor that are ranked and not the lowest number there is, flat and in order, a copy."""
+    parts = []
+    for run, ranked in _runs(scores, index)[1]:
+        chosen = _compared((run, ranked), operator.ne, torch.finfo(run.dtype).min)
+        parts.append(run if counted(chosen) == len(run) else _picked(run, chosen))
+    return torch.cat(parts)
+
+
+def above(scores: Tensor, value: float) -> Tensor:
+    """Which of flat scores are larger than a value."""
+    return _compared((scores, None), operator.gt, value)
+
+
+def within(scores: Tensor, least: float, most: float) -> Tensor:
+    """The flat scores from one value to another, in order."""
+    chosen = _both(_compared((scores, None), operator.ge, least), _compared((scores, None), operator.le, most))
+    return _picked(scores, chosen)
+
+
 def descending(values: Tensor) -> Tensor:
     """The values of a flat tensor of floats, the largest first."""
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):  # ten times as fast
