@@ -61,7 +61,7 @@ def main() -> None:
         kept.append([chance.randint(max(size // 8, 1), size) for size in units.sizes])
         for g, count in enumerate(kept[-1]):
             units.assign(g, structure.select(units[g], count))
-            for param, _ in (*groups[g].members, *groups[g].followers):
+            for param, _ in (*groups[g].members, *groups[g].companions):
                 with torch.no_grad():
                     param.weight.mul_(param.mask)
         shrink(net, x[:2])

@@ -105,6 +105,32 @@ def test_the_budget_shrinks_with_the_level_and_widths_are_whole_blocks() -> None
         assert int(group.members[0][0].mask.flatten(1).any(1).sum()) % 4 == 0
 
 
+def test_layers_that_lose_more_keep_more(tmp_path: Path) -> None:
+    """By a table of single layers; with one that says nothing of them it is as without."""
+    x, path, kept = torch.randn(2, 1, 8, 8), tmp_path / "sensitivity.csv", {}
+
+    def table(**losses: float) -> str:
+        rows = [f"{name.removeprefix('_')}.weight,0.5,{loss}" for name, loss in losses.items()]
+        path.write_text("\n".join(["layer,sparsity,drop", *rows]))
+        return str(path)
+
+    def small() -> nn.Module:
+        torch.manual_seed(0)
+        convs = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        return nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), nn.Flatten(), nn.Linear(1024, 2))
+
+    for which, losses in {"first": (0.2, 0.0), "last": (0.0, 0.2), "even": (0.0, 0.0), "none": None}.items():
+        sensitivity = None if losses is None else table(_0=losses[0], _2=losses[1])
+        budget = Budget(final=0.9, macs=0.4, sensitivity=sensitivity)
+        pruner = pruned(small(), budget, x)
+        kept[which] = [int(group.members[0][0].mask.flatten(1).any(1).sum()) for group in pruner.groups]
+        assert budget.cost(kept[which]) <= budget.limit(1.0)
+    assert kept["even"] == kept["none"]
+    assert kept["first"][0] > kept["last"][0] and kept["first"][1] < kept["last"][1]
+    with pytest.raises(ValueError, match=r"has no row for 0\.weight nor"):
+        pruned(small(), Budget(macs=0.4, sensitivity=table(other=0.1)), x)
+
+
 def test_a_budget_that_cannot_be_met_or_makes_no_sense_is_refused() -> None:
     x = torch.randn(2, 1, 8, 8)
     with pytest.raises(ValueError, match="cannot be met"):

@@ -2,12 +2,13 @@
 
 import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pl_sparse.export import (
@@ -22,7 +23,7 @@ from pl_sparse.export import (
 )
 from pl_sparse.export.csr import CSRConv2d, CSRLinear, to_csr
 from pl_sparse.export.hardware import Hardware
-from pl_sparse.export.measure import Comparison, Cost, latencies, percentile, ratio, verdict
+from pl_sparse.export.measure import Comparison, Cost, compare, latencies, one_thread, percentile, ratio, verdict
 from pl_sparse.export.onnx import open_onnx, save_onnx
 from pl_sparse.export.semi_structured import unfit
 from pl_sparse.structure import NM, Channel, Unstructured, structure
@@ -285,6 +286,27 @@ def test_the_verdict_does_not_flatter() -> None:
     line = verdict([slow, fast], "a CPU", "channels")
     assert "2.00x SLOWER at batch 1" in line and "2.00x faster at batch 32" in line and "2.0x smaller" in line
     assert "a CPU" in line and "No speed-up" not in line
+
+
+def test_on_one_thread_a_machine_that_does_something_else_turns_no_verdict() -> None:
+    """A model that waits as long as it computes, as one that is not let run, costs what another costs."""
+
+    def computing(waits: bool) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            end = time.process_time() + 1e-3
+            while time.process_time() < end:
+                pass
+            if waits:
+                time.sleep(2e-3)
+            return x
+
+        return run
+
+    makers = {"dense": lambda: computing(True), "exported": lambda: computing(False)}
+    sizes = {"dense": 1, "exported": 1}
+    with one_thread():
+        (row,) = compare("onnx", "ONNX Runtime", makers, torch.zeros(1, 1), [1], sizes, {}, seconds=0.01)
+    assert not row.faster[1] and row.dense.median_ms == pytest.approx(1.0, rel=0.5)
 
 
 def test_dense_and_sparse_models_differ_in_their_zeros_alone() -> None:

@@ -152,6 +152,42 @@ def test_a_module_imitates_what_it_was(tmp_path: Path, monkeypatch: pytest.Monke
         pl_sparse.slim(trained(), Digits(limit=300), 1.5, folder=tmp_path / "b", student="0", **options)
 
 
+class Steps(Own):
+    """Trains by its steps alone."""
+
+    forward = LightningModule.forward
+
+
+def test_a_module_without_a_forward_is_refused_with_what_to_write(tmp_path: Path) -> None:
+    written = r"Steps has no forward, .* def forward\(self, x\): return self\.model\(x\)"
+    with pytest.raises(ConfigError, match=written):
+        pl_sparse.slim(Steps(), Digits(limit=64), folder=tmp_path / "slim")
+    assert not (tmp_path / "slim").exists()
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    sparsity = pl_sparse.Sparsity(structure="coupled", sparsity=0.5, report=False)
+    trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[sparsity], default_root_dir=tmp_path, **quiet)
+    with pytest.raises(ValueError, match=written):
+        trainer.fit(Steps(), Digits(limit=64))
+    assert trainer.global_step == 0
+
+
+def test_what_layers_lose_decides_where_channels_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CostTarget, "_faster", lambda self, a, b, x: parameters(a) / parameters(b))
+    monkeypatch.setattr("pl_sparse.app.slim._SECONDS", 0.01)
+
+    def losing(layer: str) -> list[int]:
+        def measured(module: Any, data: Any, structure: Any, levels: Any, batches: Any, metric: str, to: Path) -> None:
+            rows = [f"{name},0.5,{0.2 * (name == layer)}" for name in ("0.weight", "3.weight")]
+            (to / "sensitivity.csv").write_text("\n".join(["layer,sparsity,drop", *rows]))
+
+        monkeypatch.setattr("pl_sparse.app.slim.sensitivity", measured)
+        smaller, _ = pl_sparse.slim(trained(), Digits(limit=128), 2.0, epochs=2, folder=tmp_path / layer)
+        return [layer.out_channels for layer in smaller.modules() if isinstance(layer, nn.Conv2d)]
+
+    first, last = losing("0.weight"), losing("3.weight")
+    assert first[0] > last[0] and last[1] >= first[1]
+
+
 @pytest.mark.slow
 def test_integers_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pl_sparse.app.slim._SECONDS", 0.1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.allocation.base import Allocation
+from pl_sparse.allocation.measured import losses
 from pl_sparse.allocation.units import Units
 from pl_sparse.core.group import Group
 from pl_sparse.core.registry import register
@@ -17,6 +18,10 @@ from pl_sparse.network.latency import Network, measured
 from pl_sparse.network.runtimes import Runtime
 
 __all__ = ["Budget"]
+
+_LEAST_WORTH = 0.1
+"""Of a group that loses nothing; that of the one that loses most is 1 more. A loss of 0 is one that a few batches do
+not show."""
 
 
 @register
@@ -26,8 +31,9 @@ class Budget(Allocation):
 
     The worth of a network is sum over groups log(sum of the scores of its kept units), so that the share of a group's
     importance counts and no group is emptied. The candidates are the `multiple` least important channels of each group.
-    Repeatedly, the candidate with the least loss of worth per saved cost is removed, and costs are computed anew. A
-    group keeps at least one block. The way there follows the schedule: at a level s the budget is full^(1 - p) budget^p
+    Repeatedly, the candidate with the least loss of worth per saved cost is removed, and costs are computed anew. With
+    `sensitivity` the worth of a group is multiplied by 0.1 + d / max d, where d is the loss that the model was measured
+    to have with its layers pruned alone. A group keeps at least one block. The way there follows the schedule: at a level s the budget is full^(1 - p) budget^p
     with p = s / final, `full` being what the dense network costs. `sparsity` sets only the pace; the final sparsity
     follows from the budget.
 
@@ -47,10 +53,11 @@ class Budget(Allocation):
         table: where latencies are kept, see `latency.LatencyTable`.
         runtime: what milliseconds are those of: "torch", "onnxruntime" or "openvino"; None: torch.
         device: the device that torch measures on, "cpu" or "cuda"; None: the one that trains.
+        sensitivity: sensitivity.csv of `pl-sparse sensitivity`, of the same model: layers that lose more keep more.
 
     Raises:
         ValueError: not exactly one of ms, kb and macs is given, or it is not above 0; for ms, a runtime or device that
-            is not there.
+            is not there. When it starts: the table of `sensitivity` is of another model, or none.
     """
 
     final: float = 1.0
@@ -62,6 +69,7 @@ class Budget(Allocation):
     table: str | None = None
     runtime: str | None = None
     device: str | None = None
+    sensitivity: str | None = None
     _measured: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -93,7 +101,9 @@ class Budget(Allocation):
         table = None
         if self.what == "ms":
             table = measured(network, model, self.table, self.runtime, self.device)
-        self._measured.update(network=network, table=table)
+        self._measured.update(network=network, table=table, worth=[1.0] * len(groups))
+        if self.sensitivity is not None:
+            self._measured["worth"] = _worth(groups, self.sensitivity)
         budget = self.limit(1.0)
         if self.least > budget:
             raise ValueError(
@@ -156,7 +166,7 @@ class Budget(Allocation):
                 if fewer < min(self.multiple, network.units[g]) or fewer < 1:
                     continue
                 cost = self.cost([*kept[:g], fewer, *kept[g + 1 :]])
-                lost = float(values[g][kept[g]] - values[g][fewer])
+                lost = self._measured["worth"][g] * float(values[g][kept[g]] - values[g][fewer])
                 rate = lost / max(now - cost, 1e-12)
                 if best is None or rate < best[0]:
                     best = rate, g, cost
@@ -167,3 +177,25 @@ class Budget(Allocation):
             g, now = best[1], best[2]
             kept[g] -= kept[g] % self.multiple or self.multiple
         return [kept[g] for g in index]
+
+
+def _worth(groups: Sequence[Group], path: str) -> list[float]:
+    """What the scores of each group count for, by what the model loses where its layers are pruned alone.
+
+    Args:
+        groups: of coupled channels; where several layers have a loss, the largest counts, and where none has, the mean.
+        path: the table.
+    """
+    measured = {name: curve[-1][1] for name, curve in losses(path).items()}
+    found = []
+    for group in groups:
+        names = [name for param, _ in group.members for name in (param.name, param.name.removeprefix("net."))]
+        found.append(max((measured[name] for name in names if name in measured), default=None))
+    known = [loss for loss in found if loss is not None]
+    if not known:
+        raise ValueError(
+            f"{path} has no row for {groups[0].name} nor for another layer whose channels are pruned: it is of another "
+            "model"
+        )
+    mean, largest = sum(known) / len(known), max(known)
+    return [_LEAST_WORTH + ((mean if loss is None else loss) / largest if largest else 1.0) for loss in found]

@@ -17,7 +17,7 @@ from pl_sparse.allocation.units import Units
 from pl_sparse.core.group import Group
 from pl_sparse.core.registry import Axes, register, suggestion
 
-__all__ = ["Sensitivity"]
+__all__ = ["Sensitivity", "losses"]
 
 Curve = Sequence[tuple[float, float]]
 
@@ -51,7 +51,7 @@ class Sensitivity(Allocation):
 
     def start(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
         self._curves.clear()
-        self._curves.update(_read(Path(str(self.path))))
+        self._curves.update(losses(str(self.path)))
         if missing := [group.name for group in groups if group.name not in self._curves]:
             raise ValueError(
                 f"{self.path} has no row for {missing[0]}: it is of another model or structure. "
@@ -90,13 +90,20 @@ def _density(curve: Curve, drop: float) -> float:
     return 1 - sparsity
 
 
-def _read(path: Path) -> dict[str, Curve]:
-    """By layer, its sparsities and the losses there, which rise."""
-    if not path.is_file():
-        raise ValueError(f"allocation.path={path} is no file: pl-sparse sensitivity RUN writes RUN/sensitivity.csv")
+def losses(path: str) -> dict[str, Curve]:
+    """By layer, its sparsities and the losses there, which rise.
+
+    Args:
+        path: a table of `pl-sparse sensitivity`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is no file: pl-sparse sensitivity RUN writes RUN/sensitivity.csv")
     curves: dict[str, list[tuple[float, float]]] = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with Path(path).open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 curves.setdefault(row["layer"], []).append((float(row["sparsity"]), float(row["drop"])))
     except (KeyError, TypeError, ValueError) as error:

@@ -48,7 +48,7 @@ ADDED: dict[str, Any] = {
 ADDED_WITHIN: dict[str, dict[str, Any]] = {
     "data": {"scale": "standard"},
     "structure": {"through_norms": False},
-    "allocation": {"runtime": None, "device": None},
+    "allocation": {"runtime": None, "device": None, "sensitivity": None},
     "regularizer.regularizer": {"runtime": None, "device": None},
 }
 """Settings of groups that a configuration of 0.1.0 does not have, with their defaults."""

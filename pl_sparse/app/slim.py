@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import torch
@@ -15,12 +16,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from pl_sparse.allocation import Budget
 from pl_sparse.app.deploy import deploy, training_inputs
 from pl_sparse.app.instantiate import network, refuse_other_outputs
 from pl_sparse.app.sensitivity import is_validated, metric_of, sensitivity, validated, validator
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.trainer import quiet_trainer
 from pl_sparse.callbacks import CostTarget, Distill, History, Sparsity
+from pl_sparse.callbacks.calibration import refuse_without_forward
 from pl_sparse.callbacks.run.progress import ProgressLines
 from pl_sparse.core.files import write_json
 from pl_sparse.export import ONNX, ONNXInt8
@@ -101,7 +104,7 @@ def slim(
         epochs: of fine-tuning.
         lr: the first learning rate of AdamW, for a classifier.
         folder: the folder for slim.json, slim.png, README.md, sensitivity.csv and .png, shrunk/, model.onnx, bench.*.
-        sensitive: whether each layer is first pruned alone to find out its sensitivity.
+        sensitive: whether each layer is first pruned alone; layers that lose more then keep more of their channels.
         student: the submodule of a LightningModule whose outputs are logits (or have them as `.logits`), "" for the
             module itself; it imitates the original. None: no imitation.
 
@@ -120,6 +123,8 @@ def slim(
         raise ConfigError(f"{folder} holds a network that was slimmed: give another folder")
     try:
         target = CostTarget(speedup=speedup)
+        if isinstance(model, LightningModule):
+            refuse_without_forward(model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     module = _module(model, data, lr)
@@ -137,7 +142,8 @@ def slim(
     before = {metric: logged[metric], **_size(network(module), example)}
     if sensitive:
         sensitivity(module, data, Channel(), _LEVELS, _BATCHES, metric, folder)
-    _fine_tune(module, data, target, metric, epochs, folder, imitating)
+    budget = Budget(final=0.9, macs=inf, sensitivity=str(folder / "sensitivity.csv") if sensitive else None)
+    _fine_tune(module, data, target, budget, metric, epochs, folder, imitating)
     after = {metric: validated(validator(), module, data)[metric]}
     costs = _exported(module, data, formats, folder)
     smaller = copy.deepcopy(network(module)).cpu().eval()
@@ -225,6 +231,7 @@ def _fine_tune(
     module: LightningModule,
     data: LightningDataModule | None,
     target: CostTarget,
+    budget: Budget,
     metric: str,
     epochs: int,
     folder: Path,
@@ -236,7 +243,7 @@ def _fine_tune(
         save_on_train_epoch_end=True, enable_version_counter=False,
     )  # fmt: skip
     callbacks = [
-        Sparsity(schedule=Cubic(final=0.9, end=0.5), structure="coupled", report=False),
+        Sparsity(schedule=Cubic(final=0.9, end=0.5), structure="coupled", allocation=budget, report=False),
         *imitating,
         History(folder / "history.csv"),
         target,

@@ -19,7 +19,7 @@ from pl_sparse.core.upstream import forgets_metrics, overridden, passed_on, trai
 from pl_sparse.network.hooks import called, hooked, stand_ins, tensors, undisturbed
 from pl_sparse.network.probe import Probe
 
-__all__ = ["Calibration", "example_of", "first_batches", "network_of"]
+__all__ = ["Calibration", "example_of", "first_batches", "network_of", "refuse_without_forward"]
 
 
 _TRIES = 20
@@ -29,6 +29,18 @@ def network_of(module: LightningModule) -> nn.Module:
     """The network of a module: its `net` where there is one, else the module itself."""
     net = getattr(module, "net", None)
     return net if isinstance(net, nn.Module) else module
+
+
+def refuse_without_forward(module: LightningModule) -> None:
+    """Raise a ValueError if a module has no `forward` to follow its channels through, and say what to write."""
+    if type(module).forward is not LightningModule.forward or "forward" in vars(module):
+        return
+    sizes = {name: sum(weight.numel() for weight in part.parameters()) for name, part in module.named_children()}
+    largest = max(sizes, key=lambda name: sizes[name], default="net")
+    raise ValueError(
+        f"{type(module).__name__} has no forward, which is what its channels are followed through and what is "
+        f"exported: give it the network's, as in def forward(self, x): return self.{largest}(x)"
+    )
 
 
 def first_batches(trainer: Trainer, count: int) -> list[Any]:
@@ -155,8 +167,9 @@ def example_of(trainer: Trainer, module: LightningModule) -> Any:
         The inputs of two samples, on the module's device: a tensor, a tuple of arguments or a dict of keywords.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or the module cannot be called.
     """
+    refuse_without_forward(module)
     example: Any = module.example_input_array
     if example is None:
         loader = training_loader(trainer)

@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
+from pl_sparse.network.runtimes import Runtime
 
 __all__ = [
     "Comparison",
@@ -212,7 +213,7 @@ def compare(
     metrics: Mapping[str, float],
     seconds: float = 2.0,
 ) -> list[Comparison]:
-    """Measure a dense model and an exported one side by side.
+    """Measure a dense model and an exported one side by side, on one thread in the time of the processor.
 
     Args:
         name: the format of the exported one.
@@ -227,11 +228,12 @@ def compare(
     Returns:
         A comparison per batch size.
     """
+    clock = time.perf_counter if _on_gpu(runtime) else Runtime().clock
     memory = {key: peak_memory(load, example) for key, load in make.items()}
     runs = {key: load() for key, load in make.items()}
     comparisons = []
     for batch in batches:
-        times = latencies(runs, example[:batch], seconds)
+        times = latencies(runs, example[:batch], seconds, clock=clock)
         costs = {}
         for key, taken in times.items():
             middle = percentile(taken, 0.5)
@@ -239,6 +241,11 @@ def compare(
         faster = ratio(times["dense"], times["exported"])
         comparisons.append(Comparison(name, runtime, batch, costs["dense"], costs["exported"], faster, metrics))
     return comparisons
+
+
+def _on_gpu(runtime: str) -> bool:
+    """Whether a format's runtime is the GPU, where half precision is."""
+    return "float16" in runtime
 
 
 def ratio(dense: Sequence[float], other: Sequence[float]) -> tuple[float, bool]:
