@@ -33,9 +33,9 @@ class Budget(Allocation):
     importance counts and no group is emptied. The candidates are the `multiple` least important channels of each group.
     Repeatedly, the candidate with the least loss of worth per saved cost is removed, and costs are computed anew. With
     `sensitivity` the worth of a group is multiplied by 0.1 + d / max d, where d is the loss that the model was measured
-    to have with its layers pruned alone. A group keeps at least one block. The way there follows the schedule: at a level s the budget is full^(1 - p) budget^p
-    with p = s / final, `full` being what the dense network costs. `sparsity` sets only the pace; the final sparsity
-    follows from the budget.
+    to have with its layers pruned alone. A group keeps at least one block. The way there follows the schedule: at a
+    level s the budget is full^(1 - p) budget^p with p = s / final, `full` being what the dense network costs.
+    `sparsity` sets only the pace; the final sparsity follows from the budget.
 
     It needs coupled channels, because only these can be removed (`structure=coupled`).
 
