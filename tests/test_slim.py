@@ -81,7 +81,7 @@ def test_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (folder / "slim.png").stat().st_size > 5000
     page = (folder / "README.md").read_text()
     assert f"| parameters | {before['parameters']:,} | {after['parameters']:,} |" in page
-    assert "pl-sparse slim test_slim:trained --data digits" in page and "| `0.weight` | 32 x 1 x 3 x 3 |" in page
+    assert "pl-sparse slim test_slim:trained --data digits" in page and "| `3.weight` | 64 x 32 x 3 x 3 |" in page
     with (folder / "sensitivity.csv").open() as file:
         layers = {row["layer"] for row in csv.DictReader(file)}
     assert layers == {"0.weight", "3.weight"}

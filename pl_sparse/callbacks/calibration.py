@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
 from pl_sparse.core.upstream import forgets_metrics, overridden, passed_on, training_loader
-from pl_sparse.network.hooks import called, hooked, stand_ins, tensors, undisturbed
+from pl_sparse.network.hooks import called, hooked, stand_ins, tensors, undisturbed, without_forward
 from pl_sparse.network.probe import Probe
 
 __all__ = ["Calibration", "example_of", "first_batches", "network_of", "refuse_without_forward"]
@@ -35,12 +35,7 @@ def refuse_without_forward(module: LightningModule) -> None:
     """Raise a ValueError if a module has no `forward` to follow its channels through, and say what to write."""
     if type(module).forward is not LightningModule.forward or "forward" in vars(module):
         return
-    sizes = {name: sum(weight.numel() for weight in part.parameters()) for name, part in module.named_children()}
-    largest = max(sizes, key=lambda name: sizes[name], default="net")
-    raise ValueError(
-        f"{type(module).__name__} has no forward, which is what its channels are followed through and what is "
-        f"exported: give it the network's, as in def forward(self, x): return self.{largest}(x)"
-    )
+    raise without_forward(module)
 
 
 def first_batches(trainer: Trainer, count: int) -> list[Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "called", "evaluated", "hooked", "stand_ins", "tensors", "trained", "uncallable", "undisturbed", "unfused",
+    "without_forward",
 ]  # fmt: skip
 
 Pre = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -146,14 +147,21 @@ def called(model: nn.Module, example: Any) -> list[Tensor]:
     return list(tensors(out))
 
 
+def without_forward(model: nn.Module) -> ValueError:
+    """What is raised where a model has no `forward`: it has what to write, with the model's largest part."""
+    sizes = {name: sum(weight.numel() for weight in part.parameters()) for name, part in model.named_children()}
+    largest = max(sizes, key=lambda name: sizes[name], default="net")
+    return ValueError(
+        f"{type(model).__name__} has no forward, which its channels are followed through and which is exported: define "
+        f"the network's, as in def forward(self, x): return self.{largest}(x)"
+    )
+
+
 def uncallable(model: nn.Module, error: Exception) -> ValueError:
     """What is raised where a model cannot be called with an example of its inputs."""
     name = type(model).__name__
     if isinstance(error, NotImplementedError) and f"[{name}] is missing the required" in str(error):
-        return ValueError(
-            f"{name} has no forward, which is called to see how its layers are joined: define forward(self, x), that "
-            "returns what training_step computes of its inputs, and call it there"
-        )
+        return without_forward(model)
     return ValueError(
         f"{name} cannot be called with the example of its inputs: {error}. Give the inputs it is called with as "
         "example_input_array"
