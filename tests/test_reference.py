@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import hydra
 import pytest
@@ -235,20 +237,46 @@ def test_every_method_has_a_row_with_what_it_is_made_of() -> None:
         ), name
 
 
+PACKAGES = (
+    *("", ".scorer", ".schedule", ".structure", ".allocation", ".updater", ".masking", ".regularizer", ".quantize"),
+    *(".export", ".callbacks", ".app", ".integrations.hugging_face", ".tasks.models", ".tasks.data"),
+    ".tasks.classifier",
+)
+"""Those of the Python reference."""
+
+
+def public() -> Iterator[tuple[str, Any]]:
+    for package in PACKAGES:
+        module = import_module(f"pl_sparse{package}")
+        yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__)
+
+
 def test_public_names_are_documented() -> None:
     """What `__all__` of a package names has a docstring of its own."""
-    packages = (
-        "", ".scorer", ".schedule", ".structure", ".allocation", ".updater", ".masking", ".regularizer", ".quantize",
-        ".export", ".callbacks", ".app", ".integrations.hugging_face", ".tasks.models", ".tasks.data",
-        ".tasks.classifier",
-    )  # fmt: skip
     lacking = []
-    for package in packages:
-        module = import_module(f"pl_sparse{package}")
-        for name in module.__all__:
-            named = getattr(module, name)
-            if callable(named) and not (isinstance(named, type) or hasattr(named, "__wrapped__") or named.__doc__):
-                lacking.append(f"{module.__name__}.{name}")
-            if isinstance(named, type) and not vars(named).get("__doc__"):
-                lacking.append(f"{module.__name__}.{name}")
+    for name, named in public():
+        if callable(named) and not (isinstance(named, type) or hasattr(named, "__wrapped__") or named.__doc__):
+            lacking.append(name)
+        if isinstance(named, type) and not vars(named).get("__doc__"):
+            lacking.append(name)
+    assert lacking == []
+
+
+def test_arguments_of_public_names_are_documented() -> None:
+    """Each has an entry in `Args:`, of the class or one above it; a sole argument may be named in the text."""
+    lacking = []
+    for name, named in public():
+        is_class = isinstance(named, type) and not issubclass(named, Exception)
+        if not (is_class or inspect.isfunction(inspect.unwrap(named))):
+            continue
+        classes = named.__mro__ if isinstance(named, type) else (named,)
+        ours = [c for c in classes if (c.__module__ or "").startswith("pl_sparse")]
+        text = "\n".join(inspect.cleandoc(c.__doc__ or "") for c in ours)
+        kinds = inspect.signature(named).parameters.values()
+        arguments = [p.name for p in kinds if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        for argument in arguments:
+            if (
+                not re.search(rf"^ +{argument}:|`{argument}`", text, re.M) and name != "pl_sparse.register"
+            ):  # overloaded
+                lacking.append(f"{name}({argument})")
     assert lacking == []

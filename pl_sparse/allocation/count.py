@@ -14,6 +14,10 @@ __all__ = ["apportion", "kept"]
 def kept(sparsity: float, count: int) -> int:
     """How many of `count` are kept at a sparsity: the nearest whole number, halves up.
 
+    Args:
+        sparsity: the fraction that is removed, in [0, 1].
+        count: the number of weights or units.
+
     >>> kept(0.9, 1000), kept(0.5, 5), kept(1.0, 7)
     (100, 3, 0)
     """

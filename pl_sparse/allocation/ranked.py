@@ -92,6 +92,9 @@ def lamp(scores: Tensor) -> Tensor:
 
     Among equal scores the first counts as the larger. Units that are already pruned score 0.
 
+    Args:
+        scores: of one tensor, none negative.
+
     >>> lamp(torch.tensor([0.5, 1.0, 2.0, 3.0])).tolist()
     [0.017543859649122806, 0.07142857142857142, 0.3076923076923077, 1.0]
     """

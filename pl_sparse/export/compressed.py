@@ -75,6 +75,7 @@ def load_compressed(path: str | os.PathLike[str], limit: int = 1 << 32) -> dict[
     A file of version 0.1.0 has no checksum and loads with a warning: damage in it may load as other weights.
 
     Args:
+        path: the file.
         limit: the largest number of bytes of all tensors together. A file whose header has more is not unpacked.
 
     Raises:

@@ -99,6 +99,13 @@ def step_sizes(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor |
     With v the moving average of g^2: lr / (sqrt(v / (1 - beta2^t)) + eps) for Adam, AdamW, NAdam (with amsgrad the
     largest v so far), lr / (sqrt(v) + eps) for RMSprop. For all other optimizers it is lr; 0 for a weight that did not
     step.
+
+    Args:
+        optimizer: the one that has stepped.
+        weights: some of its parameters.
+
+    Returns:
+        For each weight a number, or a tensor of its shape.
     """
     by_weight = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
     sizes: list[Tensor | float] = []

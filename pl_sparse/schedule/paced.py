@@ -14,7 +14,12 @@ __all__ = ["Decisions", "Paced"]
 
 @dataclass(eq=False)
 class Decisions:
-    """The decisions made during training: the level due at each step, and whether the last one is reached."""
+    """The decisions made during training: the level due at each step, and whether the last one is reached.
+
+    Args:
+        levels: the sparsity by the optimizer step at which it is due.
+        done: whether the last level is reached.
+    """
 
     levels: dict[int, float] = field(default_factory=dict)
     done: bool = False

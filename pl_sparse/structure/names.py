@@ -16,6 +16,12 @@ __all__ = ["structure"]
 def structure(name: str) -> Structure:
     """The structure a string stands for: a class name, "nm24" or "2:4", "nm24t" (transposable), "block4x4", ...
 
+    Args:
+        name: without regard to case and underscores, where it is a class name.
+
+    Raises:
+        ValueError: there is no such structure; the message has the near misses.
+
     >>> structure("nm14"), structure("2:4"), structure("block2x8")
     (NM(n=1, m=4), NM(n=2, m=4), Block(h=2, w=8))
     """

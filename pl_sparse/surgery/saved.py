@@ -19,11 +19,12 @@ _VERSION = 1
 
 
 def save_shrunk(model: nn.Module, plan: RemovalPlan, folder: str | os.PathLike[str]) -> None:
-    """Write a shrunk model to a folder: shrunk.json, what was removed, and model.safetensors, what is left.
+    """Write a shrunk model to a folder: the removed parts as shrunk.json, the weights as model.safetensors.
 
     Args:
-        plan: what was taken out of it, all removals together.
-        folder: made, if there is none.
+        model: the model from which the plan's parts were removed.
+        plan: the removed parts, all removals together.
+        folder: the folder, which is made if it does not exist.
     """
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}

@@ -101,6 +101,10 @@ def conv4(*, shape: Sequence[int], classes: int) -> nn.Sequential:
     """Conv-4: 3 x 3 convolutions of 64, 64, 128, 128 filters, then 256, 256 units.
 
     Source: Frankle and Carbin, The lottery ticket hypothesis, 2018, arXiv:1803.03635, figure 2.
+
+    Args:
+        shape: of an input.
+        classes: outputs.
     """
     channels, height, width = _image(shape, "conv4")
     if min(height, width) < 4:

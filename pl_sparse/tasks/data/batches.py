@@ -174,7 +174,11 @@ def hold_out(x: Tensor, y: Tensor, count: int) -> tuple[Split, Split]:
 
 
 def shuffled(split: Split) -> Split:
-    """Training samples in an order that is always the same, so that `limit` takes a sample of them."""
+    """Training samples in an order that is always the same, so that `limit` takes a sample of them.
+
+    Args:
+        split: inputs (samples, *shape) and labels (samples,).
+    """
     x, y = split
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return x[order], y[order]

@@ -24,6 +24,9 @@ _FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx
 def read_idx(data: bytes) -> Tensor:
     """The tensor in an idx file of unsigned bytes.
 
+    Args:
+        data: the contents of the file.
+
     Raises:
         ValueError: it is no such file, or not whole.
 
