@@ -194,7 +194,7 @@ class Pruner(MaskedModel):
         assert self._model is not None
         guess = self.structure.removes_outputs and not self.structure.needs_example  # which the outputs are
         known = guess and self.targets.last is None and example is not None
-        outputs = output_weights(self._model, example) if known else ()
+        outputs: Collection[str] = output_weights(self._model, example) if known else ()
         choice = self.targets.choose(self._model, guess, trained=trained, outputs=outputs)
         refuse_shared(choice.params, self)
         groups, misfits = self.structure.bind(choice.params, self._model, example, self.targets.misfit)

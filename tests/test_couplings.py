@@ -578,8 +578,8 @@ def test_the_last_layer_is_the_last_that_is_called(frozen: bool) -> None:
     module, callback = HeadFirst(), Sparsity(structure="channel", sparsity=0.5, report=False, frozen="prune")
     module.head.requires_grad_(not frozen)
     x = torch.randn(16, 4)
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=[callback], **quiet)  # type: ignore[arg-type]
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=[callback], enable_model_summary=False, **quiet)
     trainer.fit(module, DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 8))
     assert [param.name for param in callback.pruner.params] == ["body.0.weight"]
     assert "it is the last layer" in callback.pruner.skipped["head.weight"]
