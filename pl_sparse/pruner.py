@@ -42,6 +42,7 @@ from pl_sparse.core.targets import TargetOptions, Targets
 from pl_sparse.core.upstream import plain_name, unwrapped
 from pl_sparse.masking import Masking, auto
 from pl_sparse.network.collapse import Collapse, passes
+from pl_sparse.network.outputs import output_weights
 from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Schedule
 from pl_sparse.schedule.clock import Clock
@@ -193,7 +194,9 @@ class Pruner(MaskedModel):
         """
         assert self._model is not None
         guess = self.structure.removes_outputs and not self.structure.needs_example  # which the outputs are
-        choice = self.targets.choose(self._model, guess, trained=trained)
+        shown = guess and self.targets.last is None and example is not None
+        outputs: Collection[str] = output_weights(self._model, example) if shown else ()
+        choice = self.targets.choose(self._model, guess, trained=trained, outputs=outputs)
         refuse_shared(choice.params, self, self._model)
         groups, misfits = self.structure.bind(choice.params, self._model, example, self.targets.misfit)
         normed = [param.name for group in groups for param, _ in group.members if param.norm_dim is not None]

@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.data import DataLoader, TensorDataset
 
-from pl_sparse import Pruner
+from pl_sparse import Pruner, Sparsity
 from pl_sparse.export import shrink
 from pl_sparse.network.blocks import residual_blocks
 from pl_sparse.network.couples import RULES, couples
+from pl_sparse.network.outputs import output_weights
 from pl_sparse.structure import Channel
 from pl_sparse.surgery.trial import couplings
 
@@ -552,6 +554,49 @@ def test_outputs_are_found_not_guessed() -> None:
     pruner.attach(net, torch.randn(2, 4))
     assert [param.name for param in pruner.params] == ["a.weight"]
     assert pruner.skipped["fc.weight"] == "its channels are outputs of the model"
+
+
+class HeadFirst(LightningModule):
+    """The classifier is declared first, and one of several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Linear(8, 3), nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).relu()).log_softmax(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.nll_loss(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_last_layer_is_the_last_that_is_called(frozen: bool) -> None:
+    module, callback = HeadFirst(), Sparsity(structure="channel", sparsity=0.5, report=False, frozen="prune")
+    module.head.requires_grad_(not frozen)
+    x = torch.randn(16, 4)
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=[callback], enable_model_summary=False, **quiet)
+    trainer.fit(module, DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 8))
+    assert [param.name for param in callback.pruner.params] == ["body.0.weight"]
+    assert "it is the last layer" in callback.pruner.skipped["head.weight"]
+    assert module.head.weight.all() and int(module.body[0].weight.any(1).sum()) == 4
+
+
+def test_where_outputs_come_out_of_is_looked_at_without_a_trace() -> None:
+    module = HeadFirst()
+    before = {name: (id(value), value.clone()) for name, value in module.state_dict(keep_vars=True).items()}
+    assert output_weights(module, torch.randn(5, 4)) == {"head.weight"} and module.training
+    for name, value in module.state_dict(keep_vars=True).items():
+        assert id(value) == before[name][0] and torch.equal(value, before[name][1]) and value.grad is None
+    assert output_weights(module, torch.randn(5, 3)) == set()  # it cannot be called so
+    net = Net(
+        lambda net, x: (net.a(x), net.norm(net.b(x).relu())), a=nn.Linear(4, 2), b=nn.Linear(4, 2), norm=nn.LayerNorm(2)
+    )
+    assert output_weights(net, torch.randn(5, 4)) == {"a.weight", "b.weight"}
 
 
 def test_hooks_that_a_model_registers_in_its_first_call_are_gone_afterwards() -> None:

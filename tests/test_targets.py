@@ -593,3 +593,23 @@ def test_the_table_names_the_coverage() -> None:
     summary = summarize(pruner, model)
     assert [layer.name for layer in summary.layers] == ["2.weight"] and summary.coverage == 0.5
     assert "coverage: 50.00% of the weights, without 0.weight" in str(summary_table(summary).caption)
+
+
+def test_what_has_no_elements_or_is_stored_sparsely_stays_with_a_reason() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.empty, self.csr = nn.Parameter(torch.zeros(0, 4)), nn.Parameter(torch.eye(4).to_sparse())
+            self.fc = nn.Linear(4, 4)
+
+    pruner = Pruner(sparsity=0.5, schedule="oneshot")
+    pruner.attach(Odd())
+    pruner.prepare(10)
+    assert pruner.sparsity == 0.5 and [param.name for param in pruner.params] == ["fc.weight"]
+    assert pruner.skipped["empty"] == "it has no elements" and "torch.sparse_coo" in pruner.skipped["csr"]
+
+
+@pytest.mark.parametrize("sparsity", ["0.9", True, 1.5])
+def test_a_sparsity_that_is_no_fraction_is_refused(sparsity: Any) -> None:
+    with pytest.raises(ValueError, match="must be a fraction of the weights removed"):
+        Pruner(sparsity=sparsity)

@@ -596,8 +596,8 @@ def test_the_sparsity_of_a_checkpoint_is_known_without_training(tmp_path: Path) 
     fit(Module(), Sparsity(sparsity=0.5, report=False), saving, enable_checkpointing=True)
     for what in ("validate", "fit"):  # which is over already
         callback, module = Sparsity(sparsity=0.5, report=False), Module()
-        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-        trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[callback], **quiet)
+        quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+        trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=[callback], enable_model_summary=False, **quiet)
         loaders = {"fit": (loader(), loader())}.get(what, (loader(),))
         getattr(trainer, what)(module, *loaders, ckpt_path=tmp_path / "last.ckpt")
         assert callback.sparsity == zeros(module) == 0.5

@@ -14,12 +14,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from pl_sparse.core.upstream import forgets_metrics, overridden, passed_on, training_loader
 from pl_sparse.network.hooks import called, hooked, stand_ins, tensors, undisturbed, without_forward
 from pl_sparse.network.probe import Probe
 
-__all__ = ["Calibration", "example_of", "first_batches", "network_of", "refuse_without_forward"]
+__all__ = ["Calibration", "example_at_hand", "example_of", "first_batches", "network_of", "refuse_without_forward"]
 
 
 _TRIES = 20
@@ -189,6 +190,17 @@ def example_of(trainer: Trainer, module: LightningModule) -> Any:
     if example is None or (isinstance(example, Mapping) and not example):
         raise ValueError("no inputs to call the module with were found: give it an example_input_array")
     return _two(example, module.device)
+
+
+def example_at_hand(trainer: Trainer, module: LightningModule) -> Any:
+    """The same, or None: where there are none, and where reading a batch might lose it for training."""
+    dataset = getattr(training_loader(trainer), "dataset", None)
+    if module.example_input_array is None and (dataset is None or isinstance(dataset, IterableDataset)):
+        return None
+    try:
+        return example_of(trainer, module)
+    except Exception:
+        return None
 
 
 def _takes(module: LightningModule, example: Any) -> bool:

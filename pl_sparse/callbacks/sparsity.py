@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from pl_sparse.callbacks.after_module import AfterModule
 from pl_sparse.callbacks.audit import Audit
 from pl_sparse.callbacks.best_at_target import BestAtTarget
-from pl_sparse.callbacks.calibration import Calibration, example_of
+from pl_sparse.callbacks.calibration import Calibration, example_at_hand, example_of
 from pl_sparse.callbacks.clock import epochs_behind, estimates, progress
 from pl_sparse.callbacks.collapse import judge, judge_at_end
 from pl_sparse.callbacks.coverage import report_coverage
@@ -168,7 +168,12 @@ class Sparsity(Callback):
             self.pruner.attach(pl_module, self._example(trainer, pl_module))
 
     def _example(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        return example_of(trainer, pl_module) if self.pruner.structure.needs_example else None
+        structure = self.pruner.structure
+        if structure.needs_example:
+            return example_of(trainer, pl_module)
+        if structure.removes_outputs and self.pruner.targets.last is None:  # to see which layer is the last one
+            return example_at_hand(trainer, pl_module)
+        return None
 
     def _find_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up parameters that the module has replaced or added."""

@@ -131,6 +131,10 @@ def _candidate(name: str, module: nn.Module, weight: nn.Parameter, layout: Whole
     candidate.unmade = isinstance(weight, nn.UninitializedParameter) or weight.is_meta
     if not weight.is_floating_point():
         candidate.refusal = f"it is {weight.dtype}: only floating-point weights are pruned"
+    elif weight.layout != torch.strided:
+        candidate.refusal = f"it is {weight.layout}: what is stored of it alone are the weights that it has"
+    elif not candidate.unmade and not weight.numel():
+        candidate.refusal = "it has no elements"
     elif weight.dtype.itemsize < 2:
         candidate.refusal = f"it is {weight.dtype}, which is not computed with"
     elif not type(weight.data).__module__.startswith("torch.") and type(weight.data) is not Tensor:

@@ -204,12 +204,19 @@ class Targets:
         """
         return self.choose(model, removes_outputs).params
 
-    def choose(self, model: nn.Module, removes_outputs: bool = False, trained: Collection[str] = ()) -> Choice:
+    def choose(
+        self,
+        model: nn.Module,
+        removes_outputs: bool = False,
+        trained: Collection[str] = (),
+        outputs: Collection[str] = (),
+    ) -> Choice:
         """What of the model is pruned, and why other weights are not.
 
         Args:
             removes_outputs: whether whole outputs of a layer go, which the last one cannot spare by default.
             trained: names of weights that are not taken for frozen.
+            outputs: names of weights that the model's outputs come out of; none: not known.
 
         Raises:
             ValueError: as the function `find` does.
@@ -222,6 +229,8 @@ class Targets:
         able = [weight for weight in weights if weight.role is None and weight.refusal is None]
         excluded_ends = _spared(able, self.first, self.last is not False)
         output = _spared(able, True, self.last is not None or not removes_outputs)
+        if output.isdisjoint(outputs):  # the last one in the model's order is another one than in that of its calls
+            output = output and ({weight.name for weight in able}.intersection(outputs) or output)
         choice = Choice()
         for weight in weights:
             if weight.role is None:

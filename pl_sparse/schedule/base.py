@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Real
 from typing import ClassVar, TypeVar
 
 from pl_sparse.core.registry import Axes, Axis
@@ -23,7 +24,7 @@ S = TypeVar("S", bound="Schedule")
 
 
 def check_sparsity(value: float, what: str) -> None:
-    if isinstance(value, bool) or not 0 <= value <= 1:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
         raise ValueError(
             f"{what}={value!r} must be a fraction of the weights removed, in [0, 1] (0.9 keeps one in ten)"
         )

@@ -337,7 +337,8 @@ def _attributes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dic
     if isinstance(module, nn.Linear):
         return {"out_features": shapes["weight"][0], "in_features": shapes["weight"][1]}
     if is_depthwise(module):
-        each: Any = module.out_channels // module.in_channels  # type: ignore[operator]
+        conv: Any = module
+        each = conv.out_channels // conv.in_channels
         inputs = shapes["weight"][0] // each
         return {"in_channels": inputs, "out_channels": inputs * each, "groups": inputs}
     if isinstance(module, TRANSPOSED):
