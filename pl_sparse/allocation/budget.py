@@ -51,7 +51,7 @@ class Budget(Allocation):
         multiple: how many channels go at once.
         table: where latencies are kept, see `latency.LatencyTable`.
         runtime: what milliseconds are those of: "torch", "onnxruntime" or "openvino"; None: torch.
-        device: of torch: "cpu" or "cuda"; None: the one that trains.
+        device: what torch computes on: "cpu" or "cuda"; None: the device that trains.
         sensitivity: sensitivity.csv of `pl-sparse sensitivity`, of the same model: layers that lose more keep more.
 
     Raises:

@@ -63,7 +63,7 @@ class CostTarget(Callback):
         size: the fraction of the bytes of its weights and buffers that may be left.
         macs: the fraction of its multiply-accumulates that may be left.
         seconds: the seconds that measuring a latency takes.
-        runtime: of a speed-up: "onnxruntime", "openvino" or "torch"; None: ONNX Runtime.
+        runtime: what a speed-up is measured in: "onnxruntime", "openvino" or "torch"; None: ONNX Runtime.
 
     Attributes:
         achieved: what was asked for, measured at the end of training; None before.

@@ -29,7 +29,7 @@ class Hardware:
         runtime: what milliseconds are measured in: "torch", "onnxruntime", "openvino", or "elsewhere" for a device that
             is not this machine, whose milliseconds are not known; None: torch for a budget, ONNX Runtime for
             target=latency.
-        device: of torch: "cpu" or "cuda"; None: the one that trains.
+        device: what torch computes on: "cpu" or "cuda"; None: the device that trains.
         budget_kb: how many kilobytes (1000 bytes) the exported file may have; None: any size.
         budget_ms: how many milliseconds a batch of two may take; None: any time.
         macs: what may be left of the multiply-accumulates: a fraction, or above 1 their number for a sample; None: any.

@@ -37,7 +37,7 @@ class Latency(Regularizer):
         softness: how large a channel is, against the mean, that counts as half present.
         table: where latencies are kept; None for the user's cache.
         runtime: what latencies are those of: "torch", "onnxruntime" or "openvino"; None: torch.
-        device: of torch: "cpu" or "cuda"; None: the one that trains.
+        device: what torch computes on: "cpu" or "cuda"; None: the device that trains.
     """
 
     strength: float = 0.1
