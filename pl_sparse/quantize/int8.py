@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.core.parametrized import behind
 from pl_sparse.core.upstream import fake_quantizers, override, restore
 from pl_sparse.network.channels import short
 from pl_sparse.network.graph import traced
-from pl_sparse.network.layers import WEIGHTED
 from pl_sparse.quantize.base import Quantization, quiet_torchao
 from pl_sparse.quantize.x86 import x86_quantizer
 
 __all__ = ["Int8", "post_training"]
+
+_PRODUCT = re.compile(r"aten\.(_?conv\w*|linear|\w*matmul|\w*mm|einsum|bilinear|lstm|gru|rnn_\w+)\.")
+"""Operations that multiply matrices."""
 
 
 class Int8(Quantization):
@@ -66,8 +68,7 @@ class Int8(Quantization):
         floats = _in_floating_point(graph, net)
         if floats:
             warnings.warn(
-                f"{', '.join(floats)} stay in floating point: quantization=int8 finds linear layers, and convolutions "
-                "of one and two dimensions",
+                f"{', '.join(floats)} stay in floating point: quantization=int8 finds linear layers and convolutions",
                 stacklevel=2,
             )
         for node in list(graph.graph.nodes):
@@ -148,19 +149,22 @@ def _ranges(graph: nn.Module) -> dict[str, Tensor]:
 
 
 def _in_floating_point(graph: torch.fx.GraphModule, net: nn.Module) -> list[str]:
-    """The weights of layers that no integers are simulated of."""
-    rounded: set[str] = set()
+    """The matrices and kernels of a network that no integers are simulated of, whatever multiplies with them."""
+    above: dict[torch.fx.Node, dict[str, bool]] = {}  # of what is made of parameters: which, and whether in integers
+    found: dict[str, bool] = {}
     for node in graph.graph.nodes:
-        if node.op == "call_module" and getattr(graph.get_submodule(str(node.target)), "is_per_channel", False):
-            above = [node.args[0]]
-            while above:  # a weight may be multiplied by the scale of its BatchNorm first
-                source = above.pop()
-                above += source.all_input_nodes
-                rounded.add(str(source.target))
-    layers = {path: behind(m, "weight") for path, m in net.named_modules() if isinstance(m, WEIGHTED)}
-    names = {id(parameter): name for name, parameter in net.named_parameters()}
-    weights = [names[id(weight)] for weight in layers.values() if weight is not None]
-    return [name for name in weights if name not in rounded]
+        if node.op == "get_attr":
+            above[node] = {str(node.target): False}
+        elif _PRODUCT.search(str(node.target)):
+            for source in node.all_input_nodes:
+                for name, rounded in above.get(source, {}).items():
+                    found[name] = rounded and found.get(name, True)
+        elif node.op.startswith("call") and node.all_input_nodes and all(n in above for n in node.all_input_nodes):
+            module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+            rounds = getattr(module, "is_per_channel", False)
+            sources = [item for source in node.all_input_nodes for item in above[source].items()]
+            above[node] = {name: rounded or rounds for name, rounded in sources}
+    return [name for name, weight in net.named_parameters() if weight.dim() > 1 and found.get(name) is False]
 
 
 def _guard(graph: torch.fx.GraphModule) -> None:

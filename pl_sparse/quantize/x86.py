@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,13 +54,14 @@ def x86_quantizer(training: bool) -> Any:
     )
 
     class WithSums(X86InductorQuantizer):  # type: ignore[misc]
-        """With integers in convolutions of signals that a BatchNorm follows, on both sides of a sum, too, and none
-        between a layer or a sum and its ReLU."""
+        """With integers in all convolutions, on both sides of a sum, too, and none between a layer or a sum and its
+        ReLU."""
 
         def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
             model = super().annotate(model)
             if training:
                 _annotate_signals(model, activations, weights)
+            _annotate_others(model, activations, weights)
             _annotate_sums(model, activations)
             return model
 
@@ -75,6 +77,18 @@ def _annotate_signals(model: torch.fx.GraphModule, activation: Any, weight: Any)
             continue
         conv.meta[key] = integer_input({conv.args[0]: activation, conv.args[1]: weight})
         norm.meta[key] = integer_output(activation)
+
+
+def _annotate_others(model: torch.fx.GraphModule, activation: Any, weight: Any) -> None:
+    """Integers into the convolutions that torchao's rules do not know; a BatchNorm behind them stays as it is."""
+    ops, key = torch.ops.aten, "quantization_annotation"
+    plain = (ops.conv1d.default, ops.conv1d.padding, ops.conv2d.default, ops.conv2d.padding)
+    volumes = (ops.conv3d.default, ops.conv3d.padding)
+    transposed = (ops.conv_transpose1d.default, ops.conv_transpose2d.input, ops.conv_transpose3d.input)
+    for conv in model.graph.nodes:
+        if conv.target in (*plain, *volumes, *transposed) and conv.meta.get(key) is None:
+            rows = replace(weight, ch_axis=1) if conv.target in transposed else weight  # outputs are its columns
+            conv.meta[key] = integer_input({conv.args[0]: activation, conv.args[1]: rows})
 
 
 def _annotate_sums(model: torch.fx.GraphModule, spec: Any) -> None:
