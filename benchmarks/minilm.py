@@ -21,33 +21,41 @@ from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
+from torch import Tensor, nn
 
 from benchmarks.training import quiet_trainer
-from pl_sparse import Sparsity
+from pl_sparse import Pruner, Sparsity
 from pl_sparse.app.finished import load_run
 from pl_sparse.app.instantiate import network
 from pl_sparse.callbacks import Distill
 from pl_sparse.export import save_shrunk, shrink
 from pl_sparse.export.measure import latencies
 from pl_sparse.export.onnx import open_onnx, save_onnx
-from pl_sparse.schedule import Cubic
-from pl_sparse.structure import Channel, Head
+from pl_sparse.schedule import Cubic, OneShot
+from pl_sparse.structure import Channel, Head, Structure
 
-PARTS = {"heads": "*.attention.*", "neurons": "*.intermediate.*", "width": "*output.dense*"}
+PARTS: dict[str, tuple[str, Structure]] = {
+    "heads": ("*.attention.*", Head()),
+    "neurons": ("*.intermediate.*", Channel(coupled=True)),
+    "width": ("*output.dense*", Channel(coupled=True, through_norms=True)),
+}
 
 
 def sparsity(part: str, share: float) -> Sparsity:
-    """What takes a share of heads, feed-forward neurons or hidden channels away, as many in each layer."""
-    structure = Head() if part == "heads" else Channel(coupled=True, through_norms=part == "width")
+    """What takes a share of heads or feed-forward neurons away in training, as many in each layer."""
+    include, structure = PARTS[part]
     schedule = Cubic(final=share, begin=0.0, end=0.4, every=8)
     return Sparsity(
-        scorer="taylor",
-        schedule=schedule,
-        structure=structure,
-        allocation="uniform",
-        include=[PARTS[part]],
-        report=False,
+        scorer="taylor", schedule=schedule, structure=structure, allocation="uniform", include=[include], report=False
     )
+
+
+def prune(net: nn.Module, part: str, share: float, example: Tensor) -> None:
+    """Take a share of something away at once, by magnitude."""
+    include, structure = PARTS[part]
+    pruner = Pruner("magnitude", OneShot(final=share, begin=0.0), structure, "uniform", include=[include])
+    pruner.attach(net.eval(), example)
+    pruner.prepare(1)
 
 
 def main() -> None:
@@ -59,21 +67,24 @@ def main() -> None:
     for part, share in (("heads", 0.5), ("neurons", 0.5), ("width", 0.0)):
         parser.add_argument(f"--{part}", type=float, default=share, help="the share that goes")
     args = parser.parse_args()
+    if args.epochs and args.width:
+        parser.error("--width is of --epochs 0: in training, heads and width would prune the same output projections")
     torch.set_num_threads(1)
     seed_everything(0)
     module, data, _ = load_run(args.dense)
     assert data is not None
     dense = copy.deepcopy(network(module))
-    parts = [sparsity(part, getattr(args, part)) for part in PARTS if getattr(args, part)]
-    trainer = quiet_trainer(
-        max_epochs=max(args.epochs, 1),
-        limit_train_batches=1.0 if args.epochs else 2,
-        limit_val_batches=0,
-        gradient_clip_val=1.0,
-        callbacks=[*parts, Distill(copy.deepcopy(dense), hardness=args.hardness)],
-    )
-    trainer.fit(module.train(), datamodule=data)
+    shares = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
+    if args.epochs:
+        teacher = Distill(copy.deepcopy(dense), hardness=args.hardness)
+        options = {"max_epochs": args.epochs, "limit_val_batches": 0, "gradient_clip_val": 1.0}
+        quiet_trainer(**options, callbacks=[*map(sparsity, shares, shares.values()), teacher]).fit(
+            module.train(), datamodule=data
+        )
+    data.setup("fit")
     example = next(iter(data.val_dataloader()))[0]
+    for part, share in shares.items() if not args.epochs else ():
+        prune(network(module), part, share, example[:2])
     smaller = network(module).eval()
     removal = shrink(smaller, example[:2])
     args.to.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
+from pl_sparse.app.finished import load_run
 from pl_sparse.app.hydra_api import composition
 from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.training import train
+from pl_sparse.export import TokenMap, load_shrunk
 from pl_sparse.tasks.text import MovieReviews, transformer
 
 transformers = pytest.importorskip("transformers")
@@ -141,3 +143,45 @@ def test_what_is_missing_is_told(
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'pl_sparse\[transformers\]'"):
         transformer(path=str(pretrained), classes=2)
+
+
+def test_whole_layers_go_by_the_command(tmp_path: Path, reviews: Path, pretrained: Path) -> None:
+    """Half of the layers are masked in training; the export for the hub has one layer, and the same answers."""
+    chosen = ["method=gmp", "structure=layer", "allocation=global", "sparsity=0.5", "export=[hugging_face]"]
+    metrics = train(config(tmp_path, reviews, pretrained, *chosen, "trainer.max_epochs=4", "export_measure=false"))
+    assert metrics["sparsity"] == pytest.approx(0.5, abs=1e-3) and metrics["structure"] == "layer"
+    masked, data, _ = load_run(tmp_path)
+    smaller = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "hugging_face").eval()
+    assert smaller.config.num_hidden_layers == len(smaller.bert.encoder.layer) == 1
+    data.setup("test")
+    x, y = (torch.cat(parts) for parts in zip(*data.test_dataloader(), strict=True))
+    with torch.no_grad():
+        logits = masked.net(x)
+        torch.testing.assert_close(
+            smaller(input_ids=x, attention_mask=(x != 0).long()).logits, logits, rtol=1e-4, atol=1e-4
+        )
+    assert float((logits.argmax(1) == y).float().mean()) == pytest.approx(metrics["test/acc"])
+
+
+def test_tokens_that_never_occur_go_by_the_command(tmp_path: Path, reviews: Path, pretrained: Path) -> None:
+    once = ["scorer=occurrence", "schedule=oneshot", "schedule.begin=1.0", "schedule.final=1.0", "sparsity=1.0"]
+    chosen = [
+        "method=gmp",
+        "structure=vocabulary",
+        "include=null",
+        *once,
+        "trainer.max_epochs=2",
+        "model.freeze_embeddings=false",
+    ]
+    metrics = train(config(tmp_path, reviews, pretrained, *chosen))
+    masked, data, _ = load_run(tmp_path)
+    data.setup("fit")
+    tokens, seen = TokenMap.load(tmp_path / "shrunk"), {int(i) for x, _ in data.train_dataloader() for i in x.unique()}
+    assert set(tokens.kept) >= seen and tokens.size == 17 > len(tokens.kept)
+    smaller = transformer(path=str(pretrained), classes=2)
+    load_shrunk(smaller, tmp_path / "shrunk")
+    assert smaller.model.bert.embeddings.word_embeddings.num_embeddings == len(tokens.kept)
+    x = next(iter(data.train_dataloader()))[0]
+    with torch.no_grad():
+        torch.testing.assert_close(smaller.eval()(tokens(x)), masked.net(x), rtol=1e-4, atol=1e-4)
+    assert metrics["sparsity"] == pytest.approx(1 - (len(tokens.kept) - 1) / tokens.size)  # padding is zero, and stays

@@ -20,6 +20,7 @@ from torch import nn
 from pl_sparse.app.instantiate import network
 from pl_sparse.app.parts import Parts
 from pl_sparse.callbacks import Quantize
+from pl_sparse.callbacks.calibration import example_of
 from pl_sparse.core.files import replacing, write_csv, write_text
 from pl_sparse.core.ledger import Ledger
 from pl_sparse.core.optional import nice_to_have
@@ -27,9 +28,19 @@ from pl_sparse.core.upstream import plain_name
 from pl_sparse.quantize import integers
 from pl_sparse.results.figures import plot_layers, plot_training
 from pl_sparse.results.summary import Summary, layer_rows, summary_table
-from pl_sparse.surgery.saved import save_plan
+from pl_sparse.structure import Vocabulary
+from pl_sparse.surgery.saved import save_plan, save_shrunk
+from pl_sparse.surgery.vocabulary import shrink_vocabulary
 
-__all__ = ["figures", "in_its_place", "integer_network", "print_report", "save_weights", "write_reports"]
+__all__ = [
+    "figures",
+    "in_its_place",
+    "integer_network",
+    "print_report",
+    "save_vocabulary",
+    "save_weights",
+    "write_reports",
+]
 
 
 def integer_network(quantize: Quantize, parts: Parts) -> tuple[nn.Module, dict[str, float]]:
@@ -92,6 +103,26 @@ def save_weights(parts: Parts, folder: Path) -> None:
         save_file(tensors, temporary)
     if parts.shrink is not None:
         save_plan(parts.shrink.plan.below(parts.prefix), parts.module, folder)
+
+
+def save_vocabulary(parts: Parts, trainer: Trainer) -> None:
+    """Save the network without the rows of masked tokens to shrunk/, and their new numbers to shrunk/vocabulary.json.
+
+    The network that was trained keeps its rows, as the data has the numbers of before. Nothing is saved where no row is
+    masked, or where the network is another one without them, which a warning says.
+    """
+    pruner = parts.sparsity.pruner
+    if not isinstance(pruner.structure, Vocabulary) or all(bool(param.mask.all()) for param in pruner.params):
+        return
+    masks = {param.name.removeprefix(parts.prefix): param.mask for param in pruner.params}
+    smaller = copy.deepcopy(network(parts.module))
+    try:
+        plan, tokens = shrink_vocabulary(smaller, example_of(trainer, parts.module), masks)
+    except ValueError as error:
+        rank_zero_warn(f"the masked rows of the vocabulary stay: {error}")
+        return
+    save_shrunk(smaller, plan, parts.folder / "shrunk")
+    tokens.save(parts.folder / "shrunk")
 
 
 def figures(
@@ -186,6 +217,7 @@ _WRITTEN = {
     "layers.csv": "one row per layer",
     "model.safetensors": "the sparse weights",
     "shrunk.json": "what was removed from the model, for export.load_shrunk",
+    "shrunk": "the network without masked tokens, and the numbers of the others (vocabulary.json)",
     "tickets.png": "accuracy of each round against the remaining weights",
     "tickets.csv": "one row per round",
     "levels": "mask and weights of each round",

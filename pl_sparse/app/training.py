@@ -12,7 +12,14 @@ from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.aliases import current_targets
-from pl_sparse.app.artifacts import figures, integer_network, print_report, save_weights, write_reports
+from pl_sparse.app.artifacts import (
+    figures,
+    integer_network,
+    print_report,
+    save_vocabulary,
+    save_weights,
+    write_reports,
+)
 from pl_sparse.app.deploy import deploy, merged
 from pl_sparse.app.earlier import loads_plain
 from pl_sparse.app.ends import Reminder, explained
@@ -132,6 +139,7 @@ def _finish(cfg: DictConfig, parts: Parts, trainer: Trainer, folder: RunFolder) 
         integers, zeros = integer_network(parts.quantize, parts)
         scores = {**scores, **zeros}
     metrics, summary = write_reports(cfg, parts, trainer, best_epoch, scores)
+    save_vocabulary(parts, trainer)
     if parts.formats:
         removed = None if parts.shrink is None else parts.shrink.plan.below(parts.prefix)
         costs = deploy(

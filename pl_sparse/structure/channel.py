@@ -166,18 +166,16 @@ def _group(
 
 def _with_silent_scales(model: nn.Module, coupling: Coupling) -> Coupling:
     """A coupling, which stays if the scale of a norm is zero where its channels are not: they would pass for masked."""
+    norms = [port for port in coupling.ports if port.side == "norm" and coupling.reason is None]
     alive = torch.ones(coupling.units, dtype=torch.bool)
-    for _, units in dead(model, [coupling]):
+    for _, units in dead(model, [coupling]) if norms else ():
         alive[units] = False
-    for port in coupling.ports if coupling.reason is None else ():
-        if port.side == "norm":
-            kept = kept_channels(model.get_submodule(port.path)).cpu()[torch.tensor(port.places)]  # (units, places)
-            silent = int((alive & ~kept.all(1)).sum())
-            if silent:
-                reason = (
-                    f"the scale of {port.path} is zero for {silent} of its channels, which would be taken for masked"
-                )
-                return replace(coupling, reason=reason)
+    for port in norms:
+        kept = kept_channels(model.get_submodule(port.path)).cpu()[torch.tensor(port.places)]  # (units, places)
+        silent = int((alive & ~kept.all(1)).sum())
+        if silent:
+            reason = f"the scale of {port.path} is zero for {silent} of its channels, which would be taken for masked"
+            return replace(coupling, reason=reason)
     return coupling
 
 
