@@ -176,7 +176,7 @@ def test_openvino_is_measured_beside_dense(
 def test_what_is_missing_is_named_with_its_extra(
     export: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pl_sparse.export.format.find_spec", lambda name: None if name == package else True)
+    monkeypatch.setattr("pl_sparse.core.optional.find_spec", lambda name: None if name == package else True)
     monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, f"export=[{export}]", f"hydra.run.dir={tmp_path}"])
     with pytest.raises(SystemExit) as end:
         main()

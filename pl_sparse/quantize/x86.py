@@ -54,8 +54,8 @@ def x86_quantizer(training: bool) -> Any:
     )
 
     class WithSums(X86InductorQuantizer):  # type: ignore[misc]
-        """With integers in all convolutions, on both sides of a sum, too, and none between a layer or a sum and its
-        ReLU."""
+        """With integers in all linear layers and convolutions, on both sides of a sum, and none between a layer or a
+        sum and its ReLU."""
 
         def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
             model = super().annotate(model)
@@ -80,15 +80,18 @@ def _annotate_signals(model: torch.fx.GraphModule, activation: Any, weight: Any)
 
 
 def _annotate_others(model: torch.fx.GraphModule, activation: Any, weight: Any) -> None:
-    """Integers into the convolutions that torchao's rules do not know; a BatchNorm behind them stays as it is."""
+    """Integers into what torchao's rules do not know: other convolutions, linear products without a layer (attention).
+
+    A BatchNorm behind them stays as it is.
+    """
     ops, key = torch.ops.aten, "quantization_annotation"
     plain = (ops.conv1d.default, ops.conv1d.padding, ops.conv2d.default, ops.conv2d.padding)
     volumes = (ops.conv3d.default, ops.conv3d.padding)
     transposed = (ops.conv_transpose1d.default, ops.conv_transpose2d.input, ops.conv_transpose3d.input)
-    for conv in model.graph.nodes:
-        if conv.target in (*plain, *volumes, *transposed) and conv.meta.get(key) is None:
-            rows = replace(weight, ch_axis=1) if conv.target in transposed else weight  # outputs are its columns
-            conv.meta[key] = integer_input({conv.args[0]: activation, conv.args[1]: rows})
+    for layer in model.graph.nodes:
+        if layer.target in (ops.linear.default, *plain, *volumes, *transposed) and layer.meta.get(key) is None:
+            rows = replace(weight, ch_axis=1) if layer.target in transposed else weight  # outputs are its columns
+            layer.meta[key] = integer_input({layer.args[0]: activation, layer.args[1]: rows})
 
 
 def _annotate_sums(model: torch.fx.GraphModule, spec: Any) -> None:

@@ -1,0 +1,235 @@
+"""Networks of many kinds trained for integers: what is computed, exported, zero, and named where it stays as it is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from pl_sparse import Pruner
+from pl_sparse.export import ONNXInt8
+from pl_sparse.quantize import Int8, integers
+from pl_sparse.schedule import OneShot
+
+pytest.importorskip("torchao")
+pytest.importorskip("onnxruntime")
+
+
+class Functional(nn.Module):
+    """Parameters of its own, and constants, in functional calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(8, 3, 3, 3) / 5)
+        self.matrix = nn.Parameter(torch.randn(4, 8) / 3)
+        self.mix = nn.Parameter(torch.randn(4, 4) / 2)
+        self.register_buffer("mean", torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.mean) / 0.25
+        x = F.relu(F.conv2d(x, self.kernel, padding=1)) * 2.0 + torch.ones(1, 8, 1, 1)
+        return F.linear(x.mean((2, 3)), self.matrix) @ self.mix
+
+
+class Mobile(nn.Module):
+    """A depthwise convolution with norms, activations that are cut off, and a squeeze, in the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.depthwise, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
+        self.down, self.up, self.head = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.norm2(self.depthwise(F.relu6(self.norm(self.conv(x))))))
+        gate = torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3), keepdim=True)))))
+        return self.head((x * gate).mean((2, 3)))
+
+
+class UNet(nn.Module):
+    """A transposed convolution with its norm, beside what it began with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.norm = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.up, self.norm2, self.out = (
+            nn.ConvTranspose2d(8, 6, 2, 2, bias=False),
+            nn.BatchNorm2d(6),
+            nn.Conv2d(9, 2, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm2(self.up(F.relu(self.norm(self.down(x))))))
+        return self.out(torch.cat([x, y], 1))
+
+
+class Signal(nn.Module):
+    """Convolutions of signals, one of them depthwise beside a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv1d(4, 8, 3, padding=1, bias=False), nn.BatchNorm1d(8)
+        self.depthwise, self.head = nn.Conv1d(8, 8, 3, padding=1, groups=8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        return self.head((x + self.depthwise(x)).mean(-1))
+
+
+class Attention(nn.Module):
+    """Patches, a position, an encoder layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.zeros(1, 4, 16))
+        self.layer, self.head = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.embed(x).flatten(2).transpose(1, 2) + self.position).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class Shared(nn.Module):
+    """A layer that is called twice, and a constant that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head, self.scale = nn.Linear(8, 8), nn.Linear(8, 3), 3.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.layer(x)) + torch.arange(8.0) / 8
+        return self.head(torch.relu(self.layer(x)) * self.scale)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network.
+
+    Attributes:
+        make: makes it.
+        shape: of a batch.
+        floats: the weights that stay in floating point, which is said before training.
+    """
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    floats: tuple[str, ...] = ()
+
+
+def _of(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*layers)
+
+
+CASES = {
+    "itself, depthwise, norms, squeeze": Case(Mobile, (8, 3, 8, 8)),
+    "signals, depthwise": Case(Signal, (8, 4, 12)),
+    "transposed with a norm": Case(UNet, (8, 3, 8, 8)),
+    "volumes with a norm": Case(
+        lambda: _of(
+            nn.Conv3d(2, 4, 3, padding=1, bias=False),
+            nn.BatchNorm3d(4),
+            nn.ReLU(),
+            nn.Conv3d(4, 4, 3, groups=4),
+            nn.Flatten(),
+            nn.Linear(128, 3),
+        ),
+        (4, 2, 4, 6, 6),
+    ),
+    "functional, constants": Case(Functional, (8, 3, 8, 8), ("mix",)),
+    "shared, constants": Case(Shared, (8, 8)),
+    "attention": Case(Attention, (8, 3, 8, 8)),
+    "recurrent": Case(Recurrent, (8, 5, 6), tuple(f"rnn.weight_{kind}_l0" for kind in ("ih", "hh"))),
+}
+SLOW = {
+    "signals, transposed": Case(
+        lambda: _of(nn.Conv1d(4, 8, 4, 2, 1), nn.ReLU(), nn.ConvTranspose1d(8, 4, 4, 2, 1)), (8, 4, 12)
+    ),
+    "volumes, transposed": Case(
+        lambda: _of(nn.Conv3d(2, 4, 3, 2, 1), nn.ReLU(), nn.ConvTranspose3d(4, 2, 2, 2)), (4, 2, 4, 6, 6)
+    ),
+    "transposed in groups": Case(
+        lambda: _of(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, 2, groups=2)), (8, 3, 8, 8)
+    ),
+    "linear with a norm": Case(lambda: _of(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)), (8, 8)),
+    "norms before layers": Case(
+        lambda: _of(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+        (8, 3, 8, 8),
+    ),
+    "group norm, SiLU, GELU": Case(
+        lambda: _of(
+            nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 1), nn.GELU(), nn.Conv2d(8, 4, 1)
+        ),
+        (8, 3, 8, 8),
+    ),
+    "weight norm": Case(
+        lambda: _of(parametrizations.weight_norm(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 4)), (8, 8)
+    ),
+    "tokens": Case(lambda: _of(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)), (8, 3, 8)),
+}
+
+
+def params() -> list[Any]:
+    slow = [pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()]
+    return [*(pytest.param(case, id=name) for name, case in CASES.items()), *slow]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@pytest.mark.parametrize("case", params())
+def test_integers_compute_what_was_simulated_and_zeros_stay(case: Case, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = case.make(), torch.randn(case.shape)
+    for norm in net.modules():
+        if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and norm.affine:
+            nn.init.uniform_(norm.weight, 0.5, 2.0)
+            nn.init.uniform_(norm.bias, -0.5, 0.5)
+    pruner = Pruner("magnitude", OneShot(final=0.5), allocation="uniform", misfit="dense")
+    pruner.attach(net)
+    pruner.prepare(2)
+    quantization = Int8()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quantization.prepare(net, x)
+    told = [str(warning.message) for warning in caught if "floating point" in str(warning.message)]
+    assert told == ([f"{', '.join(case.floats)} stay in floating point: quantization=int8 finds linear layers and "
+                     "convolutions"] if case.floats else [])  # fmt: skip
+    optimizer = torch.optim.SGD(net.parameters(), 1e-2)
+    for step in range(2):
+        optimizer.zero_grad()
+        net.train()(torch.randn(case.shape)).square().mean().backward()
+        pruner.before_step(step)
+        optimizer.step()
+        pruner.after_step()
+    quantization.freeze()
+    with torch.no_grad():
+        simulated, converted = net.eval()(x), quantization.convert()
+        assert float((converted(x) - simulated).abs().max()) < 1e-5 * float(simulated.abs().max())
+
+    found = integers(converted, net)
+    masked = {param.name: param.mask for param in pruner.params}
+    assert not [name for name in masked if name not in found and name not in case.floats]
+    for name, values in found.items():
+        assert values.dtype == torch.int8 and not values[~masked[name]].any()
+    assert all(int((mask == 0).sum()) for mask in masked.values())
+
+    file = tmp_path / ONNXInt8.file
+    ONNXInt8(tolerance=0.05).write(converted, x, file)  # compares its outputs
+    import onnx
+
+    stored = [t for t in onnx.load(str(file)).graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    assert len([t for t in stored if len(t.dims) > 1]) == len(found)
