@@ -177,6 +177,16 @@ SLOW = {
         ),
         (8, 3, 8, 8),
     ),
+    "dilated, same, circular, PReLU": Case(
+        lambda: _of(
+            nn.Conv2d(4, 8, 3, padding="same", dilation=2, groups=2),
+            nn.LeakyReLU(),
+            nn.Conv2d(8, 4, 3, padding=1, padding_mode="circular"),
+            nn.PReLU(),
+            nn.Conv2d(4, 2, 1),
+        ),
+        (8, 4, 8, 8),
+    ),
     "weight norm": Case(
         lambda: _of(parametrizations.weight_norm(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 4)), (8, 8)
     ),

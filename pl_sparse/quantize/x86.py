@@ -57,6 +57,10 @@ def x86_quantizer(training: bool) -> Any:
         """With integers in all linear layers and convolutions, on both sides of a sum, and none between a layer or a
         sum and its ReLU."""
 
+        def transform_for_annotation(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+            _number_paddings(model)
+            return super().transform_for_annotation(model)
+
         def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
             model = super().annotate(model)
             if training:
@@ -66,6 +70,30 @@ def x86_quantizer(training: bool) -> Any:
             return model
 
     return WithSums().set_global(QuantizationConfig(activations, activations, weights, None, training))
+
+
+def _number_paddings(model: torch.fx.GraphModule) -> None:
+    """Paddings of convolutions as numbers in place of words: torchao's rules refuse the words."""
+    ops = torch.ops.aten
+    numbered = {getattr(ops, name).padding: getattr(ops, name).default for name in ("conv1d", "conv2d", "conv3d")}
+    for conv in model.graph.nodes:
+        if conv.target not in numbered:
+            continue
+        x, weight, bias, stride, padding, dilation, groups = (
+            *conv.args,
+            *(None, 1, "valid", 1, 1)[len(conv.args) - 2 :],
+        )
+        kernel = weight.meta["val"].shape[2:]
+        each = [dilation] * len(kernel) if isinstance(dilation, int) else dilation
+        reach = [0 if padding == "valid" else d * (k - 1) for d, k in zip(each, kernel, strict=True)]
+        if any(total % 2 for total in reach):
+            uneven = [pad for total in reversed(reach) for pad in (total // 2, total - total // 2)]
+            with model.graph.inserting_before(conv):
+                x = model.graph.call_function(ops.constant_pad_nd.default, (x, uneven))
+            reach = [0] * len(reach)
+        conv.target = numbered[conv.target]
+        conv.args = (x, weight, bias, stride, [total // 2 for total in reach], dilation, groups)
+    model.recompile()
 
 
 def _annotate_signals(model: torch.fx.GraphModule, activation: Any, weight: Any) -> None:
