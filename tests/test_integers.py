@@ -187,6 +187,16 @@ SLOW = {
         ),
         (8, 4, 8, 8),
     ),
+    "norms without scales": Case(
+        lambda: _of(
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8, affine=False),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 3),
+            nn.BatchNorm2d(4, affine=False),
+        ),
+        (8, 3, 8, 8),
+    ),
     "weight norm": Case(
         lambda: _of(parametrizations.weight_norm(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 4)), (8, 8)
     ),

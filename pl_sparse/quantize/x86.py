@@ -59,6 +59,7 @@ def x86_quantizer(training: bool) -> Any:
 
         def transform_for_annotation(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
             _number_paddings(model)
+            _scale_norms(model)
             return super().transform_for_annotation(model)
 
         def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -93,6 +94,27 @@ def _number_paddings(model: torch.fx.GraphModule) -> None:
             reach = [0] * len(reach)
         conv.target = numbered[conv.target]
         conv.args = (x, weight, bias, stride, [total // 2 for total in reach], dilation, groups)
+    model.recompile()
+
+
+def _scale_norms(model: torch.fx.GraphModule) -> None:
+    """Ones and zeros for a BatchNorm behind a convolution without scale and shift: torchao folds scales."""
+    ops = torch.ops.aten
+    for norm in model.graph.nodes:
+        if (
+            norm.target is not ops.batch_norm.default
+            or norm.args[1] is not None
+            or "conv" not in str(norm.args[0].target)
+        ):
+            continue
+        mean = norm.args[3].meta["val"]
+        with model.graph.inserting_before(norm):
+            for index, (part, value) in enumerate((("scale", 1.0), ("shift", 0.0)), start=1):
+                name = f"_{norm.name}_{part}"
+                model.register_buffer(name, torch.full(mean.shape, value, dtype=mean.dtype, device=mean.device))
+                made = model.graph.get_attr(name)
+                made.meta["val"] = mean
+                norm.update_arg(index, made)
     model.recompile()
 
 
