@@ -36,6 +36,22 @@ class Small(nn.Module):
         return self.fc(F.relu(self.conv2(x)).flatten(1))
 
 
+class Transposed(nn.Module):
+    """Transposed convolutions, one of them in groups and one depthwise, beside what they began with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(1, 8, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1)
+        self.depthwise = nn.ConvTranspose2d(6, 6, 3, padding=1, groups=6, bias=False)
+        self.groups = nn.ConvTranspose2d(6, 4, 3, padding=1, groups=2)
+        self.out = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.up(F.relu(self.down(x))))
+        return self.out(F.relu(self.groups(F.relu(self.depthwise(x)))))
+
+
 def pruned(net: nn.Module, budget: Budget, x: torch.Tensor, level: float = 0.9) -> Pruner:
     pruner = Pruner("magnitude", "oneshot", Channel(coupled=True), budget, sparsity=level)
     pruner.attach(net, x)
@@ -49,7 +65,9 @@ def counted(net: nn.Module, x: torch.Tensor) -> float:
     return macs(net, counter, batch_size=len(x)).dense
 
 
-@pytest.mark.parametrize("make", [Small, lambda: Small(2), lambda: resnet20(shape=(1, 8, 8), classes=5, width=8)])
+@pytest.mark.parametrize(
+    "make", [Small, lambda: Small(2), Transposed, lambda: resnet20(shape=(1, 8, 8), classes=5, width=8)]
+)
 def test_the_shrunk_model_costs_what_was_said_and_meets_the_budget(make: Any) -> None:
     net, x = make().eval(), torch.randn(2, 1, 8, 8)
     dense = counted(net, x)

@@ -23,7 +23,7 @@ from pl_sparse.core.agreement import agreed
 from pl_sparse.core.files import write_json
 from pl_sparse.core.group import Group
 from pl_sparse.network.hooks import called, evaluated, hooked
-from pl_sparse.network.layers import CONVS, is_depthwise
+from pl_sparse.network.layers import CONVS, TRANSPOSED, WEIGHTED, is_depthwise
 from pl_sparse.network.runtimes import Runtime
 
 __all__ = ["LatencyTable", "Layer", "Network", "fingerprint", "measured"]
@@ -87,9 +87,10 @@ class Layer:
         """What its latency depends on besides its width."""
         module = self.module
         parts: list[object] = [type(module).__name__, *self.shape[:1], *self.shape[2:]]
-        if isinstance(module, CONVS):
+        if isinstance(module, (*CONVS, *TRANSPOSED)):
             grouped = "depthwise" if self.depthwise else module.groups
             parts += [module.kernel_size, module.stride, module.padding, module.dilation, grouped]
+            parts += [module.output_padding] if isinstance(module, TRANSPOSED) else []
         elif len(self.shape) > 2:
             parts = [type(module).__name__, *self.shape[:-1]]
         return " ".join(map(str, parts))
@@ -173,12 +174,16 @@ def _calls(model: nn.Module, example: Any) -> dict[nn.Module, tuple[tuple[int, .
     calls: dict[nn.Module, tuple[tuple[int, ...], float]] = {}
 
     def note(module: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-        width = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-        positions = out.numel() / width / len(out)
         x = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(module, TRANSPOSED):  # each weight is used once per input
+            positions = x.numel() / module.in_channels / len(out)
+        else:
+            positions = (
+                out.numel() / (out.shape[-1] if isinstance(module, nn.Linear) else module.out_channels) / len(out)
+            )
         calls[module] = tuple(x.shape), positions + calls.get(module, ((), 0.0))[1]
 
-    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, *CONVS))]
+    layers = [module for module in model.modules() if isinstance(module, WEIGHTED)]
     with hooked(layers, post=note), evaluated(model), torch.no_grad():
         called(model, example)
     return calls
@@ -334,10 +339,13 @@ def _sized(module: Any, inputs: int, outputs: int, device: str | None = None) ->
     bias = module.bias is not None
     if isinstance(module, nn.Linear):
         return nn.Linear(inputs, outputs, bias, device=device)
-    kind: Any = next(kind for kind in CONVS if isinstance(module, kind))  # a subclass may take other arguments
+    # a subclass may take other arguments
+    kind: Any = next(kind for kind in (*CONVS, *TRANSPOSED) if isinstance(module, kind))
     groups = inputs if is_depthwise(module) else module.groups
-    options = module.kernel_size, module.stride, module.padding, module.dilation, groups, bias, module.padding_mode
-    conv: nn.Module = kind(inputs, outputs, *options, device=device)
+    options = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+    if isinstance(module, TRANSPOSED):
+        options["output_padding"] = module.output_padding
+    conv: nn.Module = kind(inputs, outputs, groups=groups, bias=bias, device=device, **options)
     return conv
 
 
