@@ -80,10 +80,8 @@ def _number_paddings(model: torch.fx.GraphModule) -> None:
     for conv in model.graph.nodes:
         if conv.target not in numbered:
             continue
-        x, weight, bias, stride, padding, dilation, groups = (
-            *conv.args,
-            *(None, 1, "valid", 1, 1)[len(conv.args) - 2 :],
-        )
+        given: list[Any] = [*conv.args, *(None, 1, "valid", 1, 1)[len(conv.args) - 2 :]]
+        x, weight, bias, stride, padding, dilation, groups = given
         kernel = weight.meta["val"].shape[2:]
         each = [dilation] * len(kernel) if isinstance(dilation, int) else dilation
         reach = [0 if padding == "valid" else d * (k - 1) for d, k in zip(each, kernel, strict=True)]
@@ -98,14 +96,10 @@ def _number_paddings(model: torch.fx.GraphModule) -> None:
 
 
 def _scale_norms(model: torch.fx.GraphModule) -> None:
-    """Ones and zeros for a BatchNorm behind a convolution without scale and shift: torchao folds scales."""
+    """Ones and zeros for a BatchNorm without scale and shift: torchao folds scales."""
     ops = torch.ops.aten
     for norm in model.graph.nodes:
-        if (
-            norm.target is not ops.batch_norm.default
-            or norm.args[1] is not None
-            or "conv" not in str(norm.args[0].target)
-        ):
+        if norm.target is not ops.batch_norm.default or norm.args[1] is not None:
             continue
         mean = norm.args[3].meta["val"]
         with model.graph.inserting_before(norm):
