@@ -138,6 +138,12 @@ def _of(*layers: nn.Module) -> nn.Sequential:
 
 CASES = {
     "itself, depthwise, norms, squeeze": Case(Mobile, (8, 3, 8, 8)),
+    "functional, constants": Case(Functional, (8, 3, 8, 8), ("mix",)),
+    "shared, constants": Case(Shared, (8, 8)),
+    "attention": Case(Attention, (8, 3, 8, 8)),
+    "recurrent": Case(Recurrent, (8, 5, 6), tuple(f"rnn.weight_{kind}_l0" for kind in ("ih", "hh"))),
+}
+SLOW = {
     "signals, depthwise": Case(Signal, (8, 4, 12)),
     "transposed with a norm": Case(UNet, (8, 3, 8, 8)),
     "volumes with a norm": Case(
@@ -151,12 +157,6 @@ CASES = {
         ),
         (4, 2, 4, 6, 6),
     ),
-    "functional, constants": Case(Functional, (8, 3, 8, 8), ("mix",)),
-    "shared, constants": Case(Shared, (8, 8)),
-    "attention": Case(Attention, (8, 3, 8, 8)),
-    "recurrent": Case(Recurrent, (8, 5, 6), tuple(f"rnn.weight_{kind}_l0" for kind in ("ih", "hh"))),
-}
-SLOW = {
     "signals, transposed": Case(
         lambda: _of(nn.Conv1d(4, 8, 4, 2, 1), nn.ReLU(), nn.ConvTranspose1d(8, 4, 4, 2, 1)), (8, 4, 12)
     ),
