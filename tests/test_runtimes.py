@@ -33,6 +33,11 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "depthwise, no bias": (nn.Conv2d(4, 4, (3, 1), padding=(1, 0), groups=4, bias=False), (2, 4, 9, 8)),
     "dilated, same": (nn.Conv2d(4, 6, (4, 3), padding="same", dilation=(1, 2)), (2, 4, 9, 8)),
     "valid": (nn.Conv1d(4, 6, 3, padding="valid"), (2, 4, 9)),
+    "transposed, grouped": (
+        nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, groups=2, dilation=(1, 2)),
+        (2, 4, 5, 6),
+    ),
+    "transposed, depthwise, no bias": (nn.ConvTranspose1d(4, 4, 3, groups=4, bias=False), (2, 4, 9)),
     "volumes": (nn.Conv3d(2, 3, 3, padding=1), (2, 2, 4, 5, 6)),
 }
 
@@ -53,9 +58,10 @@ def test_a_layer_computes_in_a_runtime_what_it_does_in_torch(name: str, runtime:
         torch.testing.assert_close(torch.from_numpy(out), layers(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_norm_is_a_bias_of_the_convolution_before_it() -> None:
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_norm_is_a_bias_of_the_convolution_before_it(kind: Any) -> None:
     pytest.importorskip("onnxruntime")
-    layers = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU()).eval()
+    layers = nn.Sequential(kind(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU()).eval()
     x = torch.randn(2, 2, 5, 5)
     (out,) = Runtime("onnxruntime").opened(layers, x)()
     with torch.no_grad():

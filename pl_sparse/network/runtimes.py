@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pl_sparse.core.optional import missing
 from pl_sparse.core.registry import suggestion
+from pl_sparse.network.layers import TRANSPOSED
 
 __all__ = ["ELSEWHERE", "RUNTIMES", "SLOWER", "Runtime", "onnx_session", "openvino_request"]
 
@@ -152,7 +153,7 @@ def _graph(layers: nn.Sequential, x: Tensor) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
     module: Any = layers[0]
-    bias = module.bias if module.bias is not None or len(layers) == 2 else torch.zeros(len(module.weight))
+    bias = module.bias if module.bias is not None or len(layers) == 2 else torch.zeros(module.out_channels)
     weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
     values = {"weight": weight, **({} if bias is None else {"bias": bias})}
     if isinstance(module, nn.Linear):
@@ -160,7 +161,8 @@ def _graph(layers: nn.Sequential, x: Tensor) -> bytes:
         if bias is not None:
             nodes.append(helper.make_node("Add", ["product", "bias"], ["sum"]))
     else:
-        nodes = [helper.make_node("Conv", ["x", *values], ["sum"], **_attributes(module))]
+        kind = "ConvTranspose" if isinstance(module, TRANSPOSED) else "Conv"
+        nodes = [helper.make_node(kind, ["x", *values], ["sum"], **_attributes(module))]
     nodes.append(helper.make_node("Relu", [nodes[-1].output[0]], ["y"]))
     graph = helper.make_graph(
         nodes,
@@ -174,14 +176,16 @@ def _graph(layers: nn.Sequential, x: Tensor) -> bytes:
 
 
 def _attributes(conv: Any) -> dict[str, Any]:
-    """What ONNX's Conv is given of a convolution."""
+    """What ONNX's Conv or ConvTranspose is given of a convolution."""
     if isinstance(conv.padding, str):
         size = zip(conv.dilation, conv.kernel_size, strict=True)
         reach = [0 if conv.padding == "valid" else d * (k - 1) for d, k in size]
         pads = [*(total // 2 for total in reach), *(-(-total // 2) for total in reach)]
     else:
         pads = [*conv.padding, *conv.padding]
+    transposed = {"output_padding": list(conv.output_padding)} if isinstance(conv, TRANSPOSED) else {}
     return {
+        **transposed,
         "kernel_shape": list(conv.kernel_size),
         "strides": list(conv.stride),
         "dilations": list(conv.dilation),
