@@ -10,6 +10,7 @@ from typing import Any
 import hydra
 import pytest
 import torch
+from loops import loop
 from torch import Tensor, nn
 
 from pl_sparse import Pruner
@@ -123,12 +124,7 @@ def halved(net: nn.Module, x: Any, structure: Channel = WIDTH) -> Pruner:
     pruner = Pruner("magnitude", "linear", structure, "uniform", sparsity=0.5)
     pruner.attach(net, x)
     optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9)
-    for step in range(6):
-        optimizer.zero_grad()
-        next(iter(called(net.train(), x))).square().mean().backward()
-        pruner.before_step(step, 6, optimizer)
-        optimizer.step()
-        pruner.after_step()
+    loop(pruner, optimizer, lambda: next(iter(called(net.train(), x))).square().mean(), 6)
     net.eval()
     return pruner
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from loops import loop
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -105,12 +106,7 @@ def trained(net: nn.Module, structure: Any, sparsity: float = 0.5) -> Pruner:
     pruner.attach(net, x)
     optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9)
     net.train()
-    for step in range(10):
-        optimizer.zero_grad()
-        (net(x) - 1).square().mean().backward()
-        pruner.before_step(step, 10, optimizer)
-        optimizer.step()
-        pruner.after_step()
+    loop(pruner, optimizer, lambda: (net(x) - 1).square().mean(), 10)
     net.eval()
     return pruner
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from loops import loop
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
@@ -34,12 +35,7 @@ def attached(model: nn.Module, **options: Any) -> Pruner:
 
 def train(model: nn.Module, x: Tensor, pruner: Pruner, steps: int = 4) -> None:
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
-    for step in range(steps):
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        pruner.before_step(step, steps, optimizer)
-        optimizer.step()
-        pruner.after_step()
+    loop(pruner, optimizer, lambda: model(x).square().mean(), steps)
 
 
 def zeros(weight: Tensor) -> float:

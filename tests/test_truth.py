@@ -540,21 +540,27 @@ def test_scores_see_the_gradients_that_the_module_has_cleaned(manual: bool) -> N
 # Other models
 
 
+def reset(module: Module, seed: int) -> None:
+    torch.manual_seed(seed)
+    for layer in (module.net[0], module.net[2]):
+        layer.reset_parameters()
+
+
+def flat_masks(callback: Sparsity) -> torch.Tensor:
+    return torch.cat([param.mask.reshape(-1) for param in callback.pruner.params])
+
+
 def test_a_callback_that_is_used_again_starts_anew_on_another_model() -> None:
     callback, masks = Sparsity(schedule=Cubic(final=0.5, every=2), report=False), []
     for seed in range(2):
         module = Module()
-        torch.manual_seed(seed)
-        for layer in (module.net[0], module.net[2]):
-            layer.reset_parameters()
+        reset(module, seed)
         fit(module, callback)
         assert callback.sparsity == zeros(module) == 0.5 and callback.pruner.step == 16
-        masks.append(torch.cat([param.mask.reshape(-1) for param in callback.pruner.params]))
+        masks.append(flat_masks(callback))
         reference = Sparsity(schedule=Cubic(final=0.5, every=2), report=False)
         again = Module()
-        torch.manual_seed(seed)
-        for layer in (again.net[0], again.net[2]):
-            layer.reset_parameters()
+        reset(again, seed)
         fit(again, reference)
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
     assert not torch.equal(*masks)
@@ -579,15 +585,13 @@ def test_a_model_whose_weights_were_reset_starts_anew() -> None:
     callback, module, masks = Sparsity(schedule=OneShot(final=0.5), report=False), Module(), []
     fit(module, callback)
     for seed in range(2):
-        torch.manual_seed(seed)
-        for layer in (module.net[0], module.net[2]):
-            layer.reset_parameters()
+        reset(module, seed)
         fit(module, callback)
         assert callback.sparsity == zeros(module) == 0.5 and callback.pruner.step == 16
-        masks.append(torch.cat([param.mask.reshape(-1) for param in callback.pruner.params]))
+        masks.append(flat_masks(callback))
     assert not torch.equal(*masks)
     fit(module, callback)  # and one that was not goes on
-    assert torch.equal(torch.cat([param.mask.reshape(-1) for param in callback.pruner.params]), masks[1])
+    assert torch.equal(flat_masks(callback), masks[1])
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

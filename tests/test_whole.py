@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from loops import loop
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -202,12 +203,7 @@ def test_experts_train_resume_and_keep_what_the_router_chooses() -> None:
     pruner = Pruner("magnitude", "oneshot", "expert", "global", sparsity=0.5)
     pruner.attach(net)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
-    for step in range(4):
-        optimizer.zero_grad()
-        (net(x) - 1).square().mean().backward()
-        pruner.before_step(step, 4, optimizer)
-        optimizer.step()
-        pruner.after_step()
+    loop(pruner, optimizer, lambda: (net(x) - 1).square().mean(), 4)
     for layer in expert_layers(net):
         router = next(p for *_, p in layer.rows(net) if p.dim() == 2)
         alive = router.any(1)
