@@ -64,20 +64,26 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("half"), help="where files go")
     parser.add_argument("--epochs", type=int, default=3, help="of training; 0: sizes and latencies alone")
     parser.add_argument("--hardness", type=float, default=0.8, help="the teacher's share of the loss")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--accelerator", default="cpu", help="that trains; latencies are those of the CPU")
+    parser.add_argument("--seconds", type=float, default=20, help="of measuring latencies; 0: accuracies alone")
     for part, share in (("heads", 0.5), ("neurons", 0.5), ("width", 0.0)):
         parser.add_argument(f"--{part}", type=float, default=share, help="the share that goes")
     args = parser.parse_args()
     if args.epochs and args.width:
         parser.error("--width is of --epochs 0: in training, heads and width would prune the same output projections")
     torch.set_num_threads(1)
-    seed_everything(0)
+    seed_everything(args.seed)
     module, data, _ = load_run(args.dense)
     assert data is not None
+    figures: dict[str, Any] = dict(vars(args), dense=str(args.dense), to=str(args.to))
     dense = copy.deepcopy(network(module))
     shares = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
     if args.epochs:
         teacher = Distill(copy.deepcopy(dense), hardness=args.hardness)
-        options = {"max_epochs": args.epochs, "limit_val_batches": 0, "gradient_clip_val": 1.0}
+        figures["accuracies of dense"] = accuracies(module, data)
+        options: dict[str, Any] = {"max_epochs": args.epochs, "limit_val_batches": 0, "gradient_clip_val": 1.0}
+        options["accelerator"] = args.accelerator
         quiet_trainer(**options, callbacks=[*map(sparsity, shares, shares.values()), teacher]).fit(
             module.train(), datamodule=data
         )
@@ -89,16 +95,18 @@ def main() -> None:
     removal = shrink(smaller, example[:2])
     args.to.mkdir(parents=True, exist_ok=True)
     save_shrunk(smaller, removal.plan, args.to)
-    figures: dict[str, Any] = dict(vars(args), dense=str(args.dense), to=str(args.to))
     figures |= {"left": removal.left, "parameters": [removal.before, removal.after]}
     if args.epochs:
-        figures |= accuracies(module, data)
+        figures["accuracies"] = accuracies(module, data)
+        (args.to / "minilm.json").write_text(json.dumps(figures, indent=2))
         print(json.dumps(figures, indent=2), flush=True)
+    if not args.seconds:
+        return
     runs = {}
     for name, net in (("dense", dense), ("model", smaller)):
         save_onnx(net.eval(), example[:2], args.to / f"{name}.onnx")
         runs[name] = open_onnx(args.to / f"{name}.onnx", threads=1)
-    taken = latencies(runs, example[:1], seconds=20, clock=process_time)
+    taken = latencies(runs, example[:1], seconds=args.seconds, clock=process_time)
     figures["ms"] = {name: statistics.median(times) for name, times in taken.items()}
     figures["speedup"] = statistics.median(a / b for a, b in zip(taken["dense"], taken["model"], strict=True))
     (args.to / "minilm.json").write_text(json.dumps(figures, indent=2))

@@ -10,6 +10,6 @@ __all__ = ["quiet_trainer"]
 
 
 def quiet_trainer(**options: Any) -> Trainer:
-    """A Trainer on the CPU that prints, logs and writes nothing."""
+    """A Trainer, on the CPU unless options say otherwise, that prints, logs and writes nothing."""
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    return Trainer(accelerator="cpu", **dict.fromkeys(quiet, False), **options)
+    return Trainer(**({"accelerator": "cpu"} | dict.fromkeys(quiet, False) | options))

@@ -33,7 +33,7 @@ from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import Part
 from pl_sparse.core.masked_model import MaskedModel
 from pl_sparse.core.optimizers import begin_anew, clear_state, leaves_zeros, pace, skip_step
-from pl_sparse.core.parameter import MaskedParameter, zero_pruned
+from pl_sparse.core.parameter import MaskedParameter, kept_each, zero_pruned
 from pl_sparse.core.places import Places
 from pl_sparse.core.registry import Axis, build, name_of
 from pl_sparse.core.sharded import refuse_shared, whole
@@ -702,7 +702,8 @@ class Pruner(MaskedModel):
         """After masks changed: note layers that died, and see at the model's next call whether anything passes."""
         # a weight that is one unit may go as a whole
         may_go = {p for group in self.groups for p, layout in group.members if isinstance(layout, Part)}
-        dead = [p.name for p in self.params if p.kept == 0 and p not in may_go] if self.level < 1 else []
+        left = kept_each(self.params) if self.level < 1 else [1] * len(self.params)
+        dead = [p.name for p, kept in zip(self.params, left, strict=True) if kept == 0 and p not in may_go]
         self.collapse.look(dead)
         self._unwatch()
         if dead and self.watches and self._model is not None:
@@ -800,12 +801,21 @@ class Pruner(MaskedModel):
         Args:
             written: whether the weights are new values, and not what was made of latent ones.
         """
+        self.to_weights()
         for param in params:
-            param.to_weight()
             if param.pruned:
                 if param.latent is not None and (written or not self.masking.transforms):
                     param.latent.copy_(torch.where(param.mask, self.masking.behind(param.data), param.latent))
                 zero_pruned([param.data], [param])
+
+    @torch.no_grad()
+    def to_weights(self) -> None:
+        """Move masks, and all that goes with them, to the devices that the weights are on by now."""
+        for param in self.masked:
+            param.to_weight()
+        for group in self.groups:
+            if group.gate is not None:
+                group.gate.to(group.members[0][0].weight.device)
 
     @property
     def group_overrides(self) -> list[tuple[Group, float | None]]:

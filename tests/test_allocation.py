@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pl_sparse.allocation import ERK, LAMP, Allocation, Global, Uniform, Units, choose, kept, lamp, ranked, units
+from pl_sparse.allocation import ERK, LAMP, Allocation, Global, Uniform, Units, choose, kept, lamp, ranked
 from pl_sparse.allocation.count import _move
 from pl_sparse.core import topk
 from pl_sparse.core.group import Group
@@ -272,7 +272,7 @@ def test_scores_made_in_pieces_choose_the_same_masks(
     kind: str, allocation: Allocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, by the bounds of a sample and by the search of all scores; and no tensor of scores is ever whole."""
-    monkeypatch.setattr(units, "RUN", 97)
+    monkeypatch.setattr(topk, "RUN", 97)
     sizes: set[int] = set()
 
     def score(param: MaskedParameter) -> torch.Tensor:

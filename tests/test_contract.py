@@ -71,7 +71,7 @@ class Mixture(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.gate(x).softmax(-1).topk(self.top_k, -1)  # (batch, length, top_k)
-        gates = torch.zeros(*x.shape[:-1], 4, dtype=x.dtype).scatter(-1, chosen, weights)
+        gates = weights.new_zeros(*x.shape[:-1], 4).scatter(-1, chosen, weights)
         return x + sum(gates[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts))
 
 
@@ -105,9 +105,9 @@ def train(
 ) -> Iterator[torch.nn.Module]:
     """Train the network; yields it in the middle and at the end."""
     torch.manual_seed(0)
-    model = network(structure)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     x, y = data
+    model = network(structure).to(x.device)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     pruner.attach(model, x[:2])
     pruner.prepare(STEPS, probe=Probe(model, [(x[:32], y[:32])], lambda b: F.cross_entropy(model(b[0]), b[1])))
     for step in range(STEPS):

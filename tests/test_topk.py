@@ -33,6 +33,30 @@ def test_threshold_keeps_what_sorting_keeps(values: list[list[float]], part: flo
         keep = round(part * sum(s.numel() for s in scores))
         masks = list(threshold(scores, keep).masks(scores))
         assert all(torch.equal(a, b) for a, b in zip(masks, naive(scores, keep), strict=True))
+        if keep:  # the search that looks at no number, which is that of a GPU
+            there = topk._on_device(scores, keep, lambda histogram: histogram, dtype, torch.device("cpu"))
+            assert there == threshold(scores, keep)
+
+
+def test_the_search_of_a_gpu_refuses_what_the_other_does() -> None:
+    def search(keep: int, *scores: list[float]) -> object:
+        tensors = [torch.tensor(score) for score in scores]
+        return topk._on_device(tensors, keep, lambda histogram: histogram, torch.float32, torch.device("cpu"))
+
+    with pytest.raises(ValueError, match="the scores of tensor 1 hold NaN"):
+        search(1, [1.0], [2.0, float("nan")])
+    with pytest.raises(ValueError, match="asked to keep 4 of 3 scores"):
+        search(4, [1.0], [2.0, float("inf")])
+
+
+@given(st.lists(st.booleans(), min_size=1), st.integers(0, 9), st.integers(1, 5))
+def test_the_first_of_equal_scores_in_pieces(among: list[bool], count: int, size: int) -> None:
+    left: torch.Tensor | int = count
+    first = []
+    for piece in torch.tensor(among).split(size):
+        chosen, left = topk._first(piece, left)
+        first += chosen.tolist()
+    assert first == [true and sum(among[:place]) < count for place, true in enumerate(among)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

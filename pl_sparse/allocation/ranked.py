@@ -15,7 +15,7 @@ from pl_sparse.allocation.count import kept
 from pl_sparse.allocation.units import LazyScores, Units
 from pl_sparse.core.group import Group
 from pl_sparse.core.registry import Axes, name_of, register
-from pl_sparse.core.topk import above, counted, descending, living, threshold, top_k, within
+from pl_sparse.core.topk import above, count_each, counted, descending, living, threshold, top_k, within
 
 __all__ = ["LAMP", "Global", "lamp"]
 
@@ -33,7 +33,7 @@ class _Ranked(Allocation):
     def counts(self, units: Units, keep: int) -> list[int]:
         """How many units of each tensor are among the `keep` best, where all are of one size."""
         ranks = self.comparable(units)
-        return [int(torch.count_nonzero(mask)) for mask in threshold(ranks, keep).masks(ranks)]
+        return count_each(threshold(ranks, keep).masks(ranks))
 
     def keep(self, groups: Sequence[Group], units: Units, sparsity: float) -> list[int]:
         leasts = units.leasts(sparsity)
@@ -207,7 +207,8 @@ class LAMP(_Ranked):
         return _Lamp(units)
 
     def counts(self, units: Units, keep: int) -> list[int]:
-        return _lamp_counts(units, keep)
+        on_cpu = all(group.members[0][0].mask.device.type == "cpu" for group in units.groups)
+        return _lamp_counts(units, keep) if on_cpu else super().counts(units, keep)  # there a sort is soon done
 
     def refusal(self, axes: Axes) -> str | None:
         if axes.scorer.signed:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import Layout
 from pl_sparse.core.parameter import MaskedParameter, where_kept
-from pl_sparse.core.topk import RUN, Run, counted
+from pl_sparse.core.topk import SORTED, Run, count_each, run_length
 from pl_sparse.structure import Structure, Unstructured, living
 
 __all__ = ["LazyScores", "Units", "refuse_nan"]
@@ -95,17 +95,33 @@ class Units(LazyScores):
 
     def at(self, index: int) -> Tensor:
         group = self.groups[index]
-        units = self.unit_scores(group)
-        if units is None:
-            units = self._mean(group)
-        total = None if id(group) in self._checked else units.sum()  # not finite where a score is NaN
+        units = self._scores(group)
+        if id(group) not in self._checked:
+            self._check(index, units)
         if self.monotone and group.pruned:  # below all others, but finite: LAMP squares scores
             units = where_kept(units, self.alive(index))
-        if total is not None:
-            if not math.isfinite(float(total)):
-                refuse_nan(group.name, units)
-            self._checked.add(id(group))
         return units
+
+    def _scores(self, group: Group) -> Tensor:
+        """The scores of a group's units, pruned ones too."""
+        units = self.unit_scores(group)
+        return self._mean(group) if units is None else units
+
+    def _check(self, index: int, units: Tensor) -> None:
+        """Refuse NaN in the scores of a group; on another device than the CPU in those of all groups at once, so that
+        the host waits once."""
+        group = self.groups[index]
+        if units.device.type == "cpu":
+            due = [(group, units.sum())]  # not finite where a score is NaN
+        else:
+            left = [other for other in self.groups if id(other) not in self._checked and other is not group]
+            left = [other for other in left if other.members[0][0].mask.device == units.device]
+            due = [(group, units.sum()), *((other, self._scores(other).sum()) for other in left)]
+        totals = torch.stack([total.to(units.device, torch.float64) for _, total in due]).tolist()
+        for (other, _), total in zip(due, totals, strict=True):
+            if not math.isfinite(total):
+                refuse_nan(other.name, self._scores(other))
+            self._checked.add(id(other))
 
     def runs(self, index: int, step: int = 1) -> tuple[torch.Size, Iterator[Run]] | None:
         group = self.groups[index]
@@ -113,11 +129,14 @@ class Units(LazyScores):
         alone = len(group.members) == 1 and isinstance(self.structure, Unstructured) and param.name not in self.unfed
         if not (alone and self.pointwise and param.is_flat) or self.unit_scores(group) is not None:
             return None
+        if param.mask.device.type != "cpu" and param.numel <= SORTED:
+            return None
         return param.shape, self._scored(param, step)
 
     def _scored(self, param: MaskedParameter, step: int) -> Iterator[Run]:
-        for start in range(0, param.numel, RUN * step):
-            some = param.among(slice(start, start + RUN * step, step))
+        run = run_length(param.mask) * step
+        for start in range(0, param.numel, run):
+            some = param.among(slice(start, start + run, step))
             yield self.score(some), some.mask if self.monotone and param.pruned else None
 
     def _mean(self, group: Group) -> Tensor:
@@ -179,10 +198,8 @@ class Units(LazyScores):
         """How many units of each group can be kept."""
         if not self.monotone:
             return self.sizes
-        return [
-            int(counted(self.alive(index))) if group.pruned else size
-            for index, (group, size) in enumerate(zip(self.groups, self.sizes, strict=True))
-        ]
+        left = iter(count_each(self.alive(index) for index, group in enumerate(self.groups) if group.pruned))
+        return [next(left) if group.pruned else size for group, size in zip(self.groups, self.sizes, strict=True)]
 
     def least(self, index: int, sparsity: float, at_least: int = 0) -> int:
         """How many units of a group are kept whatever they score.

@@ -383,6 +383,8 @@ class Sparsity(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
+        if self.pruner.attached and not self.pruner.shared:
+            self.pruner.to_weights()  # the strategy has moved the model to the CPU
 
     def _release(self) -> None:
         if self._hooks is not None:

@@ -115,8 +115,16 @@ class Gate:
 
     def to(self, device: torch.device) -> None:
         """Move it, and what its optimizer remembers."""
-        self.value.data = self.value.data.to(device)
-        self._remember(self.optimizer.state[self.value])
+        if self.value.device == device:
+            return
+        memory = self.optimizer.state.pop(self.value, {})
+        self.value = nn.Parameter(self.value.detach().to(device))
+        self.optimizer.param_groups[0]["params"] = [self.value]
+        self._remember(memory)
+        for name in ("price", "multipliers", "noise", "sample"):
+            number = getattr(self, name)
+            if number is not None:
+                setattr(self, name, number.to(device))
 
     def _remember(self, state: Mapping[str, Tensor]) -> None:
         device = self.value.device

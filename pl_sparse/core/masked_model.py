@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.group import Group
 from pl_sparse.core.optimizers import owned_by
-from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parameter import MaskedParameter, kept_each
 from pl_sparse.core.places import Places
 from pl_sparse.core.sharded import ShardedParameter
 from pl_sparse.core.targets import Choice
@@ -108,7 +108,7 @@ class MaskedModel:
     def kept(self) -> int:
         """How many weights the masks keep."""
         self.refuse_unfollowed()
-        return sum(param.kept for param in self.params)
+        return sum(kept_each(self.params))
 
     @property
     def numel(self) -> int:

@@ -13,9 +13,19 @@ from torch import Tensor, nn
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.dtensor import total
 from pl_sparse.core.layouts import Plain, Whole
-from pl_sparse.core.topk import counted
+from pl_sparse.core.topk import count_each, counted
 
-__all__ = ["MaskedParameter", "checksum", "in_pieces", "numbers", "packed", "unpacked", "where_kept", "zero_pruned"]
+__all__ = [
+    "MaskedParameter",
+    "checksum",
+    "in_pieces",
+    "kept_each",
+    "numbers",
+    "packed",
+    "unpacked",
+    "where_kept",
+    "zero_pruned",
+]
 
 _LARGE = 1 << 18  # weights of a tensor, from which on its mask is turned into numbers piece by piece
 _PIECE = 1 << 16  # scores that are told apart at once
@@ -91,9 +101,10 @@ class MaskedParameter:
 
         Inputs that were cut out because nothing fed them count as the mask had them: kept in a kept output.
         """
-        if not self.pruned:
-            return self.numel
-        kept = int(counted(self.mask))
+        return self._before_cut(int(counted(self.mask))) if self.pruned else self.numel
+
+    def _before_cut(self, kept: int) -> int:
+        """How many weights the mask keeps, by how many are kept of those that are left."""
         if self.cut is not None:
             removed = self.cut.removed
             for dim in set(removed) - {self.layout.output_dim}:
@@ -137,7 +148,7 @@ class MaskedParameter:
         """Whether some of the weights can be seen as a parameter of their own, by `among`: those of a plain tensor."""
         held = self.data, self.mask, *(() if self.latent is None else (self.latent,)), *self.state.values()
         plain = type(self) is MaskedParameter and self.cut is None and isinstance(self.layout, Plain)
-        return plain and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in held)
+        return plain and all(tensor.device == self.mask.device and tensor.is_contiguous() for tensor in held)
 
     def among(self, of: slice) -> MaskedParameter:
         """Some of the weights, flat, and what belongs to them, as a parameter of their own: views."""
@@ -236,6 +247,13 @@ class MaskedParameter:
         self.to_weight()
 
 
+def kept_each(params: Sequence[MaskedParameter]) -> list[int]:
+    """`MaskedParameter.kept` of each. The host waits for a GPU once."""
+    here = [param for param in params if type(param) is MaskedParameter and param.pruned]
+    counts = dict(zip(here, count_each(param.mask for param in here), strict=True))
+    return [param._before_cut(counts[param]) if param in counts else param.kept for param in params]
+
+
 def checksum(mask: Tensor) -> Tensor:
     """A sum of a mask's words, each times an odd number of its own, modulo 2^64.
 
@@ -285,6 +303,9 @@ def zero_pruned(
     for tensor, param, value in zip(tensors, params, tensors if values is None else values, strict=True):
         if in_pieces(tensor, param):
             _multiply(value, param.mask, tensor)
+        elif tensor.device.type == "cuda" and tensor.numel() > _LARGE and _is_plain(tensor, param):
+            dtype = _INTEGERS[tensor.element_size()]  # there a bool costs no more than a number that is kept for it
+            torch.mul(value.view(dtype), param.mask, out=tensor.view(dtype))
         elif _is_plain(tensor, param):
             if value is tensor:
                 bits.append(param.bits)

@@ -4,7 +4,8 @@ The k-th largest score is found by radix selection on the bits of the floats: IE
 as their bit patterns are, so a histogram of the leading bits tells in which bin the k-th one lies, and only that bin is
 looked into further. Where there are many scores, a sample first tells between which two values the k-th one almost
 surely lies; what is above is counted, and only what is between needs the search. Scores are read in pieces; on a CPU
-NumPy compares, counts and picks them, in a tenth of the time that torch takes.
+NumPy compares, counts and picks them, in a tenth of the time that torch takes. On another device the search stays
+there: the host waits for it once per threshold, and not at all where one tensor is small enough to be sorted.
 
 The rule for ties: among equal scores the one that comes first (tensor order, then flat index) is kept.
 """
@@ -12,7 +13,7 @@ The rule for ties: among equal scores the one that comes first (tensor order, th
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -22,6 +23,8 @@ from torch import Tensor
 
 _CHUNK = 1 << 21  # few large pieces: each is work for all threads, who wait for each other after it
 RUN = 1 << 17  # scores that stay in the cache with what is made of them
+_RUN = 1 << 22  # the same on other devices, where each piece costs a few launches
+SORTED = 1 << 22  # scores of one tensor that are sorted on another device: that needs 24 bytes for each
 _SAMPLE = 1 << 18
 _LARGE = 1 << 18
 _DIGITS = {32: (20, 8, 0), 64: (52, 40, 28, 16, 4, 0)}  # shifts of the successive digits, at most 12 bits each
@@ -41,13 +44,19 @@ def _runs(scores: Sequence[Tensor], index: int, step: int = 1) -> tuple[torch.Si
         return cast("tuple[torch.Size, Iterator[Run]]", runs)
     score = scores[index]
     flat = score.reshape(-1)[::step]
-    return score.shape, ((run, None) for run in flat.split(RUN if _in_numpy(flat) else _CHUNK))
+    length = _CHUNK if flat.device.type == "cpu" and not _in_numpy(flat) else run_length(flat)
+    return score.shape, ((run, None) for run in flat.split(length))
+
+
+def run_length(tensor: Tensor) -> int:
+    """How many scores are made at once on a tensor's device."""
+    return RUN if tensor.device.type == "cpu" else _RUN
 
 
 def _filled(scores: Sequence[Tensor], index: int, step: int = 1) -> Iterator[Tensor]:
     """The same pieces with the lowest number where a score is not ranked."""
     for run, ranked in _runs(scores, index, step)[1]:
-        yield run if ranked is None else run.masked_fill(~ranked, torch.finfo(run.dtype).min)
+        yield run if ranked is None else torch.where(ranked, run, torch.finfo(run.dtype).min)
 
 
 def _some(scores: Sequence[Tensor], index: int) -> Tensor:
@@ -70,6 +79,16 @@ def _compared(run: Run, compare: Callable[[Any, float], Any], value: float) -> T
 def counted(chosen: Tensor) -> Tensor | int:
     """How many are true; on another device a tensor there."""
     return int(np.count_nonzero(chosen.numpy())) if chosen.device.type == "cpu" else torch.count_nonzero(chosen)
+
+
+def count_each(masks: Iterable[Tensor]) -> list[int]:
+    """How many are true in each. The host waits for other devices once."""
+    numbers = [counted(mask) for mask in masks]
+    there = [number for number in numbers if isinstance(number, Tensor)]
+    if there:
+        read = iter(torch.stack([number.to(there[0].device) for number in there]).tolist())
+        return [next(read) if isinstance(number, Tensor) else number for number in numbers]
+    return [int(number) for number in numbers]
 
 
 def _both(one: Tensor, other: Tensor) -> Tensor:
@@ -118,7 +137,7 @@ class Threshold:
 
     def masks(self, scores: Sequence[Tensor]) -> Iterator[Tensor]:
         """For each tensor of scores the bool mask of what is kept, in order, one at a time."""
-        left = self.ties
+        left: int | Tensor = self.ties
         every = self.ties == self.equal  # of those that are equal to the value
         for index in range(len(scores)):
             shape, runs = _runs(scores, index)
@@ -128,14 +147,31 @@ class Threshold:
                 if among is not None and self.value == torch.finfo(scored.dtype).min:
                     run = scored.masked_fill(~among, self.value), None
                 chosen = _compared(run, operator.ge if every else operator.gt, self.value)
-                if left and not every:
+                if every or not self.ties:
+                    pass
+                elif chosen.device.type != "cpu":
+                    first, left = _first(_compared(run, operator.eq, self.value), left)
+                    chosen |= first
+                elif left:
                     tied = _compared(run, operator.eq, self.value)
                     if counted(tied):
-                        places = tied.nonzero().squeeze(1)[:left]
+                        places = tied.nonzero().squeeze(1)[: int(left)]
                         chosen[places] = True
                         left -= places.numel()
                 parts.append(chosen)
             yield (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+
+
+def _first(among: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
+    """The first `count` of those that are true, and the count less what there is: the host waits for nothing.
+
+    >>> first, left = _first(torch.tensor([True, False, True, True]), 2)
+    >>> first.tolist(), left.tolist()
+    ([True, False, True, False], [-1])
+    """
+    place = among.cumsum(0, dtype=torch.int32)
+    left = count.to(place.device) if isinstance(count, Tensor) else place.new_full((1,), count)
+    return among & (place <= left), left - place[-1:]
 
 
 def _alone(histogram: Tensor) -> Tensor:
@@ -273,11 +309,14 @@ def threshold(scores: Sequence[Tensor], keep: int, reduce: Callable[[Tensor], Te
         raise ValueError(f"keep must be 0 or more, got {keep}")
     if keep == 0:
         return Threshold(float("inf"), 0, -1)
-    if reduce is _alone and sum(sizes(scores)) > _LARGE and (bracketed := _bracketed(scores, keep)) is not None:
-        return bracketed
     some = [_some(scores, index) for index in range(len(scores))]
     dtype = torch.float64 if any(score.dtype == torch.float64 for score in some) else torch.float32
     bits = 64 if dtype == torch.float64 else 32
+    home = next((score.device for score in some if score.device.type != "cpu"), None)
+    if home is not None:
+        return _on_device(scores, keep, reduce, dtype, home)
+    if reduce is _alone and sum(sizes(scores)) > _LARGE and (bracketed := _bracketed(scores, keep)) is not None:
+        return bracketed
     pool: list[Tensor] | None = None  # the candidates, once they are few
     above, prefix, used = 0, 0, bits  # `used`: the shift down to which the bits of the threshold are known
     equal = 0
@@ -317,6 +356,62 @@ def threshold(scores: Sequence[Tensor], keep: int, reduce: Callable[[Tensor], Te
     return Threshold(float(as_int.view(dtype)[0]), keep - above, equal)
 
 
+def _on_device(
+    scores: Sequence[Tensor], keep: int, reduce: Callable[[Tensor], Tensor], dtype: torch.dtype, home: torch.device
+) -> Threshold:
+    """The threshold by the same digits, without a look at any of them: what is known stays in tensors of one number.
+
+    Scores may be on several devices; each counts its own.
+    """
+    bits = 64 if dtype == torch.float64 else 32
+    integer = torch.int64 if bits == 64 else torch.int32
+    prefix, above, equal = (torch.zeros(1, dtype=torch.int64, device=home) for _ in range(3))
+    total, odd, used = prefix, prefix, bits
+    for shift in _DIGITS[bits]:
+        size, first = 1 << used - shift, used == bits
+        histogram = torch.zeros(size, dtype=torch.int64, device=home)
+        base = (prefix << used if not first else prefix).to(integer)  # of all that begin as the threshold does
+        for chunk in _chunks(scores, dtype):
+            key = _bits(chunk)
+            if first:
+                histogram += _histogram((key >> shift).add_(size // 2), size).to(home)
+            else:  # others lie outside of the digits, also where the difference overflows
+                histogram += _histogram((key - base.to(key.device)).bitwise_right_shift_(shift), size).to(home)
+        histogram = reduce(histogram)
+        order = torch.arange(size - 1, -1, -1, device=home)
+        if first:  # the sign bit: a digit is a signed number, as the prefix is; negative scores fall as digits rise
+            order = torch.cat([order[: size // 2], order.flip(0)[: size // 2]])
+        else:
+            order = torch.where(prefix < 0, order.flip(0), order)
+        falling = histogram[order]
+        running = falling.cumsum(0)
+        at = torch.searchsorted(running, keep - above).clamp_max_(size - 1)
+        digit, equal = order.gather(0, at), falling.gather(0, at)
+        above = above + running.gather(0, at) - equal
+        if first:
+            digit, total = digit - size // 2, running[-1:]
+            mantissa = used - shift - (9 if bits == 32 else 12)
+            odd = histogram.unflatten(0, (2, -1))[:, -(1 << mantissa) :].sum().reshape(1)  # infinite, or NaN
+        prefix = (prefix << used - shift) + digit
+        used = shift
+    known: list[int] = torch.cat([prefix, above, equal, total, odd]).tolist()
+    if known[4]:
+        _name_nan(scores)
+    if known[3] < keep:
+        raise ValueError(f"asked to keep {keep} of {known[3]} scores")
+    return Threshold(float(torch.tensor([known[0]], dtype=integer).view(dtype)[0]), keep - known[1], known[2])
+
+
+def _histogram(digits: Tensor, size: int) -> Tensor:
+    """How often each number from 0 on and below `size` occurs among integers; others are left out.
+
+    `bincount` reads the largest one, for which the host waits; `histc` does not, and is exact for integers.
+    """
+    if digits.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        return torch.histc(digits, size + 1, 0, size + 1)[:size].long()
+    return torch.bincount(digits.add(1).clamp_(0, size + 1), minlength=size + 2)[1:-1]
+
+
 def sizes(scores: Sequence[Tensor]) -> list[int]:
     """How many scores each tensor holds."""
     counts: list[int] | None = getattr(scores, "sizes", None)  # of a lazy sequence, without computing the scores
@@ -330,12 +425,17 @@ def _refuse_nan(histogram: Tensor, scores: Sequence[Tensor], bits: int, width: i
     start = ((1 << exponent) - 1) << mantissa
     half = 1 << (width - 1)
     if int(histogram[start:half].sum() + histogram[half + start :].sum()):
-        for index in range(len(scores)):
-            if bool(scores[index].isnan().any()):
-                raise ValueError(
-                    f"the scores of tensor {index} hold NaN: its weights or gradients have diverged before pruning. "
-                    "Lower the learning rate, or clip gradients"
-                )
+        _name_nan(scores)
+
+
+def _name_nan(scores: Sequence[Tensor]) -> None:
+    """Refuse the first tensor with a score that is NaN, if there is one."""
+    for index, nans in enumerate(count_each(scores[index].isnan() for index in range(len(scores)))):
+        if nans:
+            raise ValueError(
+                f"the scores of tensor {index} hold NaN: its weights or gradients have diverged before pruning. "
+                "Lower the learning rate, or clip gradients"
+            )
 
 
 def top_k(scores: Tensor, keep: int) -> Tensor:
@@ -348,4 +448,8 @@ def top_k(scores: Tensor, keep: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if keep <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
+    if scores.device.type != "cpu" and scores.numel() <= SORTED:  # NaN, which its caller looks for, comes first
+        order = scores.reshape(-1).sort(descending=True, stable=True).indices
+        chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+        return chosen.index_fill_(0, order[:keep], True).view(scores.shape)
     return next(threshold([scores], keep).masks([scores]))

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch.optim import SGD, Optimizer
 
+from pl_sparse.core.parameter import kept_each
 from pl_sparse.core.registry import register
 from pl_sparse.core.topk import top_k
 from pl_sparse.masking.base import Groups, Masking, Params, latent, weights, with_gradients
@@ -130,11 +131,10 @@ class TopKAST(Masking):
             raise ValueError(f"reg={self.reg!r} must not be negative")
 
     def on_change(self, params: Params) -> None:
-        for param in params:
+        for param, kept in zip(params, kept_each(params), strict=True):
             magnitude = param.values.abs().masked_fill_(param.mask, float("inf"))
-            count = min(param.kept + round(self.exploration * param.numel), param.numel)
-            trained = top_k(magnitude, count)
-            density = max(param.kept / param.numel, 1 / param.numel)
+            trained = top_k(magnitude, min(kept + round(self.exploration * param.numel), param.numel))
+            density = max(kept / param.numel, 1 / param.numel)
             param.state["trained"] = trained.to(param.weight.dtype)
             param.state["penalty"] = self.reg * torch.where(param.mask, 1.0, trained / density).to(param.weight.dtype)
 

@@ -47,7 +47,7 @@ class Random(Scorer):
 
     def score(self, param: MaskedParameter) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + crc32(param.name.encode())) % 2**63)
-        return torch.rand(param.shape, generator=generator).to(param.weight.device)
+        return torch.rand(param.shape, generator=generator).to(param.weight.device, non_blocking=True)
 
 
 @register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations, product
 from typing import Any
 
@@ -146,7 +147,7 @@ class Transposable(Structure):
 
     def select(self, units: Tensor, keep: int) -> Tensor:
         n = min(self.m, max(self.n, -(-keep * self.m // units.numel())))
-        patterns = _permutation_sums(n, self.m).to(units.device)
+        patterns = _permutation_sums(n, self.m, units.device)
         best = units.double().clamp(-1e150, 1e150) @ patterns.double().t()
         return patterns[best.argmax(-1)]
 
@@ -155,7 +156,8 @@ class Transposable(Structure):
         return blocks.flatten(3).flatten(1, 2).movedim(0, 2).reshape(shape)
 
 
-def _permutation_sums(n: int, m: int) -> Tensor:
+@cache
+def _permutation_sums(n: int, m: int, device: torch.device) -> Tensor:
     """All m x m masks with n kept in every row and column, flat, (masks, m * m)."""
     rows = [list(row) for row in combinations(range(m), n)]
     masks = [
@@ -163,7 +165,7 @@ def _permutation_sums(n: int, m: int) -> Tensor:
         for chosen in product(rows, repeat=m)
         if all(sum(j in row for row in chosen) == n for j in range(m))
     ]
-    return torch.tensor(masks).flatten(1)
+    return torch.tensor(masks, device=device).flatten(1)
 
 
 def _best(scores: np.ndarray[Any, Any], n: int) -> np.ndarray[Any, Any]:

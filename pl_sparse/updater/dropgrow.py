@@ -15,7 +15,7 @@ from pl_sparse.allocation import Allocation, Units, choose
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter, where_kept
 from pl_sparse.core.registry import name_of, register
-from pl_sparse.core.topk import top_k
+from pl_sparse.core.topk import count_each, top_k
 from pl_sparse.scorer import Momentum, Random, Scorer
 from pl_sparse.structure import Row, Structure
 from pl_sparse.updater.base import Update, Updater
@@ -117,14 +117,14 @@ class DropGrow(Updater):
             return
         units = Units(groups, structure, scorer.score, unit_scores=scorer.unit_scores)
         alive = [units.alive(index) for index in range(len(units))]
-        counts = [int(torch.count_nonzero(mask)) for mask in alive]
+        there = count_each(alive)
         leasts = units.leasts(due.level)
         rate = self.rate(due.progress)
-        dropped = [min(int(rate * n), max(n - least, 0)) for n, least in zip(counts, leasts, strict=True)]
-        grown = self._shares(groups, units, counts, dropped) if self.redistribute else dropped
+        dropped = [min(int(rate * n), max(n - least, 0)) for n, least in zip(there, leasts, strict=True)]
+        grown = self._shares(groups, units, there, dropped) if self.redistribute else dropped
         growth = Units(groups, structure, lambda param: self._growth(param, due))
         for index in range(len(units)):
-            left = counts[index] - dropped[index]
+            left = there[index] - dropped[index]
             last = index == len(units) - 1
             scores, wanted = units[index].float(), growth[index].float()
             units.assign(index, self._moved(scores, wanted, alive[index], left, grown[index], structure, last))
@@ -149,7 +149,7 @@ class DropGrow(Updater):
             return param.grad.detach().abs()
         mixed = (self.seed * 0x9E3779B1 + crc32(param.name.encode()) * 0x85EBCA6B + due.number * 0xC2B2AE35) % 2**63
         generator = torch.Generator().manual_seed(mixed)
-        return torch.rand(param.shape, generator=generator).to(param.weight.device)
+        return torch.rand(param.shape, generator=generator).to(param.weight.device, non_blocking=True)
 
     def _shares(self, groups: Sequence[Group], units: Units, counts: list[int], dropped: list[int]) -> list[int]:
         """How many units each group grows: all the dropped weights, by the mean momentum of kept weights."""
@@ -247,7 +247,8 @@ class SRigL(DropGrow):
         lifted = 2 + scores / scores.max().clamp_min(torch.finfo(torch.float32).tiny)
         ranks = torch.where(stay, lifted, wanted / wanted.max().clamp_min(torch.finfo(torch.float32).tiny))
         chosen = torch.zeros_like(alive)
-        chosen[open_] = structure.select(ranks[open_], left + grown)
+        places = open_.nonzero().squeeze(1)
+        chosen[places] = structure.select(ranks[places], left + grown)
         return chosen
 
 
