@@ -147,16 +147,39 @@ def gpu() -> str:
     for path in found:
         figures = json.loads(path.read_text())
         rows = [
-            (model, way, f"{row['ms']:.2f}", f"{row['ratio']:.3f} ({row['of'][0]:.3f} to {row['of'][1]:.3f})")
+            (
+                model,
+                way,
+                f"{ways['dense']['ms']:.1f}",
+                f"{row['ms']:.1f}",
+                f"{row['ratio']:.3f} ({row['of'][0]:.3f} to {row['of'][1]:.3f})",
+            )
             for model, ways in figures.get("step", {}).items()
             for way, row in ways.items()
+            if way != "dense"
         ]
         parts.append(f"{figures['card']}, torch {figures['torch']}; all figures: [{path.name}](data/{path.name})")
-        parts.append(table(("a step in bf16", "", "ms", "ratio to dense"), rows))
+        parts.append(table(("a step in bf16", "", "dense ms", "ms", "ratio to dense"), rows))
         rows = [
             (name, f"{row['later']:.3f}", f"{row['memory']:.2f}") for name, row in figures.get("update", {}).items()
         ]
         parts.append(table(("an update", "seconds", "extra memory / weights"), rows))
+        waits = [
+            (way, row["tensors"], sum(row["step"].values()) - 1, sum(row["update"].values()) - 1)
+            for way, row in figures.get("syncs", {}).items()
+            if "update" in row
+        ]  # the profiler waits once itself
+        parts.append(table(("the host waits, BERT-base", "tensors", "in a step", "in an update"), waits))
+        rows = [
+            (name, *(f"{1e3 * row[key]:.3f}" for key in ("dense", "2:4")), f"{row['faster']:.2f}x")
+            for name, row in figures.get("inference", {}).items()
+        ]
+        parts.append(table(("2:4, half precision (out x in)", "dense ms", "2:4 ms", "faster"), rows))
+        shard, fast = figures.get("fsdp", {}), figures.get("compiled", {})
+        rows = [(f"FSDP2, one process, {way}", f"{shard[way]:.1f}") for way in ("dense", "hard") if way in shard]
+        rows += [(f"torch.compile, {way}", f"{row['ms']:.1f}") for way, row in fast.items()]
+        parts.append(table(("a step of BERT-base otherwise", "ms"), rows))
+        parts += [f"Not measured: {name}, {why}" for name, why in figures["failed"].items()]
     return "\n\n".join(parts)
 
 
