@@ -36,8 +36,12 @@ from pl_sparse.tasks import models
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet20", choices=models.__all__)
+    parser.add_argument("--model", default="resnet20", choices=[*models.__all__, "mobilenet"])
     parser.add_argument("--widths", type=int, default=10)
+    parser.add_argument("--width", type=int, help="of the model, where it has one")
+    parser.add_argument(
+        "--multiple", type=int, default=1, help="widths are multiples of it, as hardware.multiple has it"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=28, help="pixels along a side")
     parser.add_argument("--repeats", type=int, default=15)
@@ -49,7 +53,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     chance = random.Random(0)
-    dense = getattr(models, arguments.model)(shape=(1, arguments.size, arguments.size), classes=10).eval()
+    options = {"width": arguments.width} if arguments.width else {}
+    make = mobilenet if arguments.model == "mobilenet" else getattr(models, arguments.model)
+    dense = make(shape=(1, arguments.size, arguments.size), classes=10, **options).eval()
     x = torch.randn(arguments.batch, 1, arguments.size, arguments.size)
     structure = Channel(coupled=True)
     nets: list[nn.Module] = [dense]
@@ -58,7 +64,8 @@ def main() -> None:
         net = copy.deepcopy(dense)
         groups = _groups(structure, net, x)
         units = Units(groups, structure, lambda param: param.weight.detach().abs())
-        kept.append([chance.randint(max(size // 8, 1), size) for size in units.sizes])
+        by = arguments.multiple
+        kept.append([min(by * chance.randint(max(size // 8 // by, 1), -(-size // by)), size) for size in units.sizes])
         for g, count in enumerate(kept[-1]):
             units.assign(g, structure.select(units[g], count))
             for param, _ in (*groups[g].members, *groups[g].companions):
@@ -84,6 +91,29 @@ def main() -> None:
     Console().print(shown, f"scale of the layers' sum to the dense network: {scale:.2f}; target: 20 %")
     if arguments.json:
         write_json(arguments.json, {"measured": measured, "predicted": predicted, "widths": kept, "scale": scale})
+
+
+def mobilenet(shape: tuple[int, int, int], classes: int, width: int = 32) -> nn.Module:
+    """Inverted residuals, as those of MobileNet V2: 1 x 1, depthwise 3 x 3, 1 x 1."""
+
+    def conv(inputs: int, outputs: int, size: int = 1, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+        layer = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
+        return [layer, nn.BatchNorm2d(outputs)]
+
+    class Block(nn.Sequential):
+        def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+            wide = 4 * inputs
+            middle = [*conv(inputs, wide), nn.ReLU(), *conv(wide, wide, 3, stride, wide), nn.ReLU()]
+            super().__init__(*middle, *conv(wide, outputs))
+            self.adds = stride == 1 and inputs == outputs
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + super().forward(x) if self.adds else super().forward(x)
+
+    widths = [(width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1), (2 * width, 4 * width, 2)]
+    blocks = [Block(*one) for one in [*widths, (4 * width, 4 * width, 1)]]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes)]
+    return nn.Sequential(*conv(shape[0], width, 3), nn.ReLU(), *blocks, *head)
 
 
 def _groups(structure: Channel, net: nn.Module, x: torch.Tensor) -> list[Group]:

@@ -233,6 +233,7 @@ REQUIRED = {
     ("model", "huggingface"): ["model.name=somewhere"],
     ("model", "transformer"): ["model.path=somewhere"],
     ("experiment", "movie_reviews_movement"): ["data.root=.", "model.path=somewhere"],
+    ("target", "ms"): ["target.ms=1"],
     ("distill", "teacher"): ["distill.teacher=somewhere"],
     ("data", "imagenet"): ["data.root=."],
     ("data", "squad"): ["data.root=.", "data.tokenizer=somewhere"],

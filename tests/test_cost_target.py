@@ -77,6 +77,29 @@ def test_a_speed_up_is_that_of_the_network_without_its_channels(
     assert 1.9 < target.achieved < 2.6  # four of 32 channels at once
 
 
+def test_milliseconds_are_those_of_the_network_without_its_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faster(self: CostTarget, dense: nn.Module, smaller: nn.Module, example: Any) -> float:
+        self._ms = counted(dense)["macs"] / 1e5 + 0.1, counted(smaller)["macs"] / 1e5 + 0.1
+        return self._ms[0] / self._ms[1]
+
+    monkeypatch.setattr(CostTarget, "_faster", faster)
+    module = small()
+    dense = counted(module)["macs"] / 1e5 + 0.1
+    target = CostTarget(ms=dense / 2)
+    fit(target, module, tmp_path)
+    shrink(module, torch.zeros(2, 1, 8, 8))
+    assert target.achieved == pytest.approx(counted(module)["macs"] / 1e5 + 0.1)
+    assert 0.37 * dense < target.achieved <= 0.5 * dense  # four of 32 channels at once
+    with pytest.raises(ValueError, match=r"ms=9: the dense network takes .* ms in ONNX Runtime .*, which meets it"):
+        fit(CostTarget(ms=9), small(), tmp_path)
+    with pytest.raises(ValueError, match=r"ms=0\.05 cannot be met: .* ms is 0\.1"):
+        fit(CostTarget(ms=0.05), small(), tmp_path)
+    with pytest.raises(ValueError, match="ms=-1 must be above 0"):
+        CostTarget(ms=-1)
+
+
 def test_channels_go_in_the_numbers_that_the_runtime_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A convolution of 31 channels takes twice as long as one of 32: widths are multiples, after a resume too."""
 

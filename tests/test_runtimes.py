@@ -80,11 +80,57 @@ def test_a_table_is_that_of_its_runtime(tmp_path: Path, monkeypatch: pytest.Monk
     tables = [LatencyTable(path, 1, runtime) for runtime in ("torch", "onnxruntime", "onnxruntime")]
     for table in tables:
         table.measure(network.layers)
-    variants = sum(len(row["outs"]) * len(row["ins"]) for row in tables[0]._rows.values())
-    assert opened == ["torch"] * variants + ["onnxruntime"] * variants
+    torch_rows, rows = (list(table._rows.values()) for table in tables[:2])
+    variants = [len(row["outs"]) * len(row["ins"]) for row in torch_rows]
+    graphs = [2 * len(row["outs"]) * len(row["ins"]) * (2 if row["blocks"] else 1) for row in rows]
+    assert opened == ["torch"] * sum(variants) + ["onnxruntime"] * sum(graphs)
     assert json.loads(path.read_text())["fingerprint"]["runtime"].startswith("onnxruntime 1.")
     assert network.cost(network.units, "ms", tables[1]) == network.cost(network.units, "ms", tables[2])
     assert LatencyTable(runtime="torch").file != LatencyTable(runtime="onnxruntime").file
+
+
+def test_blocks_of_channels_cost_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs take a second per output, twice as long where inputs are no multiple of four, and ten per call."""
+    pytest.importorskip("onnxruntime")
+    now = [0.0]
+
+    def opened(self: Runtime, layers: nn.Sequential, x: torch.Tensor, copies: int = 1) -> Any:
+        conv: Any = layers[0]
+        work = -(-conv.out_channels // 16) * 16 * (2 if conv.in_channels >= 16 and conv.in_channels % 4 else 1)
+
+        def run() -> None:
+            now[0] += 10 + copies * work
+
+        return run
+
+    monkeypatch.setattr(Runtime, "opened", opened)
+    monkeypatch.setattr(Runtime, "clock", property(lambda self: lambda: now[0]))
+    monkeypatch.setattr(Runtime, "blocks", property(lambda self: 16))
+    net, x = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 32, 3)), torch.randn(1, 1, 8, 8)
+    groups = [group for group in Channel(coupled=True).groups(find(net, last=False), net, x) if not group.reason]
+    network, table = Network(groups, net, x), LatencyTable(Path("nowhere"), 1, "onnxruntime")
+    table._rows, table._loaded = {table._name(layer): table._measured(layer) for layer in network.layers}, True
+    for width, first, second in ((64, 64, 32), (52, 64, 32), (48, 48, 32), (51, 64, 64), (17, 32, 64), (4, 16, 32)):
+        assert network.cost([width], "ms", table) == pytest.approx(1e3 * (first + second))
+
+
+@pytest.mark.parametrize("name", ["convolution", "linear", "transposed"])
+def test_copies_of_a_layer_are_added(name: str) -> None:
+    pytest.importorskip("onnxruntime")
+    layers: dict[str, nn.Module] = {
+        "convolution": nn.Conv2d(2, 3, 3, bias=False),
+        "linear": nn.Linear(4, 3),
+        "transposed": nn.ConvTranspose2d(2, 3, 2),
+    }
+    layer: Any = layers[name]
+    x = torch.randn(2, 4) if name == "linear" else torch.randn(1, 2, 5, 5)
+    with torch.no_grad():
+        once, bias = layer(x), 0.0 if layer.bias is None else layer.bias
+        if name == "transposed":
+            bias = bias[:, None, None]
+        expected = (6 * (once - bias) + (3 * bias + 3 if layer.bias is not None else 0)).relu()
+    (out,) = Runtime("onnxruntime").opened(nn.Sequential(layer, nn.ReLU()), x, 3)()
+    torch.testing.assert_close(torch.from_numpy(out), expected)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from math import inf, sqrt
 from pathlib import Path
+from statistics import median
 from time import process_time
 from typing import Any
 
@@ -35,8 +36,8 @@ from pl_sparse.surgery.shrink import shrink
 
 __all__ = ["CostTarget", "opened"]
 
-_MARGIN = 1.05
-"""A speed-up is looked for so much above what is asked: trained scores choose other widths than magnitudes before."""
+_MARGIN = {"speedup": 1.05, "ms": 1.03}
+"""Time is looked for so much below what is asked: trained scores choose other widths than magnitudes before."""
 _MULTIPLES = (16, 4, 1)
 """How many channels go at once, for a speed-up: ONNX Runtime computes channels in blocks of 16 where they are a
 multiple of 4, and takes twice as long for a convolution where they are not."""
@@ -62,16 +63,17 @@ class CostTarget(Callback):
             turns.
         size: the fraction of the bytes of its weights and buffers that may be left.
         macs: the fraction of its multiply-accumulates that may be left.
+        ms: the milliseconds that it may take, measured as a speed-up is.
         seconds: the seconds of each measurement of latency.
-        runtime: what a speed-up is measured in: "onnxruntime", "openvino" or "torch"; None: ONNX Runtime.
+        runtime: what time is measured in: "onnxruntime", "openvino" or "torch"; None: ONNX Runtime.
 
     Attributes:
         achieved: the targeted figure as measured at the end of training; None before.
 
     Raises:
-        ValueError: not one of speedup, size and macs is given, or it is out of range, or the runtime is not there.
-            Before training starts: channels are not coupled, another allocation is given, no budget meets the target,
-            or the network cannot be exported.
+        ValueError: not one of speedup, size, macs and ms is given, or it is out of range, or the runtime is not there.
+            Before training starts: channels are not coupled, another allocation is given, the dense network or no
+            budget meets the target, or the network cannot be exported.
     """
 
     def __init__(
@@ -81,31 +83,35 @@ class CostTarget(Callback):
         macs: float | None = None,
         seconds: float = 0.5,
         runtime: str | None = None,
+        ms: float | None = None,
     ) -> None:
-        given = {
-            key: value for key, value in (("speedup", speedup), ("size", size), ("macs", macs)) if value is not None
-        }
+        asked = {"speedup": speedup, "size": size, "macs": macs, "ms": ms}
+        given = {key: value for key, value in asked.items() if value is not None}
         if len(given) != 1:
             raise ValueError(
-                "a target of cost is one of speedup (2: twice as fast), size and macs (0.5: half is left), got "
+                "a target of cost is one of speedup (2: twice as fast), size and macs (0.5: half is left) and ms, got "
                 + (", ".join(given) or "none of them")
             )
         ((self.what, self.asked),) = given.items()
         if self.what == "speedup" and not 1 < self.asked < inf:
             raise ValueError(f"speedup={self.asked!r} must be above 1: how many times faster than the dense network")
-        if self.what != "speedup" and not 0 < self.asked < 1:
+        if self.what == "ms" and not 0 < self.asked < inf:
+            raise ValueError(f"ms={self.asked!r} must be above 0: the milliseconds that the network may take")
+        if self.what in ("size", "macs") and not 0 < self.asked < 1:
             raise ValueError(f"{self.what}={self.asked!r} must be in (0, 1): the fraction that may be left")
         if not seconds > 0:
             raise ValueError(f"seconds={seconds!r} must be above 0: the time that a latency is measured for")
         self.seconds = seconds
         self.runtime = runtime or "onnxruntime"
-        if self.what == "speedup":
+        self._timed = self.what in ("speedup", "ms")
+        if self._timed:
             Runtime(self.runtime)  # refuses what is not there
         self.achieved: float | None = None
         self._limit: float | None = None  # of the budget
         self._multiple = 1  # how many channels go at once
         self._restored = False
         self._dense: Executable | None = None  # while it is measured beside others
+        self._ms = (0.0, 0.0)  # of the dense network and the smaller one, as measured last
 
     # Before training
 
@@ -170,11 +176,16 @@ class CostTarget(Callback):
             return self._times_less(module, pruner, example), budget.cost(kept)
 
         full = budget.cost(budget.units)
-        wanted = self.asked * _MARGIN if self.what == "speedup" else 1 / self.asked
-        multiples = _MULTIPLES if self.what == "speedup" and budget.multiple == 1 else (budget.multiple,)
+        wanted = {"speedup": self.asked, "ms": 1.0}.get(self.what, 1 / self.asked) * _MARGIN.get(self.what, 1.0)
+        multiples = _MULTIPLES if self._timed and budget.multiple == 1 else (budget.multiple,)
         found = most = 0.0
         chosen = budget
         try:
+            if self.what == "ms" and left(budget, 1.0)[0] >= 1:
+                raise ValueError(
+                    f"target ms={self.asked:g}: the dense network takes {self._ms[0]:.3g} ms in "
+                    f"{_NAMES[self.runtime]} (batch 1, one thread), which meets it. Ask for less"
+                )
             for multiple in multiples:
                 tried = budget.by(multiple)
                 if multiple == 1 and found:
@@ -185,17 +196,18 @@ class CostTarget(Callback):
                 if times >= wanted and (cost := _largest(partial(left, tried), low, cost, wanted)) > found:
                     chosen, found = tried, cost
             if not found:
-                figure = most if self.what == "speedup" else 1 / most
+                figure = {"speedup": most, "ms": self.asked / most}.get(self.what, 1 / most)
                 spare = f"; {wanted:.3g} is aimed at" if self.what == "speedup" else ""
                 raise ValueError(
                     f"target {self.what}={self.asked:g} cannot be met: with {budget.multiple} channel"
                     f"{'s' * (budget.multiple > 1)} in each group that can be pruned, {self.what} is {figure:.3g}"
                     + spare
                 )
-            if self.what == "speedup" and found * _SPARED * self.asked**2 < full:
+            times = {"speedup": self.asked, "ms": self._ms[0] / self.asked}.get(self.what, 0.0)
+            if found * _SPARED * times**2 < full and self._timed:
                 raise ValueError(
-                    f"target speedup={self.asked:g} would take {1 - found / full:.1%} of the multiply-accumulates: the "
-                    "time of this network is not that of its channels. Ask for less, or for target=macs"
+                    f"target {self.what}={self.asked:g} would take {1 - found / full:.1%} of the multiply-accumulates: "
+                    "the time of this network is not that of its channels. Ask for less, or for target=macs"
                 )
         finally:
             for param in params:
@@ -208,7 +220,7 @@ class CostTarget(Callback):
     # Costs
 
     def _times_less(self, module: LightningModule, pruner: Pruner, example: Any) -> float:
-        """How many times less the network costs without the channels that are masked now."""
+        """How many times less than the dense network, or than asked for, it costs without the channels masked now."""
         masks = {param.name: param.mask for param in pruner.masked if param.pruned}
         dense, smaller = copy.deepcopy(module).eval(), copy.deepcopy(module).eval()
         for name, mask in masks.items():
@@ -218,7 +230,8 @@ class CostTarget(Callback):
             return stored_bytes(dense) / stored_bytes(smaller)
         if self.what == "macs":
             return counted(dense, example).dense / counted(smaller, example).dense
-        return self._faster(network_of(dense.cpu()), network_of(smaller.cpu()), example)
+        faster = self._faster(network_of(dense.cpu()), network_of(smaller.cpu()), example)
+        return self.asked / self._ms[1] if self.what == "ms" else faster
 
     def _faster(self, dense: nn.Module, smaller: nn.Module, example: Any) -> float:
         """How many times faster one network is than another, in turns in the runtime.
@@ -228,18 +241,19 @@ class CostTarget(Callback):
         x = example[0] if isinstance(example, tuple) else example
         if not isinstance(x, Tensor):
             raise ValueError(
-                f"target speedup={self.asked:g} is measured on networks of one tensor, and the inputs are a "
+                f"target {self.what}={self.asked:g} is measured on networks of one tensor, and the inputs are a "
                 f"{type(x).__name__}: use target=macs or target=size"
             )
         x = x.cpu()
         where = _NAMES[self.runtime]
         if self._dense is None and self.runtime != "torch" and (reason := traceable(dense, x)) is not None:
-            raise ValueError(f"target speedup={self.asked:g} is measured in {where}: {reason}")
+            raise ValueError(f"target {self.what}={self.asked:g} is measured in {where}: {reason}")
         with one_thread():
             if self._dense is None:  # of one try or another: what it costs does not depend on values
                 self._dense = opened(dense, x, self.runtime)
             runs = {"dense": self._dense, "smaller": opened(smaller, x, self.runtime)}
             times = latencies(runs, x[:1], self.seconds, clock=process_time)
+        self._ms = median(times["dense"]), median(times["smaller"])
         return ratio(times["dense"], times["smaller"])[0]
 
     @torch.no_grad()
@@ -248,9 +262,9 @@ class CostTarget(Callback):
             return
         times = self._times_less(pl_module, Sparsity.of(trainer).pruner, example_of(trainer, pl_module))
         self._dense = None
-        self.achieved = times if self.what == "speedup" else 1 / times
+        self.achieved = {"speedup": times, "ms": self._ms[1]}.get(self.what, 1 / times)
         line = f"target {self.what}={self.asked:g}: {self.achieved:.3g}"
-        if times < (self.asked if self.what == "speedup" else 1 / self.asked):
+        if times < {"speedup": self.asked, "ms": 1.0}.get(self.what, 1 / self.asked):
             rank_zero_warn(f"{line} is what the trained network has, which misses it")
         else:
             rank_zero_info(line)
@@ -286,8 +300,8 @@ def _largest(left: Callable[[float], tuple[float, float]], low: float, found: fl
     return found
 
 
-_UNITS = {"speedup": "macs", "size": "kb", "macs": "macs"}
-"""What a `Budget` counts for each target. For a speed-up MACs: the milliseconds of small layers are noise."""
+_UNITS = {"speedup": "macs", "size": "kb", "macs": "macs", "ms": "macs"}
+"""What a `Budget` counts for each target. For time MACs: the milliseconds of small layers are noise."""
 
 
 def opened(net: nn.Module, x: Tensor, runtime: str) -> Executable:

@@ -28,6 +28,7 @@ from pl_sparse.network.runtimes import Runtime
 
 __all__ = ["LatencyTable", "Layer", "Network", "fingerprint", "measured"]
 
+_ALIGNED = 4  # channels: what is no multiple of them ONNX Runtime does not compute by blocks
 _FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -44,7 +45,7 @@ def fingerprint(runtime: Runtime) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         **runtime.fingerprint(),
-        "version": 2,
+        "version": 3,
     }
 
 
@@ -193,10 +194,13 @@ def _calls(model: nn.Module, example: Any) -> dict[nn.Module, tuple[tuple[int, .
 class LatencyTable:
     """Milliseconds of layers by width, measured when first asked for.
 
-    A layer is measured with the norm and the activation that go with it, at an eighth, a quarter, a half, three
-    quarters and all of its inputs and outputs. Between these it is interpolated linearly, which smooths the steps that
-    latencies have, after the measurements are made monotone (the larger of a width and all smaller ones), so that noise
-    never says that more channels are faster.
+    A layer is measured with the norm and the activation that go with it, in graphs with one and with three of it,
+    whose difference leaves out what a call costs (not in torch, where a layer is a call), at an eighth, a quarter, a
+    half, three quarters and all of its inputs and outputs. Between these it is interpolated linearly, which smooths
+    the steps that latencies have, after the measurements are made monotone (the larger of a width and all smaller
+    ones), so that noise never says that more channels are faster. ONNX Runtime computes a convolution by blocks of
+    channels: there widths are rounded up to blocks, and inputs that are no multiple of four are measured
+    for themselves.
 
     Args:
         path: a JSON file to keep measurements in; None for one in the user's cache directory.
@@ -257,9 +261,16 @@ class LatencyTable:
         if self._name(layer) not in self._rows:
             self.measure([layer])
         row = self._rows[self._name(layer)]
+        times = row["ms"]
+        if row.get("blocks"):  # a convolution by blocks of channels; numbers that are learned lie between them
+            if not isinstance(inputs, Tensor) and inputs >= row["blocks"] and inputs % _ALIGNED:
+                times = row["unfit"]
+            else:
+                inputs = inputs if inputs < row["blocks"] else _whole(inputs, row["blocks"], row["ins"])
+                outputs = _whole(outputs, row["blocks"], row["outs"])
         if layer.depthwise:
-            return _between(row["outs"], [line[0] for line in row["ms"]], outputs)
-        return _between(row["outs"], [_between(row["ins"], line, inputs) for line in row["ms"]], outputs)
+            return _between(row["outs"], [line[0] for line in times], outputs)
+        return _between(row["outs"], [_between(row["ins"], line, inputs) for line in times], outputs)
 
     def _name(self, layer: Layer) -> str:
         """What the layer is called in the file."""
@@ -283,27 +294,44 @@ class LatencyTable:
         full_out = module.out_features if isinstance(module, nn.Linear) else module.out_channels
         full_in = module.in_features if isinstance(module, nn.Linear) else module.in_channels
 
+        blocks = self._runs.blocks if isinstance(module, nn.Conv2d) and groups == 1 else 0
+
         def grid(full: int) -> list[int]:
+            if blocks:
+                return sorted({min(blocks * -(-max(round(full * f), 1) // blocks), full) for f in _FRACTIONS})
             return sorted({max(round(full * f / groups), 1) * groups for f in _FRACTIONS})
 
         outs = grid(full_out)
         ins = [0] if layer.depthwise else grid(full_in)
-        clock, opened = self._runs.clock, self._runs.opened
-        times: list[list[list[float]]] = [[[] for _ in ins] for _ in outs]  # (outs, ins, repeats)
+        if blocks and full_in >= blocks:
+            ins = [blocks // 2, *ins]  # fewer than a block are read as they come
+        row = {"ins": ins, "outs": outs, "blocks": blocks, "ms": self._times(layer, ins, outs, groups)}
+        if blocks:
+            near = [i + (1 if i == blocks else -1) if i >= blocks else i for i in ins]
+            row["unfit"] = self._times(layer, near, outs, groups)
+        return row
+
+    def _times(self, layer: Layer, ins: Sequence[int], outs: Sequence[int], groups: int) -> list[list[float]]:
+        """Milliseconds at each pair of widths, (outs, ins), none less than at a smaller one."""
+        clock, opened, copies = self._runs.clock, self._runs.opened, self._runs.copies
         with torch.inference_mode():
-            variants = [[opened(*_variant(layer, i or o // groups, o)) for i in ins] for o in outs]  # (outs, ins)
+            sized = [[_variant(layer, i or o // groups, o) for i in ins] for o in outs]
+            variants = [[[opened(*one, times) for times in copies] for one in line] for line in sized]
+            # (outs, ins, copies, repeats)
+            times: list[list[list[list[float]]]] = [[[[] for _ in copies] for _ in ins] for _ in outs]
             for turn in range(self.repeats + 2):  # in turns, so that a disturbance hits all widths alike
                 for i, line in enumerate(variants):
-                    for j, run in enumerate(line):
-                        start = clock()
-                        run()
-                        if turn >= 2:
-                            times[i][j].append(1e3 * (clock() - start))
-        ms = [[statistics.median(cell) for cell in line] for line in times]  # (outs, ins)
+                    for j, runs in enumerate(line):
+                        for k, run in enumerate(runs):
+                            start = clock()
+                            run()
+                            if turn >= 2:
+                                times[i][j][k].append(1e3 * (clock() - start))
+        ms = [[_alone(copies, [statistics.median(took) for took in cell]) for cell in line] for line in times]
         for i in range(len(outs)):
             for j in range(len(ins)):
                 ms[i][j] = max(ms[i][j], ms[i - 1][j] if i else 0.0, ms[i][j - 1] if j else 0.0)
-        return {"ins": ins, "outs": outs, "ms": ms}
+        return ms
 
 
 def measured(
@@ -347,6 +375,20 @@ def _sized(module: Any, inputs: int, outputs: int, device: str | None = None) ->
         options["output_padding"] = module.output_padding
     conv: nn.Module = kind(inputs, outputs, groups=groups, bias=bias, device=device, **options)
     return conv
+
+
+def _whole(width: Any, blocks: int, grid: Sequence[int]) -> Any:
+    """The width that blocks make of it; one that is learned stays."""
+    if isinstance(width, Tensor):
+        return width
+    return min(blocks * -(-width // blocks), grid[-1])
+
+
+def _alone(copies: Sequence[int], times: Sequence[float]) -> float:
+    """What one layer takes of the times of graphs with so many of it; of a single graph all."""
+    if len(copies) == 1:
+        return times[0]
+    return max(times[-1] - times[0], 0.0) / (copies[-1] - copies[0])
 
 
 def _between(grid: Sequence[int], values: Sequence[Any], x: Any) -> Any:
