@@ -180,7 +180,8 @@ def _graph(layers: nn.Sequential, x: Tensor, copies: int = 1) -> bytes:
     module: Any = layers[0]
     bias = module.bias if module.bias is not None or len(layers) == 2 else torch.zeros(module.out_channels)
     weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
-    nodes, values, total = [], {}, ""
+    nodes, total = [], ""
+    values: dict[str, Tensor] = {}
     for copy in range(copies):
         own = {f"weight{copy}": weight * (1 + copy), **({} if bias is None else {f"bias{copy}": bias + copy})}
         names, out = list(own), f"out{copy}"
