@@ -142,8 +142,6 @@ CASES = {
     "shared, constants": Case(Shared, (8, 8)),
     "attention": Case(Attention, (8, 3, 8, 8)),
     "recurrent": Case(Recurrent, (8, 5, 6), tuple(f"rnn.weight_{kind}_l0" for kind in ("ih", "hh"))),
-}
-SLOW = {
     "signals, depthwise": Case(Signal, (8, 4, 12)),
     "transposed with a norm": Case(UNet, (8, 3, 8, 8)),
     "volumes with a norm": Case(
@@ -157,6 +155,13 @@ SLOW = {
         ),
         (4, 2, 4, 6, 6),
     ),
+    "linear with a norm": Case(lambda: _of(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)), (8, 8)),
+    "norms before layers": Case(
+        lambda: _of(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+        (8, 3, 8, 8),
+    ),
+}
+SLOW = {
     "signals, transposed": Case(
         lambda: _of(nn.Conv1d(4, 8, 4, 2, 1), nn.ReLU(), nn.ConvTranspose1d(8, 4, 4, 2, 1)), (8, 4, 12)
     ),
@@ -165,11 +170,6 @@ SLOW = {
     ),
     "transposed in groups": Case(
         lambda: _of(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, 2, groups=2)), (8, 3, 8, 8)
-    ),
-    "linear with a norm": Case(lambda: _of(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)), (8, 8)),
-    "norms before layers": Case(
-        lambda: _of(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)),
-        (8, 3, 8, 8),
     ),
     "group norm, SiLU, GELU": Case(
         lambda: _of(

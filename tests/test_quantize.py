@@ -1,5 +1,6 @@
 """Trained for integers: what is pruned is the integer 0, and the integers compute what was simulated."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,25 @@ def test_a_norm_that_is_called_twice_is_named() -> None:
         Int8().prepare(net, torch.randn(2, 1, 2, 2))
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(2, 4, 2, groups=2), nn.Conv2d(2, 4, 1, bias=False)]
+)
+def test_a_norm_keeps_its_eps_and_momentum(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(layer, nn.BatchNorm2d(4, eps=0.1, momentum=0.6)), torch.randn(16, 2, 5, 5) / 3
+    plain, quantization = copy.deepcopy(net), Int8()
+    quantization.prepare(net, x)
+    for each in (net, plain):
+        each.train()(x)
+    norms = net[1].state_dict(), plain[1].state_dict()
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(norms[0][name], norms[1][name], atol=0.01, rtol=0.02)
+    with torch.no_grad():
+        wanted, simulated, made = (each(x) for each in (plain.eval(), net.eval(), quantization.convert()))
+    assert float((simulated - wanted).abs().max()) < 0.03 * float(wanted.abs().max())
+    assert float((made - simulated).abs().max()) < 1e-5 * float(wanted.abs().max())
+
+
 def test_a_network_that_takes_any_number_of_inputs_is_traced() -> None:
     class Net(nn.Linear):
         def forward(self, *inputs: Tensor) -> Tensor:
@@ -235,7 +255,6 @@ def test_a_network_that_is_not_called_is_told(tmp_path: Path) -> None:
         fit(tmp_path, Other(), Int4Weight(group=32))
 
 
-@pytest.mark.slow
 def test_a_channel_whose_scale_is_masked_stays_finite_and_is_folded() -> None:
     net = network()
     with torch.no_grad():
@@ -255,7 +274,6 @@ def test_a_channel_whose_scale_is_masked_stays_finite_and_is_folded() -> None:
     assert torch.allclose(converted(x), simulated, atol=0.05)
 
 
-@pytest.mark.slow
 def test_ranges_fit_a_network_with_fewer_channels() -> None:
     net, x = network().eval(), data()[0]
     with torch.no_grad():
@@ -277,7 +295,7 @@ def test_ranges_fit_a_network_with_fewer_channels() -> None:
     assert float(error.max()) < 0.02 and float(error.median()) < 1e-6
 
 
-@pytest.mark.parametrize("trained", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("trained", [True, False])
 def test_every_layer_of_a_residual_network_has_integers_on_both_sides(trained: bool) -> None:
     net, x = resnet20(shape=(1, 8, 8), classes=3, width=4), data()[0]
     x = F.pad(x, (1, 1, 1, 1))
@@ -335,7 +353,7 @@ class Named(Module):
         return self.model(x) if hasattr(self, "model") else self.fc(F.relu(self.norm(self.conv(x))).flatten(1))
 
 
-@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("net", "model")), "itself"])
+@pytest.mark.parametrize("kind", ["net", "model", "itself"])
 def test_a_network_under_any_name_is_converted_in_its_place(kind: str) -> None:
     module: Any = Module() if kind == "net" else Named(kind == "itself")
     if kind == "net":

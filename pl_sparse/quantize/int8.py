@@ -15,6 +15,7 @@ from pl_sparse.core.upstream import fake_quantizers, override, restore
 from pl_sparse.network.channels import short
 from pl_sparse.network.graph import traced
 from pl_sparse.quantize.base import Quantization, quiet_torchao
+from pl_sparse.quantize.folding import NORM, fold_norms
 from pl_sparse.quantize.x86 import x86_quantizer
 
 __all__ = ["Int8", "post_training"]
@@ -74,7 +75,6 @@ class Int8(Quantization):
         for node in list(graph.graph.nodes):
             if node.target is torch.ops.aten.add_.Tensor and "num_batches_tracked" in str(node.args[0]):
                 graph.graph.erase_node(node)  # it counts validation batches too, and nothing reads it
-        _guard(graph)
         self._net, self._graph, self._mode, self._frozen = net, graph, None, False
         self._example = example[:2]
         override(net, "forward", self._forward)
@@ -93,7 +93,7 @@ class Int8(Quantization):
         self._mode = mode
         ops = torch.ops.aten
         for node in graph.graph.nodes:
-            if node.target is ops.batch_norm.default:
+            if node.target is NORM:
                 node.args = (*node.args[:5], training and not self._frozen, *node.args[6:])
             elif node.target in (ops.dropout.default, ops.dropout_.default):
                 node.args = (*node.args[:2], training)
@@ -120,7 +120,7 @@ class Int8(Quantization):
 
             with torch.no_grad():
                 graph(self._example.cpu())  # ranges of the weights as they are now
-            _unguard(graph)
+            fold_norms(graph)
             return convert_pt2e(graph)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -165,38 +165,6 @@ def _in_floating_point(graph: torch.fx.GraphModule, net: nn.Module) -> list[str]
             sources = [item for source in node.all_input_nodes for item in above[source].items()]
             above[node] = {name: rounded or rounds for name, rounded in sources}
     return [name for name, weight in net.named_parameters() if weight.dim() > 1 and found.get(name) is False]
-
-
-def _guard(graph: torch.fx.GraphModule) -> None:
-    """Divide by 1 in place of a scale of 0.
-
-    In training, a folded convolution is divided by its BatchNorm's scale, and that of a masked channel is zero.
-    """
-    ops = torch.ops.aten
-    for node in list(graph.graph.nodes):
-        if node.target is ops.div.Tensor and _is_convolution(node.args[0]):
-            with graph.graph.inserting_before(node):
-                zero = graph.graph.call_function(ops.eq.Scalar, (node.args[1], 0))
-                safe = graph.graph.call_function(ops.masked_fill.Scalar, (node.args[1], zero, 1.0))
-            node.args = (node.args[0], safe)
-    graph.recompile()
-
-
-def _unguard(graph: torch.fx.GraphModule) -> None:
-    """Undo `_guard`: torchao recognizes its own pattern only."""
-    for node in list(graph.graph.nodes):
-        if node.target is torch.ops.aten.masked_fill.Scalar and all(_is_folded(user) for user in node.users):
-            node.replace_all_uses_with(node.args[0])
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-
-
-def _is_convolution(node: Any) -> bool:
-    return isinstance(node, torch.fx.Node) and "aten.conv" in str(node.target)
-
-
-def _is_folded(node: torch.fx.Node) -> bool:
-    return node.target is torch.ops.aten.div.Tensor and _is_convolution(node.args[0])
 
 
 def post_training(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pl_sparse.core.upstream import integer_input, integer_output
+from pl_sparse.quantize.folding import simulate_norms
 
 __all__ = ["x86_quantizer"]
 
@@ -69,6 +70,11 @@ def x86_quantizer(training: bool) -> Any:
             _annotate_others(model, activations, weights)
             _annotate_sums(model, activations)
             return model
+
+        def validate(self, model: torch.fx.GraphModule) -> None:
+            super().validate(model)
+            if training:
+                simulate_norms(model)
 
     return WithSums().set_global(QuantizationConfig(activations, activations, weights, None, training))
 
