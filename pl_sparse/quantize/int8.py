@@ -15,7 +15,8 @@ from pl_sparse.core.upstream import fake_quantizers, override, restore
 from pl_sparse.network.channels import short
 from pl_sparse.network.graph import traced
 from pl_sparse.quantize.base import Quantization, quiet_torchao
-from pl_sparse.quantize.folding import NORM, fold_norms
+from pl_sparse.quantize.folding import fold_norms
+from pl_sparse.quantize.modes import Modes, trained_graph
 from pl_sparse.quantize.x86 import x86_quantizer
 
 __all__ = ["Int8", "post_training"]
@@ -40,7 +41,8 @@ class Int8(Quantization):
     def __init__(self) -> None:
         self._net: nn.Module | None = None
         self._graph: torch.fx.GraphModule | None = None
-        self._mode: tuple[bool, bool] | None = None
+        self._modes: Modes | None = None
+        self._learned: bool | None = None  # whether ranges were learned in the latest call
         self._frozen = False
         self._example: Tensor | None = None
 
@@ -48,11 +50,7 @@ class Int8(Quantization):
         with quiet_torchao(), torch.random.fork_rng(devices=[]):  # its patterns are traced with random inputs
             from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-            training = net.training
-            try:
-                graph = traced(net.train(), example).module()
-            finally:
-                net.train(training)
+            graph, left_out = trained_graph(net, example)
             shared = [str(node.target) for node in graph.graph.nodes if node.op == "get_attr" and len(node.users) > 1]
             try:
                 graph = prepare_qat_pt2e(graph, x86_quantizer(training=True))
@@ -66,40 +64,35 @@ class Int8(Quantization):
             raise ValueError(
                 f"{type(net).__name__} has no layer that is quantized: quantization=int8 finds Linear, Conv"
             )
+        if left_out is not None:
+            warnings.warn(left_out, stacklevel=2)
         floats = _in_floating_point(graph, net)
         if floats:
             warnings.warn(
                 f"{', '.join(floats)} stay in floating point: quantization=int8 finds linear layers and convolutions",
                 stacklevel=2,
             )
-        for node in list(graph.graph.nodes):
-            if node.target is torch.ops.aten.add_.Tensor and "num_batches_tracked" in str(node.args[0]):
-                graph.graph.erase_node(node)  # it counts validation batches too, and nothing reads it
-        self._net, self._graph, self._mode, self._frozen = net, graph, None, False
+        self._net, self._graph, self._frozen = net, graph, False
+        self._modes = Modes(graph, net)
         self._example = example[:2]
         override(net, "forward", self._forward)
 
     def _forward(self, *args: Any) -> Any:
         assert self._net is not None and self._graph is not None
-        self._switch(self._net.training)
+        self._switch(self._net.training if self.learning is None else self.learning)
         return self._graph(*args)
 
-    def _switch(self, training: bool) -> None:
-        """Let dropout, BatchNorm and the observers of ranges do what they do in training, or in evaluation."""
-        graph, mode = self._graph, (training, self._frozen)
-        assert graph is not None
-        if mode == self._mode:
-            return
-        self._mode = mode
-        ops = torch.ops.aten
-        for node in graph.graph.nodes:
-            if node.target is NORM:
-                node.args = (*node.args[:5], training and not self._frozen, *node.args[6:])
-            elif node.target in (ops.dropout.default, ops.dropout_.default):
-                node.args = (*node.args[:2], training)
-        graph.recompile()
-        for quantizer in fake_quantizers(graph).values():  # the range of a weight is always that of the weight as it is
-            quantizer.enable_observer(quantizer.is_per_channel or (training and not self._frozen))
+    def _switch(self, learning: bool) -> None:
+        """Let dropout and norms do what they do in their modules, and observers of ranges learn or not."""
+        assert self._graph is not None and self._modes is not None
+        self._modes.follow(self._frozen)
+        learning = learning and not self._frozen
+        if learning != self._learned:
+            self._learned = learning
+            for quantizer in fake_quantizers(
+                self._graph
+            ).values():  # the range of a weight is that of the weight as it is
+                quantizer.enable_observer(quantizer.is_per_channel or learning)
 
     def freeze(self) -> None:
         self._frozen = True
@@ -107,13 +100,20 @@ class Int8(Quantization):
     def release(self) -> None:
         if self._net is not None:
             restore(self._net, "forward")
-        self._net = self._graph = self._mode = self._example = None
+        self._net = self._graph = self._modes = self._learned = self._example = None
 
     def convert(self) -> nn.Module:
         if self._graph is None:
             raise ValueError("nothing was prepared: call prepare(net, example) first")
-        assert self._example is not None
+        assert self._example is not None and self._modes is not None
+        unknown = [value for name, value in _ranges(self._graph).items() if name.endswith("max_val")]
+        if any(bool(value.isinf().any()) for value in unknown):
+            raise ValueError(
+                f"no batch of training went through {type(self._net).__name__} while integers were simulated: the "
+                "ranges of its activations are not known"
+            )
         self._switch(False)
+        self._modes.follow(self._frozen, evaluating=True)
         graph = copy.deepcopy(self._graph).cpu()
         with quiet_torchao(), torch.random.fork_rng(devices=[]):
             from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
@@ -133,7 +133,7 @@ class Int8(Quantization):
         assert self._graph is not None
         tensors = dict(state)
         self._frozen = bool(tensors.pop("frozen"))
-        self._mode = None
+        self._learned = None
         if set(_ranges(self._graph)) != set(tensors):
             raise ValueError("the ranges are of another model, or of another version of torchao")
         for name, quantizer in fake_quantizers(self._graph).items():
