@@ -235,7 +235,8 @@ def test_a_norm_keeps_its_eps_and_momentum(layer: nn.Module) -> None:
     with torch.no_grad():
         wanted, simulated, made = (each(x) for each in (plain.eval(), net.eval(), quantization.convert()))
     assert float((simulated - wanted).abs().max()) < 0.03 * float(wanted.abs().max())
-    assert float((made - simulated).abs().max()) < 1e-5 * float(wanted.abs().max())
+    error = (made - simulated).abs()  # a value between two integers may be rounded to the other one
+    assert float(error.max()) < 0.02 and float(error.median()) < 1e-6
 
 
 def test_a_network_that_takes_any_number_of_inputs_is_traced() -> None:

@@ -12,7 +12,7 @@ from test_quantize import Module, data, fit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pl_sparse.quantize import Int8
+from pl_sparse.quantize import Int8, integers
 
 pytest.importorskip("torchao")
 
@@ -116,3 +116,45 @@ def test_ranges_that_are_not_known_are_no_integers() -> None:
     quantization.prepare(net, torch.randn(4, 8))
     with pytest.raises(ValueError, match=r"^no batch of training went through Sequential"):
         quantization.convert()
+
+
+def test_a_network_that_diverged_has_no_integers() -> None:
+    net, x, quantization = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8), Int8()
+    with torch.no_grad():
+        net[0].weight[0] = torch.nan
+    quantization.prepare(net, x)
+    with pytest.raises(RuntimeError, match=r"^weights of Sequential are not finite: training diverged"):
+        net(x)
+    with pytest.raises(ValueError, match=r"^Sequential has no integers: its values are not finite"):
+        quantization.convert()
+
+
+def test_a_network_of_two_tensors_is_refused() -> None:
+    class Two(nn.Linear):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x + y)
+
+    with pytest.raises(ValueError, match=r"^Two cannot be called with one tensor, a batch's first: TypeError"):
+        Int8().prepare(Two(8, 8), torch.randn(4, 8))
+
+
+def test_a_norm_without_statistics_of_its_own_is_what_it_was() -> None:
+    """A weight that is standardized by the norm of a batch, and a norm that keeps no statistics."""
+
+    class Standardized(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.weight.reshape(1, len(self.weight), -1)
+            weight = F.batch_norm(rows, None, None, training=True, momentum=0.0).reshape(self.weight.shape)
+            return F.conv2d(x, weight, self.bias)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Standardized(2, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+    x, quantization = torch.randn(8, 2, 5, 5), Int8()
+    wanted = net.eval()(x).detach()
+    quantization.prepare(net.train(), x)
+    net(x)
+    with torch.no_grad():
+        simulated, converted = net.eval()(x), quantization.convert()
+        assert float((simulated - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+        assert float((converted(x) - simulated).abs().median()) < 1e-6
+    assert set(integers(converted, net)) == {"0.weight"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,13 +15,11 @@ from pl_sparse.network.channels import short
 from pl_sparse.network.graph import traced
 from pl_sparse.quantize.base import Quantization, quiet_torchao
 from pl_sparse.quantize.folding import fold_norms
+from pl_sparse.quantize.matrices import floats
 from pl_sparse.quantize.modes import Modes, trained_graph
 from pl_sparse.quantize.x86 import x86_quantizer
 
 __all__ = ["Int8", "post_training"]
-
-_PRODUCT = re.compile(r"aten\.(_?conv\w*|linear|\w*matmul|\w*mm|einsum|bilinear|lstm|gru|rnn_\w+)\.")
-"""Operations that multiply matrices."""
 
 
 class Int8(Quantization):
@@ -66,10 +63,14 @@ class Int8(Quantization):
             )
         if left_out is not None:
             warnings.warn(left_out, stacklevel=2)
-        floats = _in_floating_point(graph, net)
-        if floats:
+        by_operation: dict[str, list[str]] = {}
+        for name, operation in floats(graph, net).items():
+            by_operation.setdefault(operation, []).append(name)
+        if by_operation:
+            listed = "; ".join(f"{', '.join(names)} (read by {operation})" for operation, names in by_operation.items())
             warnings.warn(
-                f"{', '.join(floats)} stay in floating point: quantization=int8 finds linear layers and convolutions",
+                f"in floating point stay {listed}: quantization=int8 finds linear layers, convolutions and products "
+                "with a matrix",
                 stacklevel=2,
             )
         self._net, self._graph, self._frozen = net, graph, False
@@ -80,7 +81,12 @@ class Int8(Quantization):
     def _forward(self, *args: Any) -> Any:
         assert self._net is not None and self._graph is not None
         self._switch(self._net.training if self.learning is None else self.learning)
-        return self._graph(*args)
+        try:
+            return self._graph(*args)
+        except AssertionError as error:  # of observers, which say nothing of training
+            if all(bool(weight.isfinite().all()) for weight in self._net.parameters()):
+                raise
+            raise RuntimeError(f"weights of {type(self._net).__name__} are not finite: training diverged") from error
 
     def _switch(self, learning: bool) -> None:
         """Let dropout and norms do what they do in their modules, and observers of ranges learn or not."""
@@ -106,11 +112,14 @@ class Int8(Quantization):
         if self._graph is None:
             raise ValueError("nothing was prepared: call prepare(net, example) first")
         assert self._example is not None and self._modes is not None
-        unknown = [value for name, value in _ranges(self._graph).items() if name.endswith("max_val")]
-        if any(bool(value.isinf().any()) for value in unknown):
+        ends = [value for name, value in _ranges(self._graph).items() if name.endswith("max_val")]
+        name = type(self._net).__name__
+        if any(bool(value.isnan().any()) for value in [*ends, *self._graph.parameters()]):
+            raise ValueError(f"{name} has no integers: its values are not finite, training diverged")
+        if any(bool(value.isinf().any()) for value in ends):
             raise ValueError(
-                f"no batch of training went through {type(self._net).__name__} while integers were simulated: the "
-                "ranges of its activations are not known"
+                f"no batch of training went through {name} while integers were simulated: the ranges of its "
+                "activations are not known"
             )
         self._switch(False)
         self._modes.follow(self._frozen, evaluating=True)
@@ -146,25 +155,6 @@ def _ranges(graph: nn.Module) -> dict[str, Tensor]:
     """The state of what simulates integers in a graph."""
     names = set(fake_quantizers(graph))
     return {key: value for key, value in graph.state_dict().items() if key.partition(".")[0] in names}
-
-
-def _in_floating_point(graph: torch.fx.GraphModule, net: nn.Module) -> list[str]:
-    """The matrices and kernels of a network that no integers are simulated of, whatever multiplies with them."""
-    above: dict[torch.fx.Node, dict[str, bool]] = {}  # of what is made of parameters: which, and whether in integers
-    found: dict[str, bool] = {}
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            above[node] = {str(node.target): False}
-        elif _PRODUCT.search(str(node.target)):
-            for source in node.all_input_nodes:
-                for name, rounded in above.get(source, {}).items():
-                    found[name] = rounded and found.get(name, True)
-        elif node.op.startswith("call") and node.all_input_nodes and all(n in above for n in node.all_input_nodes):
-            module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-            rounds = getattr(module, "is_per_channel", False)
-            sources = [item for source in node.all_input_nodes for item in above[source].items()]
-            above[node] = {name: rounded or rounds for name, rounded in sources}
-    return [name for name, weight in net.named_parameters() if weight.dim() > 1 and found.get(name) is False]
 
 
 def post_training(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pl_sparse.core.upstream import path_of
+from pl_sparse.network.channels import short
 from pl_sparse.network.graph import traced
 from pl_sparse.quantize.folding import NORM
 
@@ -95,7 +96,10 @@ def trained_graph(net: nn.Module, example: Tensor) -> tuple[torch.fx.GraphModule
     """
     name = type(net).__name__
     with _modes_kept(net), torch.no_grad():
-        wanted = net.eval()(example[:2])
+        try:
+            wanted = net.eval()(example[:2])
+        except Exception as error:
+            raise ValueError(f"{name} cannot be called with one tensor, a batch's first: {short(error)}") from error
         try:
             graph = _plain(net.train(), example)
             why = _otherwise(graph, net.eval(), example[:2], wanted)
@@ -131,19 +135,19 @@ def _plain(net: nn.Module, example: Tensor) -> torch.fx.GraphModule:
 
 def _otherwise(graph: torch.fx.GraphModule, net: nn.Module, example: Tensor, wanted: Any) -> str | None:
     """What a graph does that the network does not in evaluation; None if it computes the same."""
+    Modes(graph, net).follow(frozen=False)
     random = torch.Tag.nondeterministic_seeded
     for node in graph.graph.nodes:
         drawn = isinstance(node.target, torch._ops.OpOverload) and random in node.target.tags
         if drawn and node.target not in _FLAGS and node.target is not _ATTENTION:
             return f"the graph draws random numbers ({node.target})"
-    Modes(graph, net).follow(frozen=False)
     leaves, spec = pytree.tree_flatten(graph(example))
     expected, known = pytree.tree_flatten(wanted)
     if spec != known:
         return "the graph returns other things"
     for found, right in zip(leaves, expected, strict=True):
         if isinstance(right, Tensor) and right.is_floating_point():
-            scale = float(right.abs().max()) if right.numel() else 0.0
+            scale = float(right.nan_to_num().abs().max()) if right.numel() else 0.0
             if not torch.allclose(found, right, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
                 return "the graph has other outputs"
     return None

@@ -9,6 +9,7 @@ import torch
 
 from pl_sparse.core.upstream import integer_input, integer_output
 from pl_sparse.quantize.folding import simulate_norms
+from pl_sparse.quantize.matrices import made_of, mark
 
 __all__ = ["x86_quantizer"]
 
@@ -55,10 +56,11 @@ def x86_quantizer(training: bool) -> Any:
     )
 
     class WithSums(X86InductorQuantizer):  # type: ignore[misc]
-        """With integers in all linear layers and convolutions, on both sides of a sum, and none between a layer or a
-        sum and its ReLU."""
+        """With integers in all linear layers, convolutions and products with a matrix, on both sides of a sum, and none
+        between a layer or a sum and its ReLU."""
 
         def transform_for_annotation(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+            _layers_of_products(model)
             _number_paddings(model)
             _scale_norms(model)
             return super().transform_for_annotation(model)
@@ -69,6 +71,7 @@ def x86_quantizer(training: bool) -> Any:
                 _annotate_signals(model, activations, weights)
             _annotate_others(model, activations, weights)
             _annotate_sums(model, activations)
+            mark(model)
             return model
 
         def validate(self, model: torch.fx.GraphModule) -> None:
@@ -77,6 +80,39 @@ def x86_quantizer(training: bool) -> Any:
                 simulate_norms(model)
 
     return WithSums().set_global(QuantizationConfig(activations, activations, weights, None, training))
+
+
+def _layers_of_products(model: torch.fx.GraphModule) -> None:
+    """A linear layer in place of a product with a matrix: of x @ w.t(), and of x @ w with `meta["turned"]` noted."""
+    ops = torch.ops.aten
+    constants = made_of(model)
+    swaps: dict[Any, Any] = {
+        ops.t.default: ((),),
+        ops.numpy_T.default: ((),),
+        ops.transpose.int: ((0, 1), (1, 0), (-2, -1), (-1, -2)),
+        ops.permute.default: (([1, 0],),),
+    }
+    for product in model.graph.nodes:
+        if product.target in (ops.mm.default, ops.matmul.default):
+            bias, (x, matrix) = None, product.args
+        elif product.target is ops.addmm.default and not product.kwargs:
+            bias, x, matrix = product.args
+        else:
+            continue
+        if matrix not in constants or x in constants or matrix.meta["val"].dim() != 2:
+            continue
+        if bias is not None and bias.meta["val"].dim() != 1:
+            continue
+        if tuple(matrix.args[1:]) in swaps.get(matrix.target, ()):
+            rows = matrix.args[0]
+        else:
+            with model.graph.inserting_before(product):
+                rows = model.graph.call_function(ops.t.default, (matrix,))
+            rows.meta = {**matrix.meta, "val": matrix.meta["val"].t()}
+            product.meta["turned"] = True
+        product.target, product.args = ops.linear.default, (x, rows, bias)[: 2 if bias is None else 3]
+    model.graph.eliminate_dead_code()
+    model.recompile()
 
 
 def _number_paddings(model: torch.fx.GraphModule) -> None:
@@ -105,7 +141,7 @@ def _scale_norms(model: torch.fx.GraphModule) -> None:
     """Ones and zeros for a BatchNorm without scale and shift: torchao folds scales."""
     ops = torch.ops.aten
     for norm in model.graph.nodes:
-        if norm.target is not ops.batch_norm.default or norm.args[1] is not None:
+        if norm.target is not ops.batch_norm.default or norm.args[1] is not None or norm.args[3] is None:
             continue
         mean = norm.args[3].meta["val"]
         with model.graph.inserting_before(norm):
