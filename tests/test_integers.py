@@ -53,6 +53,28 @@ class Products(nn.Module):
         return F.linear(x, self.outward) @ self.mix.T
 
 
+class Block(nn.Module):
+    """A residual block whose ReLU is one module that is called twice, as torchvision has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.second, self.norm2 = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.norm(self.first(x)))
+        return self.relu(self.norm2(self.second(y)) + x)
+
+
+class Activated(nn.BatchNorm2d):
+    """A norm with an activation and a second output within, as timm has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return F.silu(y) + y.mean((2, 3), keepdim=True)
+
+
 class Mobile(nn.Module):
     """A depthwise convolution with norms, activations that are cut off, and a squeeze, in the module itself."""
 
@@ -154,6 +176,8 @@ CASES = {
     "itself, depthwise, norms, squeeze": Case(Mobile, (8, 3, 8, 8)),
     "functional, constants": Case(Functional, (8, 3, 8, 8)),
     "products": Case(Products, (8, 8)),
+    "a ReLU that is called twice": Case(lambda: _of(Block(), Block(), nn.Conv2d(3, 4, 1)), (8, 3, 8, 8)),
+    "a norm with more within": Case(lambda: _of(nn.Conv2d(3, 4, 3), Activated(4), nn.Conv2d(4, 4, 1)), (8, 3, 8, 8)),
     "shared, constants": Case(Shared, (8, 8)),
     "attention": Case(Attention, (8, 3, 8, 8), {"add": ("position",)}),
     "recurrent": Case(Recurrent, (8, 5, 6), {"lstm": ("rnn.weight_ih_l0", "rnn.weight_hh_l0")}),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pl_sparse.core.upstream import integer_input, integer_output
+from pl_sparse.core.upstream import integer_input, integer_output, tell_calls_apart
 from pl_sparse.quantize.folding import simulate_norms
 from pl_sparse.quantize.matrices import made_of, mark
 
@@ -60,13 +60,18 @@ def x86_quantizer(training: bool) -> Any:
         between a layer or a sum and its ReLU."""
 
         def transform_for_annotation(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+            tell_calls_apart(model)
             _layers_of_products(model)
             _number_paddings(model)
             _scale_norms(model)
             return super().transform_for_annotation(model)
 
         def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
-            model = super().annotate(model)
+            try:
+                model = super().annotate(model)
+            except ValueError:  # of layers whose modules compute more than the layer; ours go by operations alone
+                for node in model.graph.nodes:
+                    node.meta.pop("quantization_annotation", None)
             if training:
                 _annotate_signals(model, activations, weights)
             _annotate_others(model, activations, weights)
@@ -155,11 +160,12 @@ def _scale_norms(model: torch.fx.GraphModule) -> None:
 
 
 def _annotate_signals(model: torch.fx.GraphModule, activation: Any, weight: Any) -> None:
-    """Integers into a one-dimensional convolution, and out of the BatchNorm that follows it, as in two dimensions."""
+    """Integers into a convolution that torchao's rules have left, and out of the BatchNorm that follows it."""
     ops, key = torch.ops.aten, "quantization_annotation"
     for norm in model.graph.nodes:
         conv = norm.args[0] if norm.target is ops.batch_norm.default else None
-        if conv is None or conv.target is not ops.conv1d.default or len(conv.users) > 1 or conv.meta.get(key):
+        convolutions = ops.conv1d.default, ops.conv2d.default
+        if conv is None or conv.target not in convolutions or len(conv.users) > 1 or conv.meta.get(key):
             continue
         conv.meta[key] = integer_input({conv.args[0]: activation, conv.args[1]: weight})
         norm.meta[key] = integer_output(activation)
