@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,42 @@ class Functional(nn.Module):
         x = (x - self.mean) / 0.25
         x = F.relu(F.conv2d(x, self.kernel, padding=1)) * 2.0 + torch.ones(1, 8, 1, 1)
         return F.linear(x.mean((2, 3)), self.matrix) @ self.mix
+
+
+class Products(nn.Module):
+    """Products with matrices of its own, of one shape, used in another order than declared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("inward", "middle", "outward", "mix"):
+            setattr(self, name, nn.Parameter(torch.randn(8, 8) / 3))
+        self.shift = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(torch.addmm(self.shift, F.relu(x @ self.middle), self.inward))
+        return F.linear(x, self.outward) @ self.mix.T
+
+
+class Block(nn.Module):
+    """A residual block whose ReLU is one module that is called twice, as torchvision has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.second, self.norm2 = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.norm(self.first(x)))
+        return self.relu(self.norm2(self.second(y)) + x)
+
+
+class Activated(nn.BatchNorm2d):
+    """A norm with an activation and a second output within, as timm has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return F.silu(y) + y.mean((2, 3), keepdim=True)
 
 
 class Mobile(nn.Module):
@@ -124,12 +160,12 @@ class Case:
     Attributes:
         make: makes it.
         shape: of a batch.
-        floats: the weights that stay in floating point, which is said before training.
+        floats: the weights that stay in floating point, by the operation that reads them; it is said before training.
     """
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    floats: tuple[str, ...] = ()
+    floats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def _of(*layers: nn.Module) -> nn.Sequential:
@@ -138,12 +174,13 @@ def _of(*layers: nn.Module) -> nn.Sequential:
 
 CASES = {
     "itself, depthwise, norms, squeeze": Case(Mobile, (8, 3, 8, 8)),
-    "functional, constants": Case(Functional, (8, 3, 8, 8), ("mix",)),
+    "functional, constants": Case(Functional, (8, 3, 8, 8)),
+    "products": Case(Products, (8, 8)),
+    "a ReLU that is called twice": Case(lambda: _of(Block(), Block(), nn.Conv2d(3, 4, 1)), (8, 3, 8, 8)),
+    "a norm with more within": Case(lambda: _of(nn.Conv2d(3, 4, 3), Activated(4), nn.Conv2d(4, 4, 1)), (8, 3, 8, 8)),
     "shared, constants": Case(Shared, (8, 8)),
-    "attention": Case(Attention, (8, 3, 8, 8)),
-    "recurrent": Case(Recurrent, (8, 5, 6), tuple(f"rnn.weight_{kind}_l0" for kind in ("ih", "hh"))),
-}
-SLOW = {
+    "attention": Case(Attention, (8, 3, 8, 8), {"add": ("position",)}),
+    "recurrent": Case(Recurrent, (8, 5, 6), {"lstm": ("rnn.weight_ih_l0", "rnn.weight_hh_l0")}),
     "signals, depthwise": Case(Signal, (8, 4, 12)),
     "transposed with a norm": Case(UNet, (8, 3, 8, 8)),
     "volumes with a norm": Case(
@@ -157,6 +194,13 @@ SLOW = {
         ),
         (4, 2, 4, 6, 6),
     ),
+    "linear with a norm": Case(lambda: _of(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)), (8, 8)),
+    "norms before layers": Case(
+        lambda: _of(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+        (8, 3, 8, 8),
+    ),
+}
+SLOW = {
     "signals, transposed": Case(
         lambda: _of(nn.Conv1d(4, 8, 4, 2, 1), nn.ReLU(), nn.ConvTranspose1d(8, 4, 4, 2, 1)), (8, 4, 12)
     ),
@@ -165,11 +209,6 @@ SLOW = {
     ),
     "transposed in groups": Case(
         lambda: _of(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, 2, groups=2)), (8, 3, 8, 8)
-    ),
-    "linear with a norm": Case(lambda: _of(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)), (8, 8)),
-    "norms before layers": Case(
-        lambda: _of(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)),
-        (8, 3, 8, 8),
     ),
     "group norm, SiLU, GELU": Case(
         lambda: _of(
@@ -219,15 +258,16 @@ def test_integers_compute_what_was_simulated_and_zeros_stay(case: Case, tmp_path
             nn.init.uniform_(norm.weight, 0.5, 2.0)
             nn.init.uniform_(norm.bias, -0.5, 0.5)
     pruner = Pruner("magnitude", OneShot(final=0.5), allocation="uniform", misfit="dense")
-    pruner.attach(net)
+    pruner.attach(net, (x,))
     pruner.prepare(2)
     quantization = Int8()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quantization.prepare(net, x)
     told = [str(warning.message) for warning in caught if "floating point" in str(warning.message)]
-    assert told == ([f"{', '.join(case.floats)} stay in floating point: quantization=int8 finds linear layers and "
-                     "convolutions"] if case.floats else [])  # fmt: skip
+    listed = "; ".join(f"{', '.join(names)} (read by {operation})" for operation, names in case.floats.items())
+    assert told == ([f"in floating point stay {listed}: quantization=int8 finds linear layers, convolutions and "
+                     "products with a matrix"] if case.floats else [])  # fmt: skip
     optimizer = torch.optim.SGD(net.parameters(), 1e-2)
     for step in range(2):
         optimizer.zero_grad()
@@ -242,9 +282,10 @@ def test_integers_compute_what_was_simulated_and_zeros_stay(case: Case, tmp_path
 
     found = integers(converted, net)
     masked = {param.name: param.mask for param in pruner.params}
-    assert not [name for name in masked if name not in found and name not in case.floats]
+    left = {name for names in case.floats.values() for name in names}
+    assert not [name for name in masked if name not in found and name not in left]
     for name, values in found.items():
-        assert values.dtype == torch.int8 and not values[~masked[name]].any()
+        assert values.dtype == torch.int8 and (name not in masked or not values[~masked[name]].any())
     assert all(int((mask == 0).sum()) for mask in masked.values())
 
     file = tmp_path / ONNXInt8.file

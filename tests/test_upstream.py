@@ -282,6 +282,22 @@ def test_the_path_of_a_node() -> None:
     assert paths == ["0", "1.1"]
 
 
+def test_calls_of_one_module_are_told_apart() -> None:
+    from torch.fx.passes.utils.source_matcher_utils import get_source_partitions
+
+    class Twice(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self[1](self[0](x))
+            return self[1](x + 1)  # type: ignore[no-any-return]
+
+    graph: Any = traced(Twice(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)).module()
+    upstream.tell_calls_apart(graph)
+    nodes = [node for node in graph.graph.nodes if node.target is torch.ops.aten.relu.default]
+    assert len({upstream.path_of(node) for node in nodes}) == 1 and "@" not in str(upstream.path_of(nodes[1]))
+    found = get_source_partitions(graph.graph, [nn.ReLU])[nn.ReLU]
+    assert [part.output_nodes for part in found] == [[node] for node in nodes]
+
+
 def test_integers_of_torchao() -> None:
     torchao = pytest.importorskip("torchao")
     assert torchao

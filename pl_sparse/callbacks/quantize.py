@@ -112,6 +112,7 @@ class Quantize(Callback):
         if self._times.passed("freeze") and not self._frozen:
             self.quantization.freeze()
             self._frozen = True
+        self.quantization.learning = True  # a network in evaluation mode, as pretrained ones come, has ranges too
         net = self.net(pl_module)
         if self._first and "forward" in vars(net):
             # Multiply-accumulates of the first batch are counted by hooks of layers, which a graph does not call.
@@ -124,6 +125,7 @@ class Quantize(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._times.batch_ended(trainer)
+        self.quantization.learning = False
         if not self._first:
             return
         self._first = False
@@ -149,6 +151,7 @@ class Quantize(Callback):
     def _release(self) -> None:
         self._unhook()
         self._times.release()
+        self.quantization.learning = None
         if self._judging is not None:
             self._judging.release()
             self._judging = None

@@ -55,6 +55,7 @@ __all__ = [
     "skipping_checks",
     "starts_from_here",
     "steps_directly",
+    "tell_calls_apart",
     "training_loader",
     "unscale_gradients",
     "unwrapped",
@@ -343,7 +344,17 @@ def path_of(node: torch.fx.Node) -> str | None:
     if not stack:
         return None
     path: str = list(stack.values())[-1][0]
-    return path.removeprefix("L['self']").lstrip(".")
+    return path.partition("@")[0].removeprefix("L['self']").lstrip(".")
+
+
+def tell_calls_apart(graph: torch.fx.GraphModule) -> None:
+    """Let each call of a module that is called several times count as one of a module of its own: torchao joins what
+    comes from one path, and fails where that has several outputs. `path_of` is the same as before."""
+    for node in graph.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack and "@" in (key := list(stack)[-1]):
+            path, kind = stack[key]
+            node.meta["nn_module_stack"] = {**stack, key: (f"{path.partition('@')[0]}@{key}", kind)}
 
 
 # torchao

@@ -20,9 +20,11 @@ class Quantization(ABC):
 
     Attributes:
         dtype: the type of the resulting weights.
+        learning: whether ranges of activations are learned from calls; None: while the network is in training mode.
     """
 
     dtype: ClassVar[str]
+    learning: bool | None = None
 
     @abstractmethod
     def prepare(self, net: nn.Module, example: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.core.upstream import integer_data, path_of
+from pl_sparse.core.upstream import integer_data
 
 __all__ = ["integers"]
 
@@ -23,18 +23,17 @@ def integers(converted: nn.Module, net: nn.Module) -> dict[str, Tensor]:
         data = {name: integer_data(weight) for name, weight in converted.named_parameters()}
         return {name: tensor for name, tensor in data.items() if tensor is not None}
     by_layer: dict[str, Tensor] = {}
+    names = {id(weight): name for name, weight in net.named_parameters()}
     for node in converted.graph.nodes:
         if node.op != "get_attr" or not isinstance(value := _attribute(converted, str(node.target)), Tensor):
             continue
         if value.dtype != torch.int8 or value.dim() < 2:
             continue
         users = [user for dequantize in node.users for user in dequantize.users]
-        path = next((path for user in users if (path := path_of(user)) is not None), None)
-        for name, parameter in net.get_submodule(path or "").named_parameters():
-            full = f"{path}.{name}" if path else name
-            if parameter.shape == value.shape and full not in by_layer:
-                by_layer[full] = value
-                break
+        for user in users:
+            if "matrix" in user.meta:
+                name = names[id(net.get_parameter(user.meta["matrix"]))]
+                by_layer[name] = value.t() if user.meta.get("turned") else value
     return by_layer
 
 

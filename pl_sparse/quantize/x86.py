@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from pl_sparse.core.upstream import integer_input, integer_output
+from pl_sparse.core.upstream import integer_input, integer_output, tell_calls_apart
+from pl_sparse.quantize.folding import simulate_norms
+from pl_sparse.quantize.matrices import made_of, mark
 
 __all__ = ["x86_quantizer"]
 
@@ -54,23 +56,68 @@ def x86_quantizer(training: bool) -> Any:
     )
 
     class WithSums(X86InductorQuantizer):  # type: ignore[misc]
-        """With integers in all linear layers and convolutions, on both sides of a sum, and none between a layer or a
-        sum and its ReLU."""
+        """With integers in all linear layers, convolutions and products with a matrix, on both sides of a sum, and none
+        between a layer or a sum and its ReLU."""
 
         def transform_for_annotation(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+            tell_calls_apart(model)
+            _layers_of_products(model)
             _number_paddings(model)
             _scale_norms(model)
             return super().transform_for_annotation(model)
 
         def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
-            model = super().annotate(model)
+            try:
+                model = super().annotate(model)
+            except ValueError:  # of layers whose modules compute more than the layer; ours go by operations alone
+                for node in model.graph.nodes:
+                    node.meta.pop("quantization_annotation", None)
             if training:
                 _annotate_signals(model, activations, weights)
             _annotate_others(model, activations, weights)
             _annotate_sums(model, activations)
+            mark(model)
             return model
 
+        def validate(self, model: torch.fx.GraphModule) -> None:
+            super().validate(model)
+            if training:
+                simulate_norms(model)
+
     return WithSums().set_global(QuantizationConfig(activations, activations, weights, None, training))
+
+
+def _layers_of_products(model: torch.fx.GraphModule) -> None:
+    """A linear layer in place of a product with a matrix: of x @ w.t(), and of x @ w with `meta["turned"]` noted."""
+    ops = torch.ops.aten
+    constants = made_of(model)
+    swaps: dict[Any, Any] = {
+        ops.t.default: ((),),
+        ops.numpy_T.default: ((),),
+        ops.transpose.int: ((0, 1), (1, 0), (-2, -1), (-1, -2)),
+        ops.permute.default: (([1, 0],),),
+    }
+    for product in model.graph.nodes:
+        if product.target in (ops.mm.default, ops.matmul.default):
+            bias, (x, matrix) = None, product.args
+        elif product.target is ops.addmm.default and not product.kwargs:
+            bias, x, matrix = product.args
+        else:
+            continue
+        if matrix not in constants or x in constants or matrix.meta["val"].dim() != 2:
+            continue
+        if bias is not None and bias.meta["val"].dim() != 1:
+            continue
+        if tuple(matrix.args[1:]) in swaps.get(matrix.target, ()):
+            rows = matrix.args[0]
+        else:
+            with model.graph.inserting_before(product):
+                rows = model.graph.call_function(ops.t.default, (matrix,))
+            rows.meta = {**matrix.meta, "val": matrix.meta["val"].t()}
+            product.meta["turned"] = True
+        product.target, product.args = ops.linear.default, (x, rows, bias)[: 2 if bias is None else 3]
+    model.graph.eliminate_dead_code()
+    model.recompile()
 
 
 def _number_paddings(model: torch.fx.GraphModule) -> None:
@@ -99,7 +146,7 @@ def _scale_norms(model: torch.fx.GraphModule) -> None:
     """Ones and zeros for a BatchNorm without scale and shift: torchao folds scales."""
     ops = torch.ops.aten
     for norm in model.graph.nodes:
-        if norm.target is not ops.batch_norm.default or norm.args[1] is not None:
+        if norm.target is not ops.batch_norm.default or norm.args[1] is not None or norm.args[3] is None:
             continue
         mean = norm.args[3].meta["val"]
         with model.graph.inserting_before(norm):
@@ -113,11 +160,12 @@ def _scale_norms(model: torch.fx.GraphModule) -> None:
 
 
 def _annotate_signals(model: torch.fx.GraphModule, activation: Any, weight: Any) -> None:
-    """Integers into a one-dimensional convolution, and out of the BatchNorm that follows it, as in two dimensions."""
+    """Integers into a convolution that torchao's rules have left, and out of the BatchNorm that follows it."""
     ops, key = torch.ops.aten, "quantization_annotation"
     for norm in model.graph.nodes:
         conv = norm.args[0] if norm.target is ops.batch_norm.default else None
-        if conv is None or conv.target is not ops.conv1d.default or len(conv.users) > 1 or conv.meta.get(key):
+        convolutions = ops.conv1d.default, ops.conv2d.default
+        if conv is None or conv.target not in convolutions or len(conv.users) > 1 or conv.meta.get(key):
             continue
         conv.meta[key] = integer_input({conv.args[0]: activation, conv.args[1]: weight})
         norm.meta[key] = integer_output(activation)

@@ -1,0 +1,83 @@
+"""Which parameters the matrices of a graph are made of."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+__all__ = ["floats", "made_of", "mark"]
+
+_KEY = "quantization_annotation"
+_PRODUCT = re.compile(r"(_?conv\w*|linear|\w*matmul|\w*mm|einsum|bilinear|lstm|gru|rnn_\w+)$")
+"""Operations that multiply matrices."""
+
+
+def made_of(graph: torch.fx.GraphModule) -> dict[torch.fx.Node, set[str]]:
+    """What is computed of parameters and buffers alone, with their names."""
+    names: dict[torch.fx.Node, set[str]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            names[node] = {str(node.target)}
+        elif node.op.startswith("call") and node.all_input_nodes and all(n in names for n in node.all_input_nodes):
+            names[node] = set().union(*(names[source] for source in node.all_input_nodes))
+    return names
+
+
+def mark(graph: torch.fx.GraphModule) -> None:
+    """Note at each layer with integers, in `meta["matrix"]`, the largest parameter that its matrix is made of.
+
+    A matrix that is made of activations is none: its integers would have the scales of one batch.
+    """
+    parameters, constants = dict(graph.named_parameters()), made_of(graph)
+    for layer in graph.graph.nodes:
+        annotation = layer.meta.get(_KEY)
+        for source, spec in list((getattr(annotation, "input_qspec_map", None) or {}).items()):
+            if getattr(spec, "qscheme", None) is not torch.per_channel_symmetric:
+                continue
+            if source not in constants:
+                del layer.meta[_KEY]
+            elif names := constants[source] & set(parameters):
+                layer.meta["matrix"] = max(sorted(names), key=lambda name: parameters[name].numel())
+
+
+def floats(graph: torch.fx.GraphModule, net: nn.Module) -> dict[str, str]:
+    """The parameters of several dimensions that no integers are simulated of, with the operation that reads each.
+
+    Args:
+        graph: with what simulates integers.
+        net: the network.
+    """
+    names = {id(weight): name for name, weight in net.named_parameters()}
+    attributes = {key: names.get(id(weight), key) for key, weight in graph.named_parameters(remove_duplicate=False)}
+    rounded: dict[torch.fx.Node, dict[str, bool]] = {}  # of what is made of parameters: which, and whether in integers
+    readers: dict[str, list[tuple[str, bool]]] = defaultdict(list)
+    for node in graph.graph.nodes:
+        sources, operation = node.all_input_nodes, _operation(node)
+        if node.op == "get_attr":
+            rounded[node] = {attributes.get(str(node.target), str(node.target)): False}
+        elif sources and all(source in rounded for source in sources) and not _PRODUCT.match(operation):
+            module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+            whole = getattr(module, "is_per_channel", False)
+            items = [item for source in sources for item in rounded[source].items()]
+            rounded[node] = {name: before or whole for name, before in items}
+        else:
+            for source in sources:
+                for name, before in rounded.get(source, {}).items():
+                    readers[name].append((operation, before))
+    left = {}
+    for name, weight in net.named_parameters():
+        plain = [operation for operation, before in readers[name] if not before]
+        products = [operation for operation in plain if _PRODUCT.match(operation)]
+        if weight.dim() > 1 and (products or len(plain) == len(readers[name])):
+            left[name] = (products or plain or ["nothing"])[0]
+    return left
+
+
+def _operation(node: torch.fx.Node) -> str:
+    """The name of what a node calls, without its package and overload."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.rpartition("::")[2]
+    return getattr(node.target, "__name__", str(node.target))
