@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -188,3 +189,19 @@ def test_the_citation_is_of_this_version() -> None:
     assert citation["version"] == pl_sparse.__version__ and citation["license"] == "Apache-2.0"
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(form.read_text())
+
+
+def test_pages_and_examples_import_public_names_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of docs/reference/stability.md."""
+    generated = loaded(DOCS / "_ext" / "generated.py", monkeypatch)
+    public = {module: {*import_module(module).__all__} for module in (*generated.PYTHON, "pl_sparse.callbacks")}
+    public |= {module: {*names} for module, names in generated.EXTENSIONS.items()}
+    seen = []
+    for page in [*PAGES, *(ROOT / "examples").glob("*.py")]:
+        for module, names in re.findall(
+            r"^\s*from (pl_sparse[\w.]*) import (\([^)]*\)|[^\n#]+)", page.read_text(), re.M
+        ):
+            seen += [(page.name, module, name) for name in re.findall(r"\w+", names)]
+    assert len(seen) > 50 and [one for one in seen if one[2] not in public.get(one[1], ())] == []
+    for module, names in public.items():
+        assert all(hasattr(import_module(module), name) for name in names), module

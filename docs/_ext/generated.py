@@ -41,6 +41,18 @@ PYTHON = {
     "pl_sparse.tasks.classifier": "the LightningModule around a plain network",
 }
 """Packages whose `__all__` is the Python reference; callbacks have a page of their own."""
+EXTENSIONS = {
+    "pl_sparse.core.parameter": ("MaskedParameter",),
+    "pl_sparse.network.probe": ("Probe",),
+    "pl_sparse.network.couples": ("couples", "Call"),
+    "pl_sparse.network.macs": ("counted",),
+    "pl_sparse.network.norms": ("norm_over_left",),
+    "pl_sparse.export.measure": ("latencies", "ratio"),
+    "pl_sparse.export.onnx": ("save_onnx", "open_onnx"),
+    "pl_sparse.tasks.lr": ("CosineLR",),
+    "pl_sparse.app.cli": ("main",),
+}
+"""Names of other modules that classes and scripts of one's own need."""
 TOP = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "project/contributing.md",
@@ -202,7 +214,18 @@ def python() -> None:
         pages.append(module.replace(".", "_"))
         text = f"{what[0].upper() + what[1:]}."
         api(f"python/{pages[-1]}.md", module, text, [directive(module, name) for name in names])
-    text = "What `__all__` of each package names. Other names may change ([stability](../../reference/stability.md))."
+    pages.append("extensions")
+    directives = [directive(module, name) for module, names in EXTENSIONS.items() for name in names]
+    api(
+        "python/extensions.md",
+        "For extensions",
+        "What classes and scripts of your own may import beside it.",
+        directives,
+    )
+    text = (
+        "What `__all__` of each package names, and the names for extensions. Other names may change "
+        "([stability](../../reference/stability.md))."
+    )
     write("python/index.md", "# Python", "", text, "", "```{toctree}", "", *pages, "```")
     names = [name for name in import_module("pl_sparse.callbacks").__all__ if name != "Sparsity"]
     text = (
@@ -217,6 +240,24 @@ def results() -> dict[str, tuple[str, str]]:
     table, _, _ = (DOCS / "methods.md").read_text(encoding="utf-8").partition("\n## ")
     found = re.findall(r"^\| `(\w+)` \|.*\| (\d+ %) \| ([^|]+) \|$", table, re.MULTILINE)
     return {name: (sparsity, accuracy) for name, sparsity, accuracy in found}
+
+
+def card_figure(name: str) -> list[str]:
+    """The figure of a method, inlined, so that the page sets its colours; the dense network has none."""
+    path = DOCS / "figures" / "cards" / f"{name}.svg"
+    if not path.is_file():
+        return []
+    svg = path.read_text(encoding="utf-8")
+    (text,) = re.findall(r"<title>\w+: (.+?)</title>", svg)
+    return [
+        "```{raw} html",
+        f'<div class="card-figure">{svg}</div>',
+        "```",
+        "",
+        f"{text[0].upper() + text[1:]} The figure is of seed 0. Its lines are weights that are kept at some time, "
+        f"evenly chosen among them (`python docs/figures/cards.py {name}`).",
+        "",
+    ]
 
 
 def cards() -> None:
@@ -243,6 +284,7 @@ def cards() -> None:
                 "Three seeds, 30 epochs each, 96.9 ± 0.3 dense ([all methods](../../methods.md)).",
                 "",
             ]
+        lines += card_figure(name)
         lines += ["```{code-block} yaml", f":caption: conf/method/{name}.yaml", "", yaml, "```", ""]
         if found.parameters:
             rows = [f"| {code(p.key)} | {code(p.default)} | {cell(p.sentence)} |" for p in found.parameters]
