@@ -205,3 +205,11 @@ def test_pages_and_examples_import_public_names_alone(monkeypatch: pytest.Monkey
     assert len(seen) > 50 and [one for one in seen if one[2] not in public.get(one[1], ())] == []
     for module, names in public.items():
         assert all(hasattr(import_module(module), name) for name in names), module
+
+
+def test_no_page_is_a_dead_end() -> None:
+    """Each links to another page, lists of pages and what the repository's top has excepted."""
+    pages = [page for page in PAGES if page.is_relative_to(DOCS) and page.parent.name != "project"]
+    texts = {page: page.read_text() for page in pages}
+    ends = [page.name for page, text in texts.items() if not re.search(r"\]\([^):]+\.md|\{toctree\}", text)]
+    assert len(pages) > 40 and ends == []

@@ -32,6 +32,7 @@ HEAD = section(
     Published claims, and the results of this library: mean ± standard deviation over seeds. `make reproduce` runs
     all experiments and writes this page; an interrupted one resumes. "Best" is the epoch with the best validation
     among those at the target sparsity. Figures are of that epoch unless a table says otherwise.
+    [Methods](methods.md) has all presets on one task.
     """,
 ).removeprefix("#")
 

@@ -41,6 +41,8 @@ PYTHON = {
     "pl_sparse.tasks.classifier": "the LightningModule around a plain network",
 }
 """Packages whose `__all__` is the Python reference; callbacks have a page of their own."""
+PACKAGES = {"quantization": "pl_sparse.quantize", "data": "pl_sparse.tasks.data", "model": "pl_sparse.tasks.models"}
+"""Packages whose name is not that of the group."""
 EXTENSIONS = {
     "pl_sparse.core.parameter": ("MaskedParameter",),
     "pl_sparse.network.probe": ("Probe",),
@@ -112,6 +114,14 @@ def configuration() -> None:
     for group in groups():
         hint = f"`pl-sparse explain {group}` lists the options, `pl-sparse explain {group}=OPTION` prints one."
         lines = [f"# {group}", "", f"{GROUPS.get(group, '').capitalize()}.", "", hint, ""]
+        module = {
+            "quantization": "pl_sparse.quantize",
+            "data": "pl_sparse.tasks.data",
+            "model": "pl_sparse.tasks.models",
+        }
+        page = module.get(group, f"pl_sparse.{group}")
+        if page in PYTHON:
+            lines += [f"In Python: [{page}](../python/{page.replace('.', '_')}.md).", ""]
         lines += pictures(group)
         for name in options(group):
             found = option(group, name)

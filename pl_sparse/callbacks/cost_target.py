@@ -186,7 +186,7 @@ class CostTarget(Callback):
                     chosen, found = tried, cost
             if not found:
                 figure = most if self.what == "speedup" else 1 / most
-                spare = f"; {wanted:.3g} is aimed at" if self.what == "speedup" else ""
+                spare = f", and {wanted:.3g} is needed, with a margin" if self.what == "speedup" else ""
                 raise ValueError(
                     f"target {self.what}={self.asked:g} cannot be met: with {budget.multiple} channel"
                     f"{'s' * (budget.multiple > 1)} in each group that can be pruned, {self.what} is {figure:.3g}"

@@ -25,7 +25,7 @@ modules and these tests:
   it or the test expects less.
 
 *Pruned* is the share of all parameters, biases and tables included, that has a mask. *Coverage* is the share of the
-weights of matrices and convolutions.
+weights of matrices and convolutions. [The zoo of removal](zoo_removal.md) has the channels that can be removed.
 
 """
 COLUMNS = (
@@ -36,9 +36,9 @@ COLUMNS = (
 REMOVAL_HEAD = """# The zoo of removal
 
 Half of the channels of each network are masked (`structure=coupled`, `allocation=uniform`), and half of the attention
-heads in another copy (`structure=head`). Five steps are trained on random batches. Then `export.shrink` removes what is
-masked. Networks are made from small configurations with random weights. `make test-zoo` runs all of them and writes
-this table; `make test` runs the quick ones. The tests:
+heads in another copy (`structure=head`). Five steps are trained on random batches. Then `export.shrink`
+([removal](shrink.md)) removes what is masked. Networks are made from small configurations with random weights.
+`make test-zoo` runs all of them and writes this table; `make test` runs the quick ones. The tests:
 
 - The outputs of the smaller network are those of the masked one, to 1e-4 of the largest.
 - All masked channels are removed, and the network has fewer parameters and fewer MACs. Masked heads are removed, or
