@@ -88,7 +88,7 @@ docs-links: $(SITE) ## Check the links to other sites, which needs a network; th
 	$(BIN)/python -m sphinx -q -j $(WORKERS) -b linkcheck -D plot_gallery=0 docs docs/_build/linkcheck
 
 figures: install ## Draw the figures of the site anew
-	@for script in one_step masks schedules which_method methods fashion targets payoff; do $(BIN)/python docs/figures/$$script.py || exit 1; done
+	@for script in one_step masks schedules which_method methods fashion targets payoff cards; do $(BIN)/python docs/figures/$$script.py || exit 1; done
 
 $(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv $(PEERS)

@@ -191,6 +191,19 @@ def test_the_citation_is_of_this_version() -> None:
         assert yaml.safe_load(form.read_text())
 
 
+def test_each_method_has_a_figure_of_its_sparsity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python docs/figures/cards.py METHOD` draws it."""
+    monkeypatch.setattr(sys, "path", [str(DOCS / "_ext"), *sys.path])
+    generated = loaded(DOCS / "_ext" / "generated.py", monkeypatch)
+    table = generated.results()
+    assert len(table) == len([*(DOCS / "figures" / "cards").glob("*.svg")]) > 40
+    for name, (sparsity, _) in table.items():
+        svg = "\n".join(generated.card_figure(name))
+        found = re.search(rf"<title>{name}: the sparsity \D*(\d+) %", svg)
+        assert found is not None and abs(int(found[1]) - int(sparsity.split()[0])) <= 2, name  # one seed of three
+        assert len(svg) < 8000 and "#" not in svg, name  # colours are those of the page
+
+
 def test_pages_and_examples_import_public_names_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of docs/reference/stability.md."""
     generated = loaded(DOCS / "_ext" / "generated.py", monkeypatch)

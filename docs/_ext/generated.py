@@ -223,6 +223,9 @@ def python() -> None:
         names = import_module(module).__all__
         pages.append(module.replace(".", "_"))
         text = f"{what[0].upper() + what[1:]}."
+        group = {package: key for key, package in PACKAGES.items()}.get(module, module.removeprefix("pl_sparse."))
+        if group in groups():
+            text += f" Its settings: [{group}](../configuration/{group}.md)."
         api(f"python/{pages[-1]}.md", module, text, [directive(module, name) for name in names])
     pages.append("extensions")
     directives = [directive(module, name) for module, names in EXTENSIONS.items() for name in names]
@@ -252,12 +255,16 @@ def results() -> dict[str, tuple[str, str]]:
     return {name: (sparsity, accuracy) for name, sparsity, accuracy in found}
 
 
+def _drawing(name: str) -> str:
+    path = DOCS / "figures" / "cards" / f"{name}.svg"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
 def card_figure(name: str) -> list[str]:
     """The figure of a method, inlined, so that the page sets its colours; the dense network has none."""
-    path = DOCS / "figures" / "cards" / f"{name}.svg"
-    if not path.is_file():
+    svg = _drawing(name)
+    if not svg:
         return []
-    svg = path.read_text(encoding="utf-8")
     (text,) = re.findall(r"<title>\w+: (.+?)</title>", svg)
     return [
         "```{raw} html",
@@ -302,11 +309,33 @@ def cards() -> None:
         write(f"methods/{name}.md", *lines)
 
 
+def overview() -> None:
+    """The figures of all methods side by side, each with a link to its card."""
+    drawn = [name for name in options("method") if card_figure(name)]
+    figures = [
+        f'<a class="card-figure" href="methods/{name}.html">{_drawing(name)}<code>{name}</code></a>' for name in drawn
+    ]
+    write(
+        "overview.md",
+        "# All methods at a glance",
+        "",
+        f"The trainings of {len(drawn)} presets on digits: the sparsity above, 60 weights below, each a line while it "
+        "is kept. A figure leads to the card of its method.",
+        "",
+        "```{raw} html",
+        f'<div class="card-grid">{"".join(figures)}</div>',
+        "```",
+        "",
+        "Next: [which method](../howto/choose_method.md), [all methods with their accuracies](../methods.md).",
+    )
+
+
 def make(app: Any = None) -> None:
     configuration()
     command_line()
     python()
     cards()
+    overview()
     for folder, keep in (("configuration", {*groups(), "index"}), ("methods", set(options("method")))):
         for path in (OUT / folder).glob("*.md"):
             if path.stem not in keep:
