@@ -84,11 +84,11 @@ docs: $(SITE) ## Build the site: docs/_build/html/index.html opens from disk
 docs-serve: docs ## Build the site and show it on http://localhost:8000
 	$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory docs/_build/html
 
-docs-links: $(SITE) ## Check the links to other sites, which needs a network and is no part of the build
+docs-links: $(SITE) ## Check the links to other sites, which needs a network; the build does not do it
 	$(BIN)/python -m sphinx -q -j $(WORKERS) -b linkcheck -D plot_gallery=0 docs docs/_build/linkcheck
 
 figures: install ## Draw the figures of the site anew
-	@for script in one_step masks schedules which_method methods fashion targets payoff; do $(BIN)/python docs/figures/$$script.py || exit 1; done
+	@for script in one_step masks schedules which_method methods fashion targets payoff cards; do $(BIN)/python docs/figures/$$script.py || exit 1; done
 
 $(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv $(PEERS)

@@ -21,10 +21,11 @@ COUNTED = (
 )
 UNIT = (
     r"(?:weight|model|epoch|layer|run|sample|step|unit|seed|batch|round|second|bit|level|method|instruction|machine|"
-    r"tensor|row|channel|process|device|optimizer step|image|token)"
+    r"tensor|row|channel|process|device|optimizer step|image|token|call)"
 )
 METRIC = r"(?:accuracy|accuracies|loss|losses|errors?|density|sparsity|metrics?)"
 COST = r"(?:sparsity|sparsities|epochs|steps|time|density|size|latency|macs|cost)"
+NO_MORE = r"(?:longer|such|more|other|one|limit|(?:fast|slow|small|larg|spars|cheap|clos)er)\b"
 WORDS = [  # what is found, and what to write
     (rf"(?<!many\s)\b{COUNTED} an? {UNIT}\b(?! (?:has|of|may|reads|wrote|whose|that))", "'per': one row per model"),
     (rf"\b{METRIC} over (?:the )?{COST}\b", "'against': accuracy against sparsity"),
@@ -39,6 +40,7 @@ WORDS = [  # what is found, and what to write
     (r"\bmakes? sure of\b", "'is at least', 'ensures'"),
     (r"\bnone is asked for\b", "'is not set'"),
     (r"\bPlan:", "'not tried here', or leave it out"),
+    (rf"(?<![Tt]here\s)\b(?:is|was) no (?!{NO_MORE})\w", "'is not a'"),
     (r"\bsays so\b", "what is reported, and where"),
 ]
 ITSELF = {"words.py", "test_words.py"}

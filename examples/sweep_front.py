@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-from pl_sparse.app import cli
+from pl_sparse.app.cli import main
 
 
 def command(*arguments: str) -> None:
     """``pl-sparse`` in this process."""
     with patch.object(sys, "argv", ["pl-sparse", *arguments]):
-        cli.main()
+        main()
 
 
 # %%

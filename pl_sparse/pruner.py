@@ -109,10 +109,10 @@ class Pruner(MaskedModel):
         self.updater = _member(Updater, updater)
         self.masking = auto(self.scorer, self.updater) if masking == "auto" else _member(Masking, masking)
         if targets is not None and where:
-            raise ValueError(f"{', '.join(where)} belong into targets=Targets(...), which is given too")
+            raise ValueError(f"{', '.join(where)} belong in targets=Targets(...), which is given too")
         self.targets = Targets(**where) if targets is None else targets
         if ablation is not None and ablation not in ABLATIONS:
-            raise ValueError(f"ablation={ablation!r} is none of {', '.join(ABLATIONS)}")
+            raise ValueError(f"ablation={ablation!r} must be one of {', '.join(ABLATIONS)}")
         self.ablation = ablation
         for axis in (self.scorer, self.masking, self.updater, self.structure, self.schedule, self.allocation):
             if (reason := axis.refusal(self)) is not None:
@@ -203,7 +203,7 @@ class Pruner(MaskedModel):
         if normed and self.masking.transforms:
             raise ValueError(
                 f"masking={name_of(self.masking)} may scale all of a weight to zero, and {normed[0]} is divided by a "
-                f"norm: 0 / 0 is no number. Leave it dense by exclude=[{normed[0]!r}], or use scorer=magnitude"
+                f"norm: 0 / 0 is not a number. Leave it dense by exclude=[{normed[0]!r}], or use scorer=magnitude"
             )
         self.allocation.start(groups, self._model, example)
         self._overrides = self.targets.overrides_of(self._model, groups)
@@ -871,7 +871,9 @@ class Pruner(MaskedModel):
                 then.
         """
         if state.get("version") not in _READABLE:
-            raise ValueError(f"the pruning state has version {state.get('version')!r}, this is version {_VERSION}")
+            raise ValueError(
+                f"the pruning state has version {state.get('version')!r}, and this release reads version {_VERSION}"
+            )
         if not state["params"]:
             return
         refuse_other_settings(state, self)
@@ -907,9 +909,9 @@ class Pruner(MaskedModel):
 def _refuse_lost(names: Sequence[str]) -> None:
     if names:
         raise RuntimeError(
-            f"{', '.join(names)}: pruned, and now gone from the model or of another shape, as something replaced the "
-            "layer while training went on, or removed it. Replace layers before training (in configure_model), or keep "
-            "their names and shapes; read figures before a removal, and prune what is left by a new Pruner"
+            f"{', '.join(names)}: pruned weights that are gone from the model or have another shape, as something "
+            "replaced or removed the layer during training. Replace layers before training (in configure_model), or "
+            "keep their names and shapes; read figures before a removal, and prune what is left with a new Pruner"
         )
 
 
@@ -927,7 +929,7 @@ def _schedule(schedule: str | Schedule, sparsity: float | None, fixed: float | N
     if isinstance(schedule, str):
         sparsity = fixed if sparsity is None else sparsity
         if sparsity is None:
-            raise ValueError(f"schedule={schedule!r} needs the final sparsity: give sparsity=0.9 or the like")
+            raise ValueError(f"schedule={schedule!r} needs the final sparsity: give one, such as sparsity=0.9")
         return build(Schedule, schedule, final=sparsity)
     schedule = _member(Schedule, schedule)
     if sparsity is not None and schedule.final != sparsity:

@@ -111,9 +111,9 @@ def test_compare(runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pyte
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["show", "nowhere"], "nowhere is no folder"),
-        (["show", "."], "is no run: there are 2 below it, such as a"),
-        (["compare", "a", "a/.hydra"], "is no run: it holds no metrics.json"),
+        (["show", "nowhere"], "nowhere is not a folder"),
+        (["show", "."], "is not a run: there are 2 below it, such as a"),
+        (["compare", "a", "a/.hydra"], "is not a run: it holds no metrics.json"),
     ],
 )
 def test_what_is_no_run_is_told(

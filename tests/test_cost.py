@@ -198,7 +198,7 @@ def test_all_that_flop_counter_mode_counts_is_counted_within_calls_alone() -> No
     with FlopCounterMode(display=False) as flops, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         net(x)
     with MacCounter(net) as counter, torch.no_grad():
-        (net(x) @ torch.ones(6, 50)).sum()  # a loss is no part of the network
+        (net(x) @ torch.ones(6, 50)).sum()  # a loss is not part of the network
     assert macs(net, counter).dense == flops.get_total_flops() / 2
     assert counter.other == 3 * 2 * (2 * 3 * 5 * 5 * 4)
     assert counter.positions["weight"] == 2 * 5 and counter.positions["experts"] == 2 * 2 / 2

@@ -101,7 +101,7 @@ def test_the_loss_of_any_module(tmp_path: Path, as_dict: bool) -> None:
     assert not teacher.training and all(torch.equal(before[n], value) for n, value in teacher.state_dict().items())
     assert float(fit.callback_metrics["train/distillation"]) > 0
 
-    # the teacher is no part of the module, and the module is as it was
+    # the teacher is not part of the module, and the module is as it was
     assert {name.partition(".")[0] for name in module.state_dict()} == {"net"}
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == set(module.state_dict())
@@ -146,7 +146,7 @@ def test_bad_teachers(tmp_path: Path) -> None:
     for options in ({"hardness": 1.5}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match="must be"):
             Distill(Foreign().net, **options)
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         Distill(tmp_path / "nowhere.ckpt")
     with pytest.raises(FileNotFoundError, match="no finished run"):
         Distill(tmp_path)
@@ -180,5 +180,5 @@ def test_a_run_teaches_another(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="another model or other classes"):
         train(config(tmp_path / "other", *teacher, "model=lenet5"))
-    with pytest.raises(ConfigError, match=r"distill: teacher=.* is no file"):
+    with pytest.raises(ConfigError, match=r"distill: teacher=.* is not a file"):
         train(config(tmp_path / "missing", "distill=teacher", "distill.teacher=nowhere"))

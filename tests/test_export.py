@@ -150,7 +150,7 @@ def test_a_compressed_file_is_small(tmp_path: Path) -> None:
 def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     save_compressed({"w": torch.randn(50, 50)}, tmp_path / "w.zst")
     (tmp_path / "half.zst").write_bytes((tmp_path / "w.zst").read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"half.zst is no file of compressed weights, or not whole"):
+    with pytest.raises(ValueError, match=r"half.zst is not a file of compressed weights, or is incomplete"):
         load_compressed(tmp_path / "half.zst")
     with pytest.raises(FileNotFoundError):
         load_compressed(tmp_path / "nowhere.zst")
@@ -162,7 +162,7 @@ def test_what_sparse_tensor_cores_take() -> None:
     with torch.no_grad():
         layer.weight.view(32, 16, 4)[..., 2:] = 0
     assert unfit("fc", layer) is None
-    assert "no multiple of 32x64" in str(unfit("fc", nn.Linear(64, 10)))
+    assert "not a multiple of 32x64" in str(unfit("fc", nn.Linear(64, 10)))
     net = nn.Sequential(layer)
     refusal = SemiStructured().refusal
     assert "use structure=nm24" in str(refusal(net, None, Unstructured(), 0.9))

@@ -217,7 +217,7 @@ def test_two_of_four_in_integers_and_in_products(tmp_path: Path) -> None:
     vit = pruned(vit_tiny(shape=(1, 8, 8), classes=10, dim=16, depth=1), "2:4", 0.5)
     ONNX().write(vit, torch.randn(2, 1, 8, 8), tmp_path / "vit.onnx")
     fit, unfit = two_four(tmp_path / "vit.onnx")
-    assert len(fit) >= 4 and all("inputs are no multiple of 4" in reason for reason in unfit.values()), unfit
+    assert len(fit) >= 4 and all("inputs are not multiples of 4" in reason for reason in unfit.values()), unfit
 
 
 def test_what_the_neural_engine_gains_from() -> None:

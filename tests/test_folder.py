@@ -92,7 +92,7 @@ def test_changed_settings_can_be_asked_for(run: Path, tmp_path: Path) -> None:
     [
         (lambda content: content[: len(content) // 2], "it is damaged"),
         (lambda content: b"", "it is damaged"),
-        (lambda content: b"no checkpoint at all", "it is no checkpoint of torch"),
+        (lambda content: b"no checkpoint at all", "it is not a checkpoint of torch"),
         (lambda content: content[:90_000] + bytes([content[90_000] ^ 1]) + content[90_001:], "its checksums"),
     ],
 )
@@ -109,7 +109,10 @@ def test_damaged_checkpoints_are_two_lines(run: Path, tmp_path: Path, damage: An
 def test_foreign_checkpoints_are_two_lines(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
     torch.save({"state_dict": {}, "loops": {}, "optimizer_states": []}, tmp_path / "plain.ckpt")
-    for name, message in (("weights", "it lacks loops, optimizer_states"), ("plain", "does not hold the settings it")):
+    for name, message in (
+        ("weights", "it lacks loops, optimizer_states"),
+        ("plain", "lacks the settings of its training"),
+    ):
         with pytest.raises(ConfigError, match=message) as refused:
             train(config(tmp_path / "new", f"ckpt_path={tmp_path / name}.ckpt"))
         assert len(str(refused.value).splitlines()) == 2

@@ -296,7 +296,7 @@ def test_what_cannot_be_followed_is_refused() -> None:
         def load_state_dict(self, state: Any) -> None: ...
         def step(self, closure: Any = None) -> Any: ...
 
-    with pytest.raises(ValueError, match=r"Wrapper is no torch\.optim\.Optimizer"):
+    with pytest.raises(ValueError, match=r"Wrapper is not a torch\.optim\.Optimizer"):
         fit(Net(Wrapper), Sparsity(sparsity=0.75, report=False))
     with pytest.raises(ValueError, match="ScheduleFree averages the values behind the masks"):
         fit(

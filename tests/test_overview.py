@@ -74,7 +74,7 @@ def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:
     made(tmp_path / "a", None)
     with pytest.raises(ValueError, match=r"none of the 1 runs below .* has test/loss yet"):
         overview([tmp_path], tmp_path, key="test/loss")
-    for arguments, message in (([], "required: DIR"), (["nowhere"], "nowhere is no folder")):
+    for arguments, message in (([], "required: DIR"), (["nowhere"], "nowhere is not a folder")):
         code = "import sys; from pl_sparse.app.cli import main; main()"
         command = [sys.executable, "-c", code, "pareto", *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -235,7 +235,7 @@ def test_a_size_of_batches_acts_or_is_refused(
         printed = capsys.readouterr()
         told.append((code, printed.err or printed.out))
     assert told[0][0] == 0 and "2.0000" in told[0][1]
-    assert told[1] == (2, "error: --batch-size: the test data of run keep to their batches of 4\n")
+    assert told[1] == (2, "error: --batch-size: the test data of run have batches of 4 that cannot be changed\n")
     assert told[2] == (2, "error: --batch-size: Fixed of run has no batch_size that could be set\n")
 
 
@@ -315,7 +315,7 @@ def test_a_model_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
         timm_model(name="resnt18", classes=2)
     with pytest.raises(FileNotFoundError, match="neither in the cache"):
         timm_model(name="resnet18", classes=2, pretrained=True)
-    with pytest.raises(FileNotFoundError, match="no file of weights"):
+    with pytest.raises(FileNotFoundError, match="is not a file of weights"):
         timm_model(name="resnet18", classes=2, pretrained="nowhere.pth")
 
 
@@ -417,7 +417,7 @@ def test_the_real_datasets_reads_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_library_made_for_another_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_library.py").write_text("raise RuntimeError('operator nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ImportError, match=r"cannot be imported: operator nms does not exist\n.*torch here is \d"):
+    with pytest.raises(ImportError, match=r"cannot be imported: operator nms does not exist\n.*torch is \d"):
         library("broken_library", "data=x", "torchvision")
 
 

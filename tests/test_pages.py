@@ -15,7 +15,10 @@ from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from zoo.conftest import HEAD as ZOO
+from zoo.conftest import REMOVAL_HEAD
 
+from benchmarks.reproduce.__main__ import EXPERIMENTS, HEAD
 from pl_sparse import Sparsity
 from pl_sparse.core.registry import name_of
 
@@ -145,3 +148,14 @@ def test_the_table_of_groups_has_each_option() -> None:
         if folder.name not in ("method", "experiment", "__pycache__"):
             missing = options - rows.get(folder.name, set())
             assert not missing, f"docs/start/command_line.md has no {folder.name}={'|'.join(sorted(missing))}"
+
+
+def test_pages_that_are_written_by_runs_have_the_prose_of_their_source() -> None:
+    """A page edited alone would lose its text with the next run."""
+    reproductions = (DOCS / "reproductions.md").read_text()
+    assert reproductions.startswith(HEAD + "\n")
+    for experiment in EXPERIMENTS.values():
+        title, prose, *_ = experiment.section(range(0)).split("\n\n")
+        assert title + "\n\n" + prose.partition(" The table has 0 of ")[0] in reproductions
+    assert (DOCS / "zoo.md").read_text().startswith(ZOO)
+    assert (DOCS / "zoo_removal.md").read_text().startswith(REMOVAL_HEAD)

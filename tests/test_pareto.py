@@ -129,7 +129,7 @@ def test_runs_are_found_whatever_their_state(tmp_path: Path) -> None:
     assert states["cut"].command == "pl-sparse train seed=1"
     assert [len(run.models) for run in runs] == [1, 1, 0, 0, 0, 0]
     assert len(merge_seeds(runs)) == 1
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         gather([tmp_path / "nowhere"])
 
 

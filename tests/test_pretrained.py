@@ -153,7 +153,7 @@ def test_a_format_of_runs(tmp_path: Path) -> None:
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a Linear is no PreTrainedModel of transformers: use save_shrunk"):
+    with pytest.raises(ValueError, match="a Linear is not a PreTrainedModel of transformers: use save_shrunk"):
         save_pretrained(nn.Linear(2, 2), RemovalPlan(), tmp_path, torch.zeros(1, 2))
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is neither a folder nor a model"):
         from_pretrained(tmp_path / "none" / "here")

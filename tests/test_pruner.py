@@ -162,7 +162,7 @@ def test_overrides() -> None:
 
 
 def test_an_override_that_a_pattern_does_not_allow_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"sparsity of 0.9 for 0.weight is above that of structure=2:4, 0.5"):
+    with pytest.raises(ValueError, match=r"sparsity of 0.9 for 0.weight is above 0.5, which structure=2:4 has"):
         Pruner(structure="nm24", overrides={"0": 0.9}).attach(net())
     pruner = Pruner(structure="nm24", schedule=OneShot(final=0.5), overrides={"0": 0.25})
     pruner.attach(net())

@@ -203,7 +203,7 @@ def test_four_bits(tmp_path: Path) -> None:
 def test_what_cannot_be_quantized_is_told_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no linear layer has a multiple of group=48 inputs; there are 5 with 64"):
         fit(tmp_path, Module(), Int4Weight(group=48))
-    with pytest.raises(ValueError, match="integers must be simulated before the end"):
+    with pytest.raises(ValueError, match="begin must be before the end of training"):
         fit(tmp_path, Module(), Int8(), begin=0.8, freeze=0.2)
 
 

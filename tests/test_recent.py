@@ -355,5 +355,5 @@ def test_efolds_are_of_sgd() -> None:
     layer(torch.ones(1, 8)).sum().backward()
     with pytest.raises(ValueError, match="counts e-folds of SGD, and Adam divides"):
         pruner.before_step(0, 10, torch.optim.Adam(layer.parameters()))
-    with pytest.raises(ValueError, match="decay='fast' is no decay"):
+    with pytest.raises(ValueError, match="decay='fast' is not a decay"):
         SRSTE("fast")

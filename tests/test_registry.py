@@ -105,7 +105,9 @@ def score(self: Any, param: MaskedParameter) -> Tensor:
 def test_builtin_names_cannot_be_taken() -> None:
     before = build(Scorer, "magnitude")
 
-    with pytest.raises(ValueError, match=r"scorer 'magnitude' is pl_sparse.scorer.weights.Magnitude: .* needs another"):
+    with pytest.raises(
+        ValueError, match=r"'magnitude' is already pl_sparse.scorer.weights.Magnitude: .* needs another"
+    ):
 
         @register
         @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def test_sparsity_takes_a_pruner_or_its_arguments() -> None:
     assert Sparsity(sparsity=0.9, exclude=["fc"]).pruner.targets == Targets(exclude=["fc"])
     with pytest.raises(TypeError, match="sparsity belong to the Pruner"):
         Sparsity(pruner, sparsity=0.9)
-    with pytest.raises(ValueError, match="exclude belong into targets"):
+    with pytest.raises(ValueError, match="exclude belong in targets"):
         Sparsity(sparsity=0.9, targets=Targets(), exclude=["fc"])
 
 

@@ -441,7 +441,7 @@ def test_what_cannot_be_is_refused_before_training() -> None:
         (lambda: GrowingL2(strength=1.0, sparsity=0.5, every=0), "1 or more"),
         (lambda: Regularize(L1(strength=1.0), until=1.5), "until=1.5"),
         (lambda: Regularize(L1(strength=1.0), begin=-1), "begin=-1"),
-        (lambda: Regularize(L1(strength=1.0), until="soon"), "until='soon' is no time"),
+        (lambda: Regularize(L1(strength=1.0), until="soon"), "until='soon' is not a time"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

@@ -80,7 +80,7 @@ def test_a_point_of_the_line_has_its_own_batch_statistics() -> None:
 
 
 def test_statistics_that_both_share_stay() -> None:
-    """A norm that was frozen in both is no norm of the line."""
+    """A norm that was frozen in both is not a norm of the line."""
     one, two = Normed(0).eval(), Normed(0).eval()
     one.net[1].running_mean.fill_(3.0)
     two.net[1].running_mean.fill_(3.0)
@@ -108,7 +108,7 @@ def test_the_line_between_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "barrier of val/acc" in capsys.readouterr().out
     for arguments, words in (
         (["a", "b", "--points", "2"], "--points 2 must be 3 or more"),
-        (["a", "narrow"], "the runs are of different networks, with no line between them: net.fc1.weight is 300x64"),
+        (["a", "narrow"], "the runs have different networks, and no line connects them: net.fc1.weight is 300x64"),
     ):
         with pytest.raises(SystemExit) as end:
             connect([*(str(tmp_path / word) if word.isalpha() else word for word in arguments)])
@@ -212,7 +212,7 @@ def test_few_files_are_kept_and_a_resumed_run_has_those_of_one_that_was_not(tmp_
 def test_masks_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train it with callbacks=masks"):
         overlaps(tmp_path)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         overlaps(tmp_path / "nowhere")
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "step_00000001.safetensors").write_bytes(b"x" * 20)

@@ -105,7 +105,7 @@ def test_times_in_epochs() -> None:
         ({"final": 1.5}, r"final=1.5 must be a fraction"),
         ({"final": -0.1}, "final=-0.1"),
         ({"final": 0.5, "begin": 0.9, "end": 0.2}, "ends before it begins"),
-        ({"final": 0.5, "begin": "5 weeks"}, "no time"),
+        ({"final": 0.5, "begin": "5 weeks"}, "is not a time"),
         ({"final": 0.5, "begin": -1}, "must not be negative"),
         ({"final": 0.5, "end": 1.5}, "optimizer steps are whole"),
         ({"final": 0.5, "every": 0}, "every=0"),

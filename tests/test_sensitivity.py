@@ -65,10 +65,10 @@ def test_an_allocation_loses_the_same_everywhere(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"allocation=sensitivity needs allocation\.path=RUN"):
         Pruner(allocation="sensitivity", sparsity=0.5)
-    with pytest.raises(ValueError, match=r"nowhere\.csv is no file"):
+    with pytest.raises(ValueError, match=r"nowhere\.csv is not a file"):
         Pruner(allocation=Sensitivity("nowhere.csv"), sparsity=0.5).attach(nn.Linear(4, 4))
     (tmp_path / "a.csv").write_text("layer,sparsity,drop\nfc1.weight,0.5,0.1\n")
-    with pytest.raises(ValueError, match=r"no row for weight: it is of another model"):
+    with pytest.raises(ValueError, match=r"no row for weight: it belongs to another model"):
         Pruner(allocation=Sensitivity(str(tmp_path / "a.csv")), sparsity=0.5).attach(nn.Linear(4, 4))
     with pytest.raises(SystemExit) as end:
         main([str(tmp_path), "--levels", "1.5"])

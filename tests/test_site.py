@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -188,3 +189,40 @@ def test_the_citation_is_of_this_version() -> None:
     assert citation["version"] == pl_sparse.__version__ and citation["license"] == "Apache-2.0"
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(form.read_text())
+
+
+def test_each_method_has_a_figure_of_its_sparsity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python docs/figures/cards.py METHOD` draws it."""
+    monkeypatch.setattr(sys, "path", [str(DOCS / "_ext"), *sys.path])
+    generated = loaded(DOCS / "_ext" / "generated.py", monkeypatch)
+    table = generated.results()
+    assert len(table) == len([*(DOCS / "figures" / "cards").glob("*.svg")]) > 40
+    for name, (sparsity, _) in table.items():
+        svg = "\n".join(generated.card_figure(name))
+        found = re.search(rf"<title>{name}: the sparsity \D*(\d+) %", svg)
+        assert found is not None and abs(int(found[1]) - int(sparsity.split()[0])) <= 2, name  # one seed of three
+        assert len(svg) < 8000 and "#" not in svg, name  # colours are those of the page
+
+
+def test_pages_and_examples_import_public_names_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of docs/reference/stability.md."""
+    generated = loaded(DOCS / "_ext" / "generated.py", monkeypatch)
+    public = {module: {*import_module(module).__all__} for module in (*generated.PYTHON, "pl_sparse.callbacks")}
+    public |= {module: {*names} for module, names in generated.EXTENSIONS.items()}
+    seen = []
+    for page in [*PAGES, *(ROOT / "examples").glob("*.py")]:
+        for module, names in re.findall(
+            r"^\s*from (pl_sparse[\w.]*) import (\([^)]*\)|[^\n#]+)", page.read_text(), re.M
+        ):
+            seen += [(page.name, module, name) for name in re.findall(r"\w+", names)]
+    assert len(seen) > 50 and [one for one in seen if one[2] not in public.get(one[1], ())] == []
+    for module, names in public.items():
+        assert all(hasattr(import_module(module), name) for name in names), module
+
+
+def test_no_page_is_a_dead_end() -> None:
+    """Each links to another page, lists of pages and what the repository's top has excepted."""
+    pages = [page for page in PAGES if page.is_relative_to(DOCS) and page.parent.name != "project"]
+    texts = {page: page.read_text() for page in pages}
+    ends = [page.name for page, text in texts.items() if not re.search(r"\]\([^):]+\.md|\{toctree\}", text)]
+    assert len(pages) > 40 and ends == []

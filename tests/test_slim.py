@@ -104,7 +104,7 @@ def test_one_function_leaves_the_network_alone(tmp_path: Path, monkeypatch: pyte
     assert 1.9 < parameters(model) / parameters(smaller) < 2.6 and parameters(smaller) == result.after["parameters"]
     assert accuracy(smaller) == pytest.approx(result.after["val/acc"])
     assert any("val/acc lost" in line for line in result.misses) == (result.lost > 0)
-    with pytest.raises(ConfigError, match="holds a network that was slimmed"):
+    with pytest.raises(ConfigError, match="already holds a slimmed network"):
         pl_sparse.slim(model, Digits(limit=300), folder=tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_a_module_imitates_what_it_was(tmp_path: Path, monkeypatch: pytest.Monke
     assert student == "model" and parameters(smaller) < parameters(module)
     same = zip(teacher.parameters(), module.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in same)
-    with pytest.raises(ConfigError, match="student='net' is no part of Own: give one of model"):
+    with pytest.raises(ConfigError, match="student='net' is not part of Own: give one of model"):
         pl_sparse.slim(module, Digits(limit=300), 1.5, folder=tmp_path / "b", student="net", **options)
     with pytest.raises(ConfigError, match="a classifier imitates its outputs; leave it out"):
         pl_sparse.slim(trained(), Digits(limit=300), 1.5, folder=tmp_path / "b", student="0", **options)
@@ -235,11 +235,11 @@ def test_the_commands_of_the_page_are_read() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["nowhere/run/here", "--data", "digits"], "nowhere/run/here is no folder, checkpoint"),
-        (["gone.ckpt"], "gone.ckpt is no file"),
+        (["nowhere/run/here", "--data", "digits"], "nowhere/run/here is not a folder, checkpoint"),
+        (["gone.ckpt"], "gone.ckpt is not a file"),
         (["test_slim:missing", "--data", "digits"], "test_slim has no missing"),
         (["test_slim:untrained", "--data", "digit"], "Did you mean 'digits'"),
-        (["test_slim:untrained", "--data", "image_folder"], "takes root: give --data image_folder root=..."),
+        (["test_slim:untrained", "--data", "image_folder"], "needs root: give --data image_folder root=..."),
         (["test_slim:untrained", "--data", "digits", "limit"], "its settings are KEY=VALUE"),
         (["test_slim:untrained", "--data", "digits", "limit=0"], "limit=0 must be at least 1"),
         (["test_slim:untrained", "--data", "digits", "--speedup", "1"], "speedup=1.0 must be above 1"),

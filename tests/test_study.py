@@ -65,8 +65,8 @@ def test_unequal_budgets_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (["methods=gmp,riggl", "seeds=0"], "methods=riggl: there is no such method. Did you mean 'rigl'"),
         (["methods=gmp", "levels=0.5"], "seeds=... is missing"),
-        (["methods=gmp", "seeds=0,1", "sparsity=0.5"], "sparsity=0.5: a study has several, levels=0.5"),
-        (["nowhere"], "nowhere is no folder"),
+        (["methods=gmp", "seeds=0,1", "sparsity=0.5"], "sparsity=0.5: a study compares several, levels=0.5"),
+        (["nowhere"], "nowhere is not a folder"),
     ],
 )
 def test_what_a_study_refuses(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

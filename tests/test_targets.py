@@ -72,7 +72,7 @@ def test_frozen_weights_are_pruned_or_refused_where_that_is_asked_for() -> None:
     assert names(model, include=["Linear"]) == ["2.weight"]
     with pytest.raises(ValueError, match=r"nothing to prune: 0.weight: it is frozen.*frozen='prune'"):
         find(model.requires_grad_(False))
-    with pytest.raises(ValueError, match="frozen='maybe' is none of"):
+    with pytest.raises(ValueError, match="frozen='maybe' must be one of"):
         Targets(frozen="maybe")
 
 
@@ -164,7 +164,7 @@ def test_structures_that_need_outputs_ask_for_the_layout() -> None:
     assert params["mix"].mask.any(0).sum() in (2, 3)
     outputs = params["experts"].mask.any(1)  # (experts, out)
     assert outputs.sum() in (5, 6) and torch.equal(params["experts"].mask, outputs.unsqueeze(1).expand(3, 5, 4))
-    with pytest.raises(ValueError, match="layouts: w='rows' is none of 'out_in'"):
+    with pytest.raises(ValueError, match="layouts: w='rows' must be one of 'out_in'"):
         Targets(layouts={"w": "rows"})
     with pytest.raises(ValueError, match="layouts 'v' matches no prunable weight"):
         find(Own(), include=["w"], frozen="skip") and Targets(layouts={"v": "out_in"}).choose(Own())
@@ -264,7 +264,7 @@ def test_attaching_changes_nothing(kind: str) -> None:
 
 
 def test_a_weight_norm_and_whole_channels_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"0.parametrizations.weight.original1 .*0 / 0 is no number"):
+    with pytest.raises(ValueError, match=r"0.parametrizations.weight.original1 .*0 / 0 is not a number"):
         attached(vocoder(parametrizations.weight_norm), structure="channel")
     assert len(attached(vocoder(parametrizations.spectral_norm), structure="channel").params) == 2
 
@@ -299,7 +299,7 @@ class Standardized(nn.Conv2d):
 
 
 class Scaled(nn.Linear):
-    """What is computed with is zero where the weight is; what is added is no weight."""
+    """What is computed with is zero where the weight is; what is added is not a weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, 0.5 * self.weight, self.bias) + x.mean(1, keepdim=True)

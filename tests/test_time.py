@@ -541,5 +541,5 @@ def test_a_penalty_of_a_layer_that_is_replaced_stops_with_its_name() -> None:
             if self.current_epoch == 1:
                 self.head = nn.Linear(16, 4)
 
-    with pytest.raises(RuntimeError, match=r"head\.weight: penalized, and replaced while training goes on"):
+    with pytest.raises(RuntimeError, match=r"head\.weight: penalized weights that were replaced during training"):
         fit(Replaces(), Regularize(L1(strength=1e-3)))

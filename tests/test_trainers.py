@@ -195,7 +195,7 @@ class Detector(Net):
 
 
 class Batches:
-    """A loader that is no DataLoader."""
+    """A loader that is not a DataLoader."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -300,7 +300,7 @@ def test_a_module_that_trains_itself_is_no_network() -> None:
     cfg = OmegaConf.create({"model": {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 2}})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pl_sparse.app.instantiate._built_with", lambda *args: Other(2, 2))
-        with pytest.raises(ConfigError, match="has a training_step, but is no LightningModule"):
+        with pytest.raises(ConfigError, match="has a training_step, but is not a LightningModule"):
             make_module(cfg, None)
         Other.__module__ = "pytorch_lightning.core"
         with pytest.raises(ConfigError, match="is a module of pytorch_lightning"):

@@ -372,7 +372,7 @@ def test_a_checkpoint_does_not_say_what_is_removed(run: Path) -> None:
     changed = [value for value in state["callbacks"].values() if "best_model_path" in value]
     changed[-1]["best_model_path"] = f"{run}/checkpoints/../../../precious"
     torch.save(state, last)
-    with pytest.raises(ConfigError, match=r"precious is a path out of the run's folder"):
+    with pytest.raises(ConfigError, match=r"precious is a path outside of the run's folder"):
         go_on(run)
 
 
@@ -486,7 +486,7 @@ def test_a_small_file_does_not_fill_the_memory(tmp_path: Path) -> None:
     assert load_compressed(path)["w"].numel() == 1 << 20
     stream = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(100))
     bomb.write_bytes(stream)
-    with pytest.raises(DamagedFileError, match="does not hold its size"):
+    with pytest.raises(DamagedFileError, match="does not state its size"):
         load_compressed(bomb)
 
 
@@ -545,7 +545,7 @@ def test_rows_that_do_not_fit_are_refused(layer: str, part: str, change: Any, ne
     if change is not None:
         tensors[f"{layer}.{part}"] = change(tensor).contiguous()
     save_file(tensors, path, {"csr": json.dumps(["conv", "fc"])})
-    with pytest.raises(DamagedFileError, match=r"model_csr\.safetensors is no model in sparse rows"):
+    with pytest.raises(DamagedFileError, match=r"model_csr\.safetensors is not a model in sparse rows"):
         load_csr(path, Net())
 
 
@@ -573,7 +573,7 @@ def test_the_reader_of_the_file_for_gpus_reads_the_file_first(net: nn.Module, tm
 def test_a_truncated_model_is_one_line(run: Path) -> None:
     weights = run / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ConfigError, match="the weights in got/run are of another model"):
+    with pytest.raises(ConfigError, match="the weights in got/run belong to another model"):
         load_run(run)
 
 

@@ -21,6 +21,8 @@ SPEC.loader.exec_module(words)
         ("a file that is too large is told", "two files that are told apart"),
         ("they go on with the rest", "they continue with the rest"),
         ("Plan: one node", "the plan: one node"),
+        ("a name is no path", "there is no path, which is no longer"),
+        ("ms a call", "ms per call"),
     ],
 )
 def test_a_word_is_found_and_its_better_is_not(wrong: str, right: str) -> None:

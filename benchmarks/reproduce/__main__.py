@@ -4,8 +4,8 @@
 
 MNIST is looked for in /usr/share/datasets/mnist and $PL_SPARSE_DATA/mnist, and downloaded otherwise.
 
-Runs that are finished are not repeated, and one that was interrupted goes on from its last checkpoint. `--report`
-writes the page from the runs there are.
+Finished runs are not repeated, and an interrupted one resumes from its last checkpoint. `--report` writes the page
+from the finished runs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,15 @@ EXPERIMENTS = {
     **text.EXPERIMENTS,
     **full.EXPERIMENTS,
 }
+HEAD = section(
+    "Reproductions",
+    """
+    Published claims, and the results of this library: mean ± standard deviation over seeds. `make reproduce` runs
+    all experiments and writes this page; an interrupted one resumes. "Best" is the epoch with the best validation
+    among those at the target sparsity. Figures are of that epoch unless a table says otherwise.
+    [Methods](methods.md) has all presets on one task.
+    """,
+).removeprefix("#")
 
 
 def main() -> None:
@@ -53,15 +62,7 @@ def main() -> None:
                     for future in [pool.submit(run.start, seed) for run, seed in jobs]:
                         future.result()
     sections = [experiment.section(seeds) for experiment in EXPERIMENTS.values()]
-    head = section(
-        "Reproductions",
-        """
-        Published claims, and what this library makes of them: mean ± standard deviation over seeds. `make reproduce`
-        runs all of it and writes this page; an interrupted run continues where it stopped. "Best" is the epoch that is
-        best by validation, from the target sparsity on; unless a table names another, that is the figure.
-        """,
-    )
-    write_text(ROOT / "docs" / "reproductions.md", "\n\n".join([head.removeprefix("#"), *sections]) + "\n")
+    write_text(ROOT / "docs" / "reproductions.md", "\n\n".join([HEAD, *sections]) + "\n")
     console.print("written to docs/reproductions.md", highlight=False)
 
 

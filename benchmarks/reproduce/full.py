@@ -19,9 +19,9 @@ def full(seeds: Sequence[int]) -> str:
     return section(
         "Experiments of full size",
         """
-        Recipes for machines that we do not have. None was run here; each is composed and started for ten steps on
-        stand-in data by `tests/test_full_reproductions.py`. The file of each has its source, its recipe and where it
-        differs.
+        Recipes of published size. None was run: they need larger machines. `tests/test_full_reproductions.py` composes
+        each of them and trains ten steps on small generated data. The file of each recipe has its source, its settings
+        and where it differs.
         """,
         table(["experiment", "published"], rows),
         "`python train.py experiment=imagenet_resnet50_rigl data.root=FOLDER trainer.devices=8`",

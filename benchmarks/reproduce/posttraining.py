@@ -44,9 +44,13 @@ def aware(seeds: Sequence[int]) -> str:
     return section(
         "Pruning-aware against post-training",
         """
-        The comparison everyone quotes: under one point against two to five. LeNet-300-100 on Fashion-MNIST, 15 epochs
-        in all, two seeds; in parentheses the points above the dense network. All methods remove the same share of every
-        layer (`allocation=uniform`), Wanda of every output. Samples are the images that Wanda and SparseGPT look at.
+        A common claim: pruning during training loses less than one point, pruning after it two to five. LeNet-300-100
+        on Fashion-MNIST, 15 epochs in total, two seeds. The difference to the dense network, in points, is in
+        parentheses. All methods remove the same share of every layer (`allocation=uniform`), Wanda of every output.
+        "Samples" is the number of images from which Wanda and SparseGPT take activations. The rows after training prune
+        the same two dense networks after their last epoch. The rows of fine-tuned Wanda and SparseGPT are of an earlier
+        run. With one threshold for all layers (`allocation=global`) magnitude has 79.76 ± 2.91, 65.94 ± 4.62 and
+        39.33 ± 0.70 after training. This gains more than the samples do.
         """,
         table(["method", "samples", "80 %", "90 %", "95 %"], rows),
         f"`python train.py {_FASHION} method=sparsegpt allocation=uniform sparsity=0.9 calibration_batches=8`, "

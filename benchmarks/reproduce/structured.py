@@ -29,8 +29,8 @@ def nm(seeds: Sequence[int]) -> str:
         "N:M during training",
         """
         Claim (Zhou et al. 2021, table 2; ImageNet): SR-STE keeps the dense accuracy at 2:4 and loses about a point at
-        1:4; plain STE is below it. ASP prunes the dense network halfway and trains on. LeNet-5 on Fashion-MNIST, 6
-        epochs; the first convolution has one input channel and stays dense.
+        1:4; plain STE is less accurate. ASP prunes the dense network in the middle of training and continues. Ours:
+        LeNet-5 on Fashion-MNIST, 6 epochs. The first convolution has one input channel and stays dense.
         """,
         table(["method", "pattern", "test accuracy %, best", "last epoch", "seeds"], rows),
         f"`python train.py {_NM} method=srste structure=nm24`",
@@ -65,13 +65,14 @@ def channels(seeds: Sequence[int]) -> str:
     return section(
         "Channels by regularization",
         """
-        Claim (Liu et al. 2017, table 1; CIFAR-10): with 40 % of the channels of a ResNet-164 removed by the scales of
-        its batch norms, which are 15 % of its parameters, accuracy is 0.3 points above the dense network's after
-        fine-tuning; with 60 %, 34.5 % of the parameters, 0.94 below. ResNet-20 of width 8 on 10,000 images of
-        Fashion-MNIST, half the weights in whole channels, which is more than either; 12 epochs; penalty until 60 %,
-        then removal and fine-tuning. Slimming has a hundred times the paper's penalty, as training is that much
-        shorter, until 40 % (with the paper's, until 60 %, it ends at 78.5). `gmp` removes channels by magnitude without
-        a penalty.
+        Claim (Liu et al. 2017, table 1; CIFAR-10): slimming removes channels of a ResNet-164 by the scales of its batch
+        norms. With 40 % of the channels removed, which is 15 % of the parameters, the fine-tuned network is 0.3 points
+        more accurate than the dense one. With 60 %, which is 34.5 % of the parameters, it is 0.94 less accurate. Ours:
+        ResNet-20 of width 8 on 10,000 images of Fashion-MNIST, 12 epochs. Half of the weights are removed in whole
+        channels, which is more than either. The penalty lasts for 60 % of training; removal and fine-tuning follow.
+        Slimming has a penalty of a hundred times the paper's for 40 % of training, because the training is that much
+        shorter. With the paper's penalty for 60 % it ends at 78.5. `gmp` removes channels by magnitude without a
+        penalty.
         """,
         table(["method", "channels removed", "weights removed", "test accuracy %", "MACs left", "seeds"], rows),
         f"`python train.py {_CHANNELS} method=slimming model=resnet20 model.width=8 {_SLIMMING}`",
@@ -103,8 +104,9 @@ def l0(seeds: Sequence[int]) -> str:
         "L0 on LeNet-5",
         """
         Claim (Louizos et al. 2017, table 1): gates on filters and input units leave 20-25-45-462 of LeNet-5's
-        20-50-800-500 at an error of 0.9 %. There training takes 200 epochs with 100 images per step, here 20 (11,000
-        steps), in which no filter's gate closes. Filters, and inputs of the two linear layers, that are not all zero:
+        20-50-800-500 at an error of 0.9 %. The paper trains for 200 epochs with 100 images per step. Ours trains for 20
+        (11,000 steps), in which no gate of a filter closes. "Architecture" counts the filters, and the inputs of the
+        two linear layers, that are not all zero.
         """,
         table(["", "architecture", "error %, best", "last epoch"], rows),
         "`python train.py experiment=mnist_l0_lenet5`",

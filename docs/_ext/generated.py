@@ -41,6 +41,20 @@ PYTHON = {
     "pl_sparse.tasks.classifier": "the LightningModule around a plain network",
 }
 """Packages whose `__all__` is the Python reference; callbacks have a page of their own."""
+PACKAGES = {"quantization": "pl_sparse.quantize", "data": "pl_sparse.tasks.data", "model": "pl_sparse.tasks.models"}
+"""Packages whose name is not that of the group."""
+EXTENSIONS = {
+    "pl_sparse.core.parameter": ("MaskedParameter",),
+    "pl_sparse.network.probe": ("Probe",),
+    "pl_sparse.network.couples": ("couples", "Call"),
+    "pl_sparse.network.macs": ("counted",),
+    "pl_sparse.network.norms": ("norm_over_left",),
+    "pl_sparse.export.measure": ("latencies", "ratio"),
+    "pl_sparse.export.onnx": ("save_onnx", "open_onnx"),
+    "pl_sparse.tasks.lr": ("CosineLR",),
+    "pl_sparse.app.cli": ("main",),
+}
+"""Names of other modules that classes and scripts of one's own need."""
 TOP = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "project/contributing.md",
@@ -100,6 +114,14 @@ def configuration() -> None:
     for group in groups():
         hint = f"`pl-sparse explain {group}` lists the options, `pl-sparse explain {group}=OPTION` prints one."
         lines = [f"# {group}", "", f"{GROUPS.get(group, '').capitalize()}.", "", hint, ""]
+        module = {
+            "quantization": "pl_sparse.quantize",
+            "data": "pl_sparse.tasks.data",
+            "model": "pl_sparse.tasks.models",
+        }
+        page = module.get(group, f"pl_sparse.{group}")
+        if page in PYTHON:
+            lines += [f"In Python: [{page}](../python/{page.replace('.', '_')}.md).", ""]
         lines += pictures(group)
         for name in options(group):
             found = option(group, name)
@@ -201,8 +223,22 @@ def python() -> None:
         names = import_module(module).__all__
         pages.append(module.replace(".", "_"))
         text = f"{what[0].upper() + what[1:]}."
+        group = {package: key for key, package in PACKAGES.items()}.get(module, module.removeprefix("pl_sparse."))
+        if group in groups():
+            text += f" Its settings: [{group}](../configuration/{group}.md)."
         api(f"python/{pages[-1]}.md", module, text, [directive(module, name) for name in names])
-    text = "What `__all__` of each package names. Other names may change ([stability](../../reference/stability.md))."
+    pages.append("extensions")
+    directives = [directive(module, name) for module, names in EXTENSIONS.items() for name in names]
+    api(
+        "python/extensions.md",
+        "For extensions",
+        "What classes and scripts of your own may import beside it.",
+        directives,
+    )
+    text = (
+        "What `__all__` of each package names, and the names for extensions. Other names may change "
+        "([stability](../../reference/stability.md))."
+    )
     write("python/index.md", "# Python", "", text, "", "```{toctree}", "", *pages, "```")
     names = [name for name in import_module("pl_sparse.callbacks").__all__ if name != "Sparsity"]
     text = (
@@ -217,6 +253,28 @@ def results() -> dict[str, tuple[str, str]]:
     table, _, _ = (DOCS / "methods.md").read_text(encoding="utf-8").partition("\n## ")
     found = re.findall(r"^\| `(\w+)` \|.*\| (\d+ %) \| ([^|]+) \|$", table, re.MULTILINE)
     return {name: (sparsity, accuracy) for name, sparsity, accuracy in found}
+
+
+def _drawing(name: str) -> str:
+    path = DOCS / "figures" / "cards" / f"{name}.svg"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def card_figure(name: str) -> list[str]:
+    """The figure of a method, inlined, so that the page sets its colours; the dense network has none."""
+    svg = _drawing(name)
+    if not svg:
+        return []
+    (text,) = re.findall(r"<title>\w+: (.+?)</title>", svg)
+    return [
+        "```{raw} html",
+        f'<div class="card-figure">{svg}</div>',
+        "```",
+        "",
+        f"{text[0].upper() + text[1:]} The figure is of seed 0. Its lines are weights that are kept at some time, "
+        f"evenly chosen among them (`python docs/figures/cards.py {name}`).",
+        "",
+    ]
 
 
 def cards() -> None:
@@ -243,6 +301,7 @@ def cards() -> None:
                 "Three seeds, 30 epochs each, 96.9 ± 0.3 dense ([all methods](../../methods.md)).",
                 "",
             ]
+        lines += card_figure(name)
         lines += ["```{code-block} yaml", f":caption: conf/method/{name}.yaml", "", yaml, "```", ""]
         if found.parameters:
             rows = [f"| {code(p.key)} | {code(p.default)} | {cell(p.sentence)} |" for p in found.parameters]
@@ -250,11 +309,33 @@ def cards() -> None:
         write(f"methods/{name}.md", *lines)
 
 
+def overview() -> None:
+    """The figures of all methods side by side, each with a link to its card."""
+    drawn = [name for name in options("method") if card_figure(name)]
+    figures = [
+        f'<a class="card-figure" href="methods/{name}.html">{_drawing(name)}<code>{name}</code></a>' for name in drawn
+    ]
+    write(
+        "overview.md",
+        "# All methods at a glance",
+        "",
+        f"The trainings of {len(drawn)} presets on digits: the sparsity above, 60 weights below, each a line while it "
+        "is kept. A figure leads to the card of its method.",
+        "",
+        "```{raw} html",
+        f'<div class="card-grid">{"".join(figures)}</div>',
+        "```",
+        "",
+        "Next: [which method](../howto/choose_method.md), [all methods with their accuracies](../methods.md).",
+    )
+
+
 def make(app: Any = None) -> None:
     configuration()
     command_line()
     python()
     cards()
+    overview()
     for folder, keep in (("configuration", {*groups(), "index"}), ("methods", set(options("method")))):
         for path in (OUT / folder).glob("*.md"):
             if path.stem not in keep:

@@ -94,9 +94,7 @@ class Budget(Allocation):
 
     def start(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
         if example is None or not all(group.consumers for group in groups):
-            raise ValueError(
-                "allocation=budget knows what channels cost only where they can be removed: use structure=coupled"
-            )
+            raise ValueError("allocation=budget needs channels that can be removed: use structure=coupled")
         network = Network(groups, model, example)
         table = None
         if self.what == "ms":
@@ -194,8 +192,7 @@ def _worth(groups: Sequence[Group], path: str) -> list[float]:
     known = [loss for loss in found if loss is not None]
     if not known:
         raise ValueError(
-            f"{path} has no row for {groups[0].name} nor for another layer whose channels are pruned: it is of another "
-            "model"
+            f"{path} has no row for {groups[0].name} or another layer with pruned channels: it belongs to another model"
         )
     mean, largest = sum(known) / len(known), max(known)
     return [_LEAST_WORTH + ((mean if loss is None else loss) / largest if largest else 1.0) for loss in found]

@@ -67,8 +67,8 @@ def refuse_unreachable(units: Units, level: float, overrides: Sequence[float | N
         for group, override in zip(units.groups, overrides, strict=True):
             if override is not None and override > fixed + 1e-9:
                 raise ValueError(
-                    f"overrides: a sparsity of {override:g} for {group.name} is above that of "
-                    f"structure={units.structure.label}, {fixed:g}, which keeps as many weights in any case"
+                    f"overrides: a sparsity of {override:g} for {group.name} is above {fixed:g}, which "
+                    f"structure={units.structure.label} has for all weights"
                 )
         return
     sizes = [size * weight for size, weight in zip(units.sizes, units.weights, strict=True)]
@@ -82,7 +82,7 @@ def refuse_unreachable(units: Units, level: float, overrides: Sequence[float | N
             reason = (
                 "there is no network with fewer (a router chooses so many experts of each layer)"
                 if any(units.groups[i].least for i in indices)
-                else "each of their parts is divided by its norm, and 0 / 0 is no number"
+                else "each of their parts is divided by its norm, and 0 / 0 is not a number"
             )
             raise ValueError(
                 f"a sparsity of {sparsity:g} keeps {left} of {size} weights, but {names} must keep {least}: {reason}. "

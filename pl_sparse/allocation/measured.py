@@ -54,7 +54,7 @@ class Sensitivity(Allocation):
         self._curves.update(losses(str(self.path)))
         if missing := [group.name for group in groups if group.name not in self._curves]:
             raise ValueError(
-                f"{self.path} has no row for {missing[0]}: it is of another model or structure. "
+                f"{self.path} has no row for {missing[0]}: it belongs to another model or structure. "
                 f"{suggestion(missing[0], self._curves)}"
             )
 
@@ -100,14 +100,16 @@ def losses(path: str) -> dict[str, Curve]:
         ValueError: it is none.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{path} is no file: pl-sparse sensitivity RUN writes RUN/sensitivity.csv")
+        raise ValueError(f"{path} is not a file: pl-sparse sensitivity RUN writes RUN/sensitivity.csv")
     curves: dict[str, list[tuple[float, float]]] = {}
     try:
         with Path(path).open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 curves.setdefault(row["layer"], []).append((float(row["sparsity"]), float(row["drop"])))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no table of pl-sparse sensitivity: it has no layer, sparsity and drop") from error
+        raise ValueError(
+            f"{path} is not a table of pl-sparse sensitivity: it lacks the columns layer, sparsity and drop"
+        ) from error
     rising: dict[str, Curve] = {}
     for name, points in curves.items():
         largest, made = 0.0, [(0.0, 0.0)]

@@ -45,7 +45,7 @@ def arranged(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     (['-m', '--config-dir', 'conf'], ['sparsity=0.5,0.9', 'seed=1'])
 
     Raises:
-        ConfigError: an option that there is not, one without its value, or an argument that is no setting.
+        ConfigError: an option that there is not, one without its value, or an argument that is not a setting.
     """
     options: list[str] = []
     settings: list[str] = []
@@ -67,9 +67,9 @@ def arranged(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             known = [*_FLAGS, *_WITH_VALUE, *_INFO]
             if name.lstrip("-").isidentifier() and given:
                 raise ConfigError(f"{argument}: settings have no dashes, {argument.lstrip('-')}")
-            raise ConfigError(f"{argument} is no option of this command. {suggestion(name, known)}")
+            raise ConfigError(f"{argument} is not an option of this command. {suggestion(name, known)}")
         elif not name.strip("+~") or not (given or argument.startswith("~")):
-            raise ConfigError(f"{argument!r} is no setting: settings are key=value, and group=option")
+            raise ConfigError(f"{argument!r} is not a setting: settings are key=value, and group=option")
         else:
             settings.append(argument)
     return options, settings
@@ -211,7 +211,7 @@ def refusal(key: str, cfg: DictConfig | None, seen: Seen) -> str:
     if top not in seen.groups:
         close = near_misses(key, [*known, *seen.groups])
         hint = suggestion(key, close) if close else "pl-sparse train --cfg job prints all settings."
-        return f"{key} is no setting. {hint}"
+        return f"{key} is not a setting. {hint}"
     node = OmegaConf.select(cfg, parent, throw_on_missing=False)
     chosen = f" of {top}={_choice(top, seen)}" if _choice(top, seen) else ""
     elsewhere = seen.choosing(top, key)
@@ -220,17 +220,17 @@ def refusal(key: str, cfg: DictConfig | None, seen: Seen) -> str:
         parameters, _ = parameters_of(called)
         close = near_misses(name, parameters)
         if close:
-            return f"{key} is no parameter of {node['_target_']}{signature_of(called)}. {suggestion(name, close)}"
+            return f"{key} is not a parameter of {node['_target_']}{signature_of(called)}. {suggestion(name, close)}"
         if elsewhere:
-            return f"{key} is no setting{chosen}: {_names(top, elsewhere)} {_have(elsewhere)} it"
-        return f"{key} is no parameter of {node['_target_']}, whose parameters are {signature_of(called)}"
+            return f"{key} is not a setting{chosen}: {_names(top, elsewhere)} {_have(elsewhere)} it"
+        return f"{key} is not a parameter of {node['_target_']}, whose parameters are {signature_of(called)}"
     if elsewhere:
-        return f"{key} is no setting{chosen}: {_names(top, elsewhere)} {_have(elsewhere)} it"
+        return f"{key} is not a setting{chosen}: {_names(top, elsewhere)} {_have(elsewhere)} it"
     close = near_misses(key, known)
     close = [other for other in close if other.startswith(f"{top}.")]
     below = sorted(other for other in known if other.startswith(f"{top}."))
     hint = suggestion(key, close or below) if close or below else f"Options of {top}: {', '.join(seen.options(top))}."
-    return f"{key} is no setting{chosen}. {hint}"
+    return f"{key} is not a setting{chosen}. {hint}"
 
 
 def _choice(group: str, seen: Seen) -> str | None:
@@ -263,14 +263,14 @@ def ignored(seen: Seen, cfg: DictConfig, typed: Sequence[str]) -> str | None:
     """
     of_a_sweep = next((text for text in typed if text.startswith(("hydra.sweep.", "hydra.sweep="))), None)
     if of_a_sweep is not None and not seen.multirun:
-        return f"{of_a_sweep} is read by nothing: it is of a sweep, which -m asks for. A run has output_dir=..."
+        return f"nothing reads {of_a_sweep}: it belongs to a sweep, which -m starts. A run has output_dir=..."
     value = next((text.partition("=")[2] for text in typed if text.startswith("sparsity=")), "null")
     if value in ("null", "0", "0.0") or any(_is_sweep_of_options(override, seen) for override in seen.overrides):
         return None
     levels = cfg.get("levels")
     if levels:
         return None if float(levels[-1]) == cfg.sparsity else (
-            f"sparsity={value} is read by nothing: the last of levels={list(levels)} stands for it"
+            f"nothing reads sparsity={value}: the last of levels={list(levels)} is the final sparsity"
         )  # fmt: skip
     if "sparsity" in references(cfg):
         return None
@@ -278,7 +278,7 @@ def ignored(seen: Seen, cfg: DictConfig, typed: Sequence[str]) -> str | None:
     if final == cfg.sparsity:
         return None
     why = f"method={cfg.method}" if cfg.get("method") else f"schedule={_choice('schedule', seen)}"
-    return f"sparsity={value} is read by nothing: {why} has schedule.final={final}. Leave the one or the other out"
+    return f"nothing reads sparsity={value}: {why} has schedule.final={final}. Leave one of the two out"
 
 
 def _is_sweep_of_options(override: Override, seen: Seen) -> bool:

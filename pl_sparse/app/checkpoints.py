@@ -43,11 +43,11 @@ def is_plain(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bo
     except pickle.UnpicklingError as error:
         kind = " ".join(str(error).partition("Unsupported global: ")[2].split(" ")[:2])
         if not kind and not _is_archive(path):
-            raise ConfigError(_unreadable(path, "it is no checkpoint of torch")) from error
+            raise ConfigError(_unreadable(path, "it is not a checkpoint of torch")) from error
         if Path(folder).resolve() not in Path(path).resolve().parents:
             raise ConfigError(
                 f"ckpt_path={path} holds pickled objects ({kind or 'see save_hyperparameters'}), and loading them runs "
-                f"code: a run takes those of its own folder alone, which is {folder}"
+                f"code: a run loads them from its own folder alone, which is {folder}"
             ) from error
         return False
     except Exception as error:
@@ -103,20 +103,20 @@ def refuse_other_settings(cfg: DictConfig) -> None:
     """
     path = Path(str(cfg.ckpt_path))
     if not path.is_file():
-        raise ConfigError(f"ckpt_path={path} is no file: checkpoints are in <run>/checkpoints/last.ckpt")
+        raise ConfigError(f"ckpt_path={path} is not a file: checkpoints are in <run>/checkpoints/last.ckpt")
     checkpoint = _read(path, os.devnull if cfg.get("trust") is False else cfg.output_dir)
     missing = [key for key in ("state_dict", "loops", "optimizer_states") if key not in checkpoint]
     if not isinstance(checkpoint, Mapping) or missing:
-        raise ConfigError(_unreadable(path, f"it is none of a training by Lightning, it lacks {', '.join(missing)}"))
+        raise ConfigError(_unreadable(path, f"it is not a checkpoint of Lightning: it lacks {', '.join(missing)}"))
     saved = SavedSettings.of(checkpoint)
     if saved is not None and _is_damaged(path):
-        raise ConfigError(_unreadable(path, "it is damaged (its checksums are of other contents)"))
+        raise ConfigError(_unreadable(path, "it is damaged: its checksums do not match"))
     if cfg.get("resume_with") == "changed":
         return
     if saved is None:
         if not _is_of_its_run(path, cfg):
             raise ConfigError(
-                f"ckpt_path={path} does not hold the settings it was trained with, as checkpoints of pl_sparse do\n"
+                f"ckpt_path={path} lacks the settings of its training, which checkpoints of pl_sparse have\n"
                 "  resume_with=changed resumes with the settings that are given here"
             )
         return
@@ -125,7 +125,7 @@ def refuse_other_settings(cfg: DictConfig) -> None:
         shown = "; ".join(changed[:_SHOWN]) + (f"; {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
         raise ConfigError(
             f"ckpt_path={path} was trained with other settings: {shown}\n"
-            "  without them the run's own are taken over; resume_with=changed resumes with those given here"
+            "  leave them out to resume with those of the run; resume_with=changed resumes with those given here"
         )
 
 

@@ -80,7 +80,7 @@ def main() -> None:
     elif "=" in first or first.startswith(("-", "+", "~")):
         first = "train"
     else:
-        print(f"error: {first!r} is no command. {suggestion(first, COMMANDS)}", file=sys.stderr)
+        print(f"error: {first!r} is not a command. {suggestion(first, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     module, _, function = COMMANDS[first][0].partition(":")
     try:

@@ -140,7 +140,9 @@ def _command(typed: list[str]) -> float | None:
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(explanation(error, options, settings)) from error
         except RecursionError as error:
-            raise ConfigError("the defaults of a configuration lead back to itself: they have no end") from error
+            raise ConfigError(
+                "the defaults of a configuration include the configuration itself: remove the circle"
+            ) from error
         if cfg is not None:
             _check(seen, cfg, typed)
     sys.argv[1:] = [*options, *settings]

@@ -59,7 +59,7 @@ def _connectivity(options: argparse.Namespace) -> None:
         raise ConfigError(f"{options.run}: its module has no validation_step, or there are no validation data")
     sources = [c.data.get("_target_") if c.get("data") is not None else None for c in (cfg, other_cfg)]
     if sources[0] != sources[1]:
-        raise ConfigError(f"the runs are of different data: {sources[0]} and {sources[1]}")
+        raise ConfigError(f"the runs have different data: {sources[0]} and {sources[1]}")
     rows = connectivity(module, other.state_dict(), data, options.points, options.batches, options.norm_batches)
     logged = {name: value for name, value in rows[0].items() if name not in ("alpha", "nonzero")}
     key = metric_of(logged, str(cfg.objective))
@@ -89,7 +89,7 @@ def connectivity(
 ) -> list[dict[str, float]]:
     """Validate (1 - alpha) w + alpha w' at points alpha of [0, 1]; the module is left as it was.
 
-    Numbers that are no floats are those of the module. Statistics of batch norms that differ between the two are
+    Numbers that are not floats are those of the module. Statistics of batch norms that differ between the two are
     taken anew at each point, the ends included, as means over training batches without dropout: those of the ends are
     of activations that no network on the line has.
 
@@ -159,7 +159,7 @@ def _refuse_others(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> 
         shapes = ["no such tensor" if name not in s else "x".join(map(str, s[name].shape)) for s in (first, other)]
         if shapes[0] != shapes[1]:
             raise ConfigError(
-                f"the runs are of different networks, with no line between them: {name} is {shapes[0]} in the first, "
+                f"the runs have different networks, and no line connects them: {name} is {shapes[0]} in the first, "
                 f"{shapes[1]} in the second"
             )
 

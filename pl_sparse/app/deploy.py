@@ -211,8 +211,8 @@ def training_inputs(module: LightningModule, data: LightningDataModule | None, c
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
         if not isinstance(x, Tensor):
             raise ConfigError(
-                f"export takes models of one tensor, and a training batch here is a {type(batch).__name__} that "
-                "does not begin with one"
+                f"export takes models with one input tensor, and a training batch is a {type(batch).__name__} that "
+                "does not begin with a tensor"
             )
         yield x.cpu()
 

@@ -99,7 +99,7 @@ def _compile() -> str:
 
 def _same(product: Tensor, expected: Tensor) -> None:
     if not torch.allclose(product, expected.expand_as(product)):
-        raise RuntimeError("it computes something else")
+        raise RuntimeError("its results are wrong")
 
 
 _TARGETS: dict[str, Callable[[], str]] = {
@@ -136,7 +136,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 def main() -> None:
     """`pl-sparse doctor`"""
     argparse.ArgumentParser(
-        prog="pl-sparse doctor", description="Tell versions, extras, devices, and which hardware targets work here."
+        prog="pl-sparse doctor", description="Show versions, extras, devices, and which hardware targets work here."
     ).parse_args()
     console = Console()
     table = Table("package", "version", box=None, padding=(0, 2), title="versions", title_justify="left")

@@ -94,7 +94,7 @@ def _check_paths(checkpoint: str, untrusted: Untrusted) -> None:
     callbacks = state.get("callbacks") if isinstance(state, dict) else None
     for key, value in leaves(callbacks):
         if isinstance(value, str) and (".." in Path(value).parts or "://" in value):
-            raise untrusted.refusal(f"{key}={value}", "is a path out of the run's folder")
+            raise untrusted.refusal(f"{key}={value}", "is a path outside of the run's folder")
 
 
 def _check(taken: Sequence[str], typed: Sequence[str], untrusted: Untrusted) -> None:
@@ -106,12 +106,12 @@ def _check(taken: Sequence[str], typed: Sequence[str], untrusted: Untrusted) -> 
         try:
             parsed = parser.parse_override(override)
         except HydraException as error:
-            raise untrusted.refusal(override, "is no setting") from error
+            raise untrusted.refusal(override, "is not a setting") from error
         key, _, text = override.partition("=")
         if parsed.key_or_group in _NOT_TAKEN or "hydra" in re.split(r"[./@:+~\s]", key):
             raise untrusted.refusal(override, "is a setting of the command, and not taken over")
         if "." not in str(parsed.key_or_group) and (".." in text or text.lstrip(" '\"[").startswith("/")):
-            raise untrusted.refusal(override, "is no option of this configuration")
+            raise untrusted.refusal(override, "is not an option of this configuration")
         if parsed.is_sweep_override():
             raise untrusted.refusal(override, "is a choice of several, and not taken over")
         untrusted.check_text(key_of(key), text)

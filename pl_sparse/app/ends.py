@@ -1,4 +1,4 @@
-"""How a run ends before its end: by a signal, a full disk, or weights that are no numbers."""
+"""How a run ends before its end: by a signal, a full disk, or weights that are not numbers."""
 
 from __future__ import annotations
 

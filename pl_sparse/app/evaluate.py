@@ -78,7 +78,9 @@ def _check_batch_size(loaders: Any, options: argparse.Namespace) -> None:
     for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
         size = getattr(loader, "batch_size", None)
         if None not in (options.batch_size, size) and size != options.batch_size:
-            raise ConfigError(f"--batch-size: the test data of {options.run} keep to their batches of {size}")
+            raise ConfigError(
+                f"--batch-size: the test data of {options.run} have batches of {size} that cannot be changed"
+            )
 
 
 def _test(options: argparse.Namespace) -> None:
@@ -113,7 +115,7 @@ def _predict(options: argparse.Namespace) -> None:
         except (RuntimeError, TypeError) as error:
             shape = tuple(x.shape)
             raise ConfigError(
-                f"--data {options.data}: the model takes no inputs {shape}: {beginning(error)}"
+                f"--data {options.data}: the model does not take inputs {shape}: {beginning(error)}"
             ) from error
     _write(out, target)
     print(f"{len(out)} predictions written to {target}")
@@ -145,7 +147,7 @@ def _outputs(value: Any) -> Tensor:
 def _inputs(path: Path, shape: Sequence[int] | None) -> Tensor:
     """The inputs of a file, (samples, *shape)."""
     if not path.is_file():
-        raise ConfigError(f"--data {path} is no file")
+        raise ConfigError(f"--data {path} is not a file")
     try:
         if path.suffix == ".npy":
             x = torch.from_numpy(np.load(path, allow_pickle=False))

@@ -93,7 +93,7 @@ def _key(key: str, console: Console) -> None:
         console.print(Text(key, style="bold"))
         _parameters(console, found, first="option", title=False)
         return
-    raise ConfigError(f"{key!r} is no group and no key. {suggestion(group, {*groups(), *top()})}")
+    raise ConfigError(f"{key!r} is neither a group nor a key. {suggestion(group, {*groups(), *top()})}")
 
 
 def _parameters(

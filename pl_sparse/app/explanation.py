@@ -73,12 +73,12 @@ def explanation(error: BaseException, options: Sequence[str], settings: Sequence
 
 
 def damaged_yaml(error: BaseException) -> str | None:
-    """The message for an error whose cause is a file that is no YAML; None where it is not."""
+    """The message for an error whose cause is a file that is not YAML; None where it is not."""
     for link in _chain(error):
         if isinstance(link, yaml.MarkedYAMLError):
             mark = link.problem_mark or link.context_mark
             where = "" if mark is None else f"{mark.name}, line {mark.line + 1}: "
-            return f"{where}no YAML: {link.problem or link.context}"
+            return f"{where}not YAML: {link.problem or link.context}"
     return None
 
 

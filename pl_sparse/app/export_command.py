@@ -82,7 +82,7 @@ def _export_run(folder: Path, names: Sequence[str] | None, measure: bool, second
     metrics = json.loads((folder / "metrics.json").read_text())
     if names is None:
         names = [str(name) for name in cfg.get("export") or ()] or list(hardware.exports)
-    paths = [path for path in (CONF / "export").glob("*.yaml") if path.stem in names]  # a name is no path
+    paths = [path for path in (CONF / "export").glob("*.yaml") if path.stem in names]  # a name is not a path
     nodes: Any = OmegaConf.merge(*map(OmegaConf.load, paths), cfg.get("export") or {})
     for name in names:
         if "_target_" not in (nodes.get(name) or {}):

@@ -44,7 +44,7 @@ def load_run(
     folder = Path(folder)
     for name in ("config.yaml", "model.safetensors"):
         if not (folder / name).is_file():
-            raise ConfigError(f"{folder} is no folder of a finished run: it has no {name}")
+            raise ConfigError(f"{folder} is not a folder of a finished run: it has no {name}")
     way = "add --trust, in Python load_run(..., trust=True)"
     cfg = current_targets(read_settings(folder / "config.yaml", folder, way, trust))
     data: LightningDataModule | None = optional(cfg, "data")
@@ -56,7 +56,7 @@ def load_run(
             tensors = load_file(folder / "model.safetensors")
             module.load_state_dict({prefix + name: value for name, value in tensors.items()})
     except (RuntimeError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"the weights in {folder} are of another model than its config.yaml: {error}") from error
+        raise ConfigError(f"the weights in {folder} belong to another model than its config.yaml: {error}") from error
     structure: Structure | None = optional(cfg, "structure", Structure)
     if structure is not None:
         structure.adapt(module)

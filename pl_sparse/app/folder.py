@@ -109,8 +109,8 @@ class RunFolder:
             return
         if _is_of_this_sweep(cfg, self.path, status):
             raise FolderError(
-                f"{self.path} holds another run of this sweep\n  hydra.sweep.subdir is to name a folder of its own for "
-                "each run: leave it out, or name what differs, as in hydra.sweep.subdir='${hydra:job.num}'"
+                f"{self.path} holds another run of this sweep\n  hydra.sweep.subdir must name another folder for each "
+                "run: leave it out, or include what differs, as in hydra.sweep.subdir='${hydra:job.num}'"
             )
         allowed = cfg.get("overwrite") is True or _is_sweep() or _starts_again(cfg, self.path, status)
         if not allowed and any(any(self.path.glob(name)) for name in _RESULTS):

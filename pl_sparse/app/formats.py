@@ -46,9 +46,9 @@ def refuse(
     for name, format in formats.items():
         if format.weights_alone and structure.adapts:
             raise ConfigError(
-                f"export={name} writes weights, for a model of the class, and that computes something else with masked "
-                f"units of structure={structure.label} than the trained one: use a format that holds the network "
-                "without them, as export=[onnx] or export=[torch_export]"
+                f"export={name} writes weights alone. A model of the class that loads them computes something else "
+                f"than the trained one, whose units of structure={structure.label} are masked: use a format that holds "
+                "the network without these units, such as export=[onnx] or export=[torch_export]"
             )
         reason = format.refusal(network(module), example if isinstance(example, Tensor) else None, structure, sparsity)
         if reason is not None:

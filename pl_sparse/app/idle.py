@@ -34,7 +34,7 @@ def unread(cfg: DictConfig, known: Collection[str]) -> str | None:
         if key not in read:
             close = near_misses(key, known)
             hint = suggestion(key, close) if close else f"An interpolation would, such as model.width=${{{key}}}."
-            return f"{key} is no setting: nothing reads it. {hint}"
+            return f"{key} is not a setting: nothing reads it. {hint}"
     return None
 
 
@@ -60,7 +60,7 @@ def idle(values: Mapping[str, Any]) -> str | None:
             return f"trainer.{key} is left out, and a run reads it: give trainer=default, or trainer.{key}=..."
     for key, instead in _MADE.items():
         if key in trainer:
-            return f"trainer.{key} is read by nothing: {instead}"
+            return f"nothing reads trainer.{key}: {instead}"
     for key, value in (*values.items(), *((f"trainer.{key}", value) for key, value in trainer.items())):
         if key in _RANGES and isinstance(value, (int, float)) and not isinstance(value, bool):
             holds, wanted = _RANGES[key]

@@ -50,7 +50,7 @@ def built(cfg: DictConfig, key: str, kind: type = object, where: str = "") -> An
     if not isinstance(made, kind):
         name = cfg[key].get("_target_", "a dictionary without _target_")
         raise ConfigError(
-            f"{where or key}={name} gives a {type(made).__name__}, which is no {kind.__module__}.{kind.__name__}"
+            f"{where or key}={name} gives a {type(made).__name__}, which is not a {kind.__module__}.{kind.__name__}"
         )
     return made
 
@@ -81,11 +81,11 @@ def make_module(cfg: DictConfig, data: LightningDataModule | None) -> tuple[Ligh
         the module, and the prefix of its weights' names that files and reports leave out.
 
     Raises:
-        ConfigError: the model is no LightningModule, and the data has no classes; or it trains itself, and is the
+        ConfigError: the model is not a LightningModule, and the data has no classes; or it trains itself, and is the
             LightningModule of another package; or the command sets what nothing reads.
     """
     if not cfg.get("model"):
-        raise ConfigError("model: there is none. Give model=... or model._target_=package.Class")
+        raise ConfigError("model is missing: give model=... or model._target_=package.Class")
     facts = {key: getattr(data, key) for key in ("shape", "classes") if getattr(data, key, None) is not None}
     model = _built_with(cfg, "model", facts)
     adapt = getattr(data, "adapt", None)
@@ -96,12 +96,12 @@ def make_module(cfg: DictConfig, data: LightningDataModule | None) -> tuple[Ligh
         return model, ""
     name = cfg.model._target_
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model={name} gives a {type(model).__name__}, which is no torch.nn.Module")
+        raise ConfigError(f"model={name} gives a {type(model).__name__}, which is not a torch.nn.Module")
     _refuse_other_modules(model, name)
     if "classes" not in facts:
         missing = "there is no data with" if data is None else f"data={type(data).__name__} has no"
         raise ConfigError(
-            f"model={name} is no LightningModule, and {missing} `classes` to train it as a classifier: wrap it in a "
+            f"model={name} is not a LightningModule, and {missing} `classes` to train it as a classifier: wrap it in a "
             "LightningModule with training_step and configure_optimizers, or give the data module `classes`"
         )
     for key in ("optimizer", "lr_schedule"):
@@ -111,9 +111,7 @@ def make_module(cfg: DictConfig, data: LightningDataModule | None) -> tuple[Ligh
     made = getattr(optimizer, "func", optimizer)
     if not callable(optimizer) or (isclass(made) and not issubclass(made, Optimizer)):
         kind = getattr(made, "__name__", type(made).__name__)
-        raise ConfigError(
-            f"optimizer={kind} is no torch.optim.Optimizer that is made later: optimizer=sgd is such a one"
-        )
+        raise ConfigError(f"optimizer={kind} is not a torch.optim.Optimizer with _partial_: true, as optimizer=sgd is")
     return Classifier(model, facts["classes"], optimizer, lr_schedule, cfg.label_smoothing), "net."
 
 
@@ -123,7 +121,7 @@ def _leave_out_what_it_does_not_read(cfg: DictConfig) -> None:
         key = setting.partition("=")[0].lstrip("+")
         if key.partition(".")[0] in _OF_CLASSIFIER:
             raise ConfigError(
-                f"{setting} is read by nothing: model={cfg.model._target_} is a LightningModule, and brings its own "
+                f"nothing reads {setting}: model={cfg.model._target_} is a LightningModule, and has its own "
                 "optimizer, schedule and loss. Its own settings are model.KEY=..."
             )
     struct = OmegaConf.is_struct(cfg)
@@ -142,7 +140,7 @@ def _refuse_other_modules(model: Any, name: str) -> None:
         )
     if callable(getattr(model, "training_step", None)):
         raise ConfigError(
-            f"model={name} has a training_step, but is no LightningModule of lightning.pytorch: derive it from that"
+            f"model={name} has a training_step, but is not a LightningModule of lightning.pytorch: derive it from that"
         )
 
 
@@ -156,7 +154,7 @@ def refuse_other_outputs(module: Classifier, data: LightningDataModule, name: st
         name: of the network, for the message.
 
     Raises:
-        ConfigError: the batch is no pair of inputs and labels, or the network gives no logits (batch, classes) for it.
+        ConfigError: the batch is not a pair of inputs and labels, or the network gives no logits (batch, classes).
     """
     wrap = "wrap the network in a LightningModule whose training_step computes its loss"
     training = {part: part.training for part in module.modules()}

@@ -143,7 +143,10 @@ def assemble(cfg: DictConfig, identity: str) -> Parts:
     goal = optional(cfg, "target", Callback)
     budget = goal if isinstance(goal, AccuracyBudget) else None
     if isinstance(module, Classifier) and budget is not None and is_accuracy(cfg.objective) and budget.drop >= 1:
-        raise ConfigError(f"target.drop={cfg.target.drop} is all of {cfg.objective}, a fraction: 0.01 is a point")
+        raise ConfigError(
+            f"target.drop={cfg.target.drop} allows the loss of all of {cfg.objective}: it is a fraction, 0.01 is one "
+            f"point"
+        )
     quantize: Quantize | None = optional(cfg, "quantization", Quantize)
     cost = _cost(goal, hardware, quantize)
     formats = make_formats(cfg)
@@ -178,7 +181,7 @@ def _sparsity(cfg: DictConfig, hardware: Hardware) -> Sparsity:
     """The callback, its axes checked against each other and the hardware."""
     missing = [axis for axis in _AXES if not cfg.get(axis)]
     if missing:
-        raise ConfigError(f"{missing[0]} is left out, and a run has one: give {missing[0]}=... or method=dense")
+        raise ConfigError(f"{missing[0]} is left out, and a run needs one: give {missing[0]}=... or method=dense")
     axes = {axis: built(cfg, axis, kind) for axis, kind in _AXES.items()}
     objection = hardware.objection(axes["structure"], axes["schedule"].final)
     if objection is not None and axes["schedule"].final > 0:
@@ -187,7 +190,7 @@ def _sparsity(cfg: DictConfig, hardware: Hardware) -> Sparsity:
         rank_zero_warn(objection)
     for key in ("budget_ms", "macs"):
         if getattr(hardware, key) is not None and not isinstance(axes["allocation"], Budget):
-            raise ConfigError(f"hardware.{key} is met by allocation=budget structure=coupled")
+            raise ConfigError(f"hardware.{key} needs allocation=budget structure=coupled")
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     options = {field.name: plain[field.name] for field in fields(Targets)}
     options |= {key: plain[key] for key in ("ablation", "calibration_batches")}
@@ -209,7 +212,7 @@ def _check_types(hardware: Hardware, quantize: Quantize | None, exported: set[st
 
 def _front(cfg: DictConfig, folder: Path, schedule: Schedule) -> Front | None:
     if cfg.levels and not isinstance(schedule, Staircase):
-        raise ConfigError("levels=... are those of schedule=staircase (of schedule=tickets: schedule.sparsities=...)")
+        raise ConfigError("levels=... needs schedule=staircase (schedule=tickets has schedule.sparsities=...)")
     if not cfg.front:
         return None
     for key, reason in (
@@ -217,12 +220,12 @@ def _front(cfg: DictConfig, folder: Path, schedule: Schedule) -> Front | None:
         ("target", "the budget decides on the levels, and keeps one model"),
     ):
         if cfg.get(key):
-            raise ConfigError(f"front=true goes with {key}=none alone: {reason}")
+            raise ConfigError(f"front=true needs {key}=none: {reason}")
     if not isinstance(schedule, (Staircase, Iterative, Tickets)):
         raise ConfigError(
-            f"front=true needs a schedule that rests on its levels, or the models there would not have been trained at "
-            f"their sparsity, and {type(schedule).__name__.lower()} does not: use schedule=staircase "
-            "levels=[0.5,0.8,0.9], schedule=iterative or schedule=tickets"
+            f"front=true needs a schedule that stays at each of its levels, so that models are trained at their "
+            f"sparsity, and {type(schedule).__name__.lower()} does not: use schedule=staircase levels=[0.5,0.8,0.9], "
+            "schedule=iterative or schedule=tickets"
         )
     return Front(folder)
 
@@ -234,8 +237,8 @@ def _cost(goal: Callback | None, hardware: Hardware, quantize: Quantize | None) 
     asked = f"target.{goal.what}={goal.asked:g}"
     if quantize is not None:
         raise ConfigError(
-            f"{asked} is one of the network in floating point, and quantization trains it for integers: leave "
-            "quantization out, export=[onnx_int8] quantizes after training"
+            f"{asked} is measured on the network in floating point, and quantization trains it for integers: leave "
+            "quantization out; export=[onnx_int8] quantizes after training"
         )
     for key in ("budget_ms", "macs"):
         if (value := getattr(hardware, key)) is not None:
@@ -247,7 +250,7 @@ def _shrink(every: int | None, quantize: Quantize | None, goal: Callback | None)
     if every is None:
         return None
     if quantize is not None or goal is not None:
-        raise ConfigError("shrink_every goes with neither quantization nor target: shrink the trained model instead")
+        raise ConfigError("shrink_every works with neither quantization nor target: shrink the trained model instead")
     try:
         return Shrink(every)
     except ValueError as error:

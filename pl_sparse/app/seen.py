@@ -53,7 +53,7 @@ class Seen:
                 continue
             path = Path(folder.removeprefix("file://"))
             if not path.is_dir():
-                raise ConfigError(f"{what}{folder} is no folder: its groups are folders of YAML files below it")
+                raise ConfigError(f"{what}{folder} is not a folder: its groups are folders of YAML files below it")
         paths = [*([f"file://{Path(added).resolve()}"] if added else []), *folders]
         own = Path(added or ".") / f"{self.name}.yaml"
         if added and own.is_file() and not (Path(self._folder) / f"{self.name}.yaml").is_file():

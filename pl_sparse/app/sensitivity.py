@@ -137,8 +137,8 @@ def sensitivity(
     key = metric_of(whole, objective)
     if structure.needs_example:
         raise ConfigError(
-            f"structure={structure.label} joins channels of several layers: layers are pruned alone here, by "
-            "structure=channel or unstructured"
+            f"structure={structure.label} joins channels of several layers, and sensitivity prunes one layer at a "
+            "time: use structure=channel or unstructured"
         )
     params = find(network(module), last=not structure.removes_outputs)
     groups, _ = structure.bind(params, network(module), misfit="dense")

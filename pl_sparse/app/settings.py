@@ -85,7 +85,7 @@ def target(node: Mapping[str, Any] | DictConfig, where: str) -> Any:
     """
     path = str(node["_target_"])
     if not all(part.isidentifier() for part in path.split(".")):
-        raise ConfigError(f"{where}._target_={path} is no name: it is package.module.Class")
+        raise ConfigError(f"{where}._target_={path} is not a name: give package.module.Class")
     found = _located(path, where)
     if isinstance(found, ModuleType):
         names = [name for name, value in vars(found).items() if inspect.isclass(value) and not name.startswith("_")]
@@ -179,7 +179,7 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError("output_dir is empty: output_dir=. is the current folder")
     cache = values["prefix_cache"]
     if cache not in ("auto", "off") and Path(cache).exists() and not Path(cache).is_dir():
-        raise ConfigError(f"prefix_cache={cache} is a file: it is a folder, auto or off")
+        raise ConfigError(f"prefix_cache={cache} is a file: give a folder, auto or off")
     reason = unread(cfg, {*_TOP, *(path.name for path in CONF.iterdir() if path.is_dir())})
     reason = reason or misdirected(values["objective"], values["mode"])
     if reason is not None:
@@ -216,7 +216,7 @@ def _check_node(where: str, node: dict[str, Any]) -> None:
             close = near_misses(str(key), names)
             hint = suggestion(str(key), close) if close else f"Its parameters are {signature_of(called)}."
             raise ConfigError(
-                f"{where}.{key} is no parameter of {node['_target_']}. {hint if names else 'It has none.'}"
+                f"{where}.{key} is not a parameter of {node['_target_']}. {hint if names else 'It has none.'}"
             )
         if key in hints and value != "???":
             _check_value(f"{where}.{key}", value, hints[key])

@@ -118,9 +118,9 @@ def slim(
     if epochs < 2:
         raise ConfigError(f"epochs={epochs} must be 2 or more: one to prune in, one to recover")
     if drop is not None and drop < 0:
-        raise ConfigError(f"drop={drop:g} must not be negative: what the metric may lose")
+        raise ConfigError(f"drop={drop:g} must not be negative: it is the allowed loss of the metric")
     if (folder / "slim.json").exists():
-        raise ConfigError(f"{folder} holds a network that was slimmed: give another folder")
+        raise ConfigError(f"{folder} already holds a slimmed network: give another folder")
     try:
         target = CostTarget(speedup=speedup)
         if isinstance(model, LightningModule):
@@ -180,7 +180,7 @@ def _module(model: nn.Module, data: LightningDataModule | None, lr: float) -> Li
         classes: int | None = getattr(data, "classes", None)
         if data is None or classes is None:
             raise ConfigError(
-                f"{type(model).__name__} is no LightningModule, and is trained as a classifier, whose data has "
+                f"{type(model).__name__} is not a LightningModule, and is trained as a classifier, whose data has "
                 "`classes`: give such data, or a LightningModule with training_step and validation_step"
             )
         if not 0 < lr < float("inf"):
@@ -210,7 +210,7 @@ def _imitating(module: LightningModule, student: str | None) -> list[Callback]:
         teacher = module.get_submodule(student)
     except AttributeError as error:
         names = ", ".join(name for name, _ in module.named_children())
-        raise ConfigError(f"student={student!r} is no part of {type(module).__name__}: give one of {names}") from error
+        raise ConfigError(f"student={student!r} is not part of {type(module).__name__}: give one of {names}") from error
     teacher = copy.deepcopy(teacher)
     return [Distill(teacher, student=student)]
 

@@ -91,7 +91,7 @@ def _found(options: argparse.Namespace) -> tuple[nn.Module, LightningDataModule 
     if options.weights is not None and (path.exists() or ":" in options.model):
         raise ConfigError(f"--weights {options.weights}: {options.model} has weights of its own")
     if path.suffix == ".ckpt" and not path.is_file():
-        raise ConfigError(f"{path} is no file: give a checkpoint, RUN/checkpoints/best.ckpt")
+        raise ConfigError(f"{path} is not a file: give a checkpoint, RUN/checkpoints/best.ckpt")
     if path.suffix == ".ckpt" and not (run / "config.yaml").is_file():
         raise ConfigError(
             f"{path} is in no folder of a run, so that its class is not known: give module:function, a function that "
@@ -119,13 +119,13 @@ def _node(options: argparse.Namespace) -> dict[str, Any]:
         return {"_target_": f"{_LIBRARY}.huggingface", "name": name}
     if "/" in name or Path(name).exists():
         raise ConfigError(
-            f"{name} is no folder, checkpoint (.ckpt) or name: give RUN, module:function or a name of timm"
+            f"{name} is not a folder, checkpoint (.ckpt) or name: give RUN, module:function or a name of timm"
         )
-    known = library("timm", f"{name} is no folder, and as a name of timm", "timm").list_models()
+    known = library("timm", f"{name} is not a folder, and as a name of timm", "timm").list_models()
     if name.partition(".")[0] not in known:
         close = near_misses(name, known)
         hint = suggestion(name, close) if close else "A function of yours is module:function."
-        raise ConfigError(f"{name} is no folder of a run, and no model of timm. {hint}")
+        raise ConfigError(f"{name} is neither a folder of a run nor a model of timm. {hint}")
     return {"_target_": f"{_LIBRARY}.timm_model", "name": name, "pretrained": options.weights or True}
 
 
@@ -140,7 +140,7 @@ def _configured(
         cfg.data = _data(*options.data)
         if missing := OmegaConf.missing_keys(cfg):
             key = min(missing).removeprefix("data.")
-            raise ConfigError(f"--data {options.data[0]} takes {key}: give --data {options.data[0]} {key}=...")
+            raise ConfigError(f"--data {options.data[0]} needs {key}: give --data {options.data[0]} {key}=...")
     data: LightningDataModule | None = optional(cfg, "data", LightningDataModule)
     if model is None:
         return nn.Identity(), data

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             (folder,) = map(Path, options.settings[:1])
             if len(options.settings) > 1:
-                raise ValueError(f"give one folder that all runs are below, not {len(options.settings)}")
+                raise ValueError(f"give one folder that contains all runs, not {len(options.settings)}")
         report(folder, Console(), options.metric)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -58,7 +58,7 @@ def _trained(settings: Sequence[str]) -> tuple[Path, int]:
     given = {key_of(setting): setting.partition("=")[2] for setting in settings}
     for plural, key in _LISTS.items():
         if key in given:
-            raise ValueError(f"{key}={given[key]}: a study has several, {plural}={given[key]},...")
+            raise ValueError(f"{key}={given[key]}: a study compares several, {plural}={given[key]},...")
         if plural not in given and plural != "levels":
             raise ValueError(f"{plural}=... is missing: pl-sparse study methods=gmp,rigl seeds=0,1,2 levels=0.8,0.9")
     methods = given["methods"].split(",")

@@ -102,7 +102,7 @@ def _refuse_more_processes_than_cores(node: DictConfig) -> None:
     if on_cpu and processes > max(cores, _FEW):
         raise ConfigError(
             f"trainer.devices={devices} starts {processes} processes, and this machine has {cores} cores: "
-            f"trainer.devices={cores} is the most that pays"
+            f"use trainer.devices={cores} or fewer"
         )
 
 

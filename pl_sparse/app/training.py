@@ -118,7 +118,9 @@ def _fit(cfg: DictConfig, parts: Parts, trainer: Trainer, shared: Prefix | None)
 def _other_model(path: str, error: Exception) -> str:
     """Two lines for a checkpoint whose weights do not fit."""
     reasons = [" ".join(line.split()) for line in str(error).splitlines()[1:]] or [str(error)]
-    return f"ckpt_path={path} is of another model: {reasons[0][:160]}\n  without model=... the run's own is taken over"
+    return (
+        f"ckpt_path={path} belongs to another model: {reasons[0][:160]}\n  leave model=... out to take that of the run"
+    )
 
 
 def _finish(cfg: DictConfig, parts: Parts, trainer: Trainer, folder: RunFolder) -> dict[str, Any]:

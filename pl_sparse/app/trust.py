@@ -123,7 +123,7 @@ class Untrusted:
         if isinstance(value, str) and "${" in value:
             raise self.refusal(f"{key}={value}", "would be resolved again")
         if key.rpartition(".")[2] == "_target_":
-            reason = self._reason(value) if isinstance(value, str) else "it is no name"
+            reason = self._reason(value) if isinstance(value, str) else "it is not a name"
             if reason is not None:
                 raise self.refusal(f"{key}={value}", f"is not built from the folder of a run: {reason}")
 
@@ -165,7 +165,7 @@ class Untrusted:
         for depth, part in enumerate(parts, 1):
             dotted, above = ".".join(parts[:depth]), ".".join(parts[: depth - 1])
             if not part.isidentifier() or (part.startswith("__") and depth > 1):
-                raise ImportError(f"{dotted} is no name of a class")
+                raise ImportError(f"{dotted} is not a name of a class")
             if found is not None and hasattr(found, part):
                 found = getattr(found, part)
                 if depth < len(parts) and not (inspect.ismodule(found) or inspect.isclass(found)):

@@ -31,8 +31,8 @@ class AccuracyBudget(Callback):
 
     Args:
         drop: what the metric may lose, in its own unit.
-        metric: a metric that is logged at each validation; None: an accuracy, else a metric that is no loss (for mode
-            "min" a loss).
+        metric: a metric that is logged at each validation; None: an accuracy, else a metric that is not a loss (a loss
+            if mode is "min").
         mode: "max" if more is better, else "min".
         reference: the metric of the dense model; None for the best of the warm-up.
         warmup: how long the model is first trained dense.
@@ -60,7 +60,7 @@ class AccuracyBudget(Callback):
         least: float = 0.02,
     ) -> None:
         if drop < 0:
-            raise ValueError(f"drop={drop!r} must not be negative: what the metric may lose")
+            raise ValueError(f"drop={drop!r} must not be negative: it is the allowed loss of the metric")
         if mode not in ("max", "min"):
             raise ValueError(f"mode={mode!r} is neither 'max' nor 'min'")
         if patience < 1:
@@ -93,7 +93,7 @@ class AccuracyBudget(Callback):
         schedule = pruner.schedule
         if not isinstance(schedule, Paced):
             raise ValueError(
-                f"an accuracy budget decides on the levels, which schedule={type(schedule).__name__.lower()} does "
+                f"an accuracy budget sets the levels, and schedule={type(schedule).__name__.lower()} sets them "
                 "itself: use schedule=paced"
             )
         if pruner.structure.fixed is not None:
@@ -146,7 +146,7 @@ class AccuracyBudget(Callback):
         """The name of the metric, which must be logged by now."""
         if self.metric is None:
             self.metric = judged(trainer.callback_metrics, self.mode)
-            rank_zero_info(f"the accuracy budget is one of {self.metric}")
+            rank_zero_info(f"the accuracy budget compares {self.metric}")
         require(self.metric or "val/acc", trainer.callback_metrics, "AccuracyBudget")
         assert self.metric is not None
         return self.metric

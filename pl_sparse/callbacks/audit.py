@@ -77,4 +77,4 @@ def _cause(param: MaskedParameter, optimizers: Sequence[Optimizer]) -> str:
                 if "train_mode" in group:
                     return f"{type(optimizer).__name__} puts averaged weights in their place"
                 return "something wrote them outside of the steps of their optimizer"
-    return "no optimizer trains them, and something writes them, as a target network's are that follow another network"
+    return "no optimizer trains them, and something else writes them (as a target network is written)"

@@ -108,7 +108,7 @@ class Calibration:
         self._source = _batches(self.trainer)
         batches = self._take()
         if not batches:
-            raise ValueError("training_step returned no loss for a calibration batch: there are none with a loss")
+            raise ValueError("training_step returned no loss for any calibration batch")
         return batches
 
     def _following(self) -> list[Any]:

@@ -82,7 +82,7 @@ def _first_loss(trainer: Trainer, module: LightningModule, batch: Any) -> Tensor
             module.training_step(batch, 0) if len(arguments) > 1 else module.training_step(batch)
         except _Loss as seen:
             return seen.loss
-    raise ValueError("training_step goes back from no loss")
+    raise ValueError("training_step calls backward on no loss")
 
 
 @contextmanager

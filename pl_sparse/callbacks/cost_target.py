@@ -124,8 +124,8 @@ class CostTarget(Callback):
             left = max(self.asked - 1 / 32, 0)  # of a file: a bit for each weight, and the values that are left
             file = f", or for a compressed file of that size sparsity={1 - left:.3g} export=[safetensors]"
             raise ValueError(
-                f"{asked} is met by channels that can be removed, and structure={pruner.structure.label} leaves them "
-                f"where they are: use structure=coupled{file if self.what == 'size' else ''}"
+                f"{asked} needs channels that can be removed, and structure={pruner.structure.label} removes none: "
+                f"use structure=coupled{file if self.what == 'size' else ''}"
             )
         unlimited: dict[str, Any] = {_UNITS[self.what]: inf}
         budget = Budget(final=pruner.schedule.final, **unlimited)
@@ -134,8 +134,8 @@ class CostTarget(Callback):
             if pruner.allocation != ERK():
                 name = type(pruner.allocation).__name__.lower()
                 raise ValueError(
-                    f"{asked} shares channels out by what they cost, and allocation={name} does so otherwise: leave "
-                    "allocation out, or the target"
+                    f"{asked} allocates channels by their cost, and allocation={name} by another rule: leave out the "
+                    "allocation or the target"
                 )
             pruner.allocation = budget
 
@@ -197,7 +197,7 @@ class CostTarget(Callback):
                     chosen, found = tried, cost
             if not found:
                 figure = {"speedup": most, "ms": self.asked / most}.get(self.what, 1 / most)
-                spare = f"; {wanted:.3g} is aimed at" if self.what == "speedup" else ""
+                spare = f", and {wanted:.3g} is needed, with a margin" if self.what == "speedup" else ""
                 raise ValueError(
                     f"target {self.what}={self.asked:g} cannot be met: with {budget.multiple} channel"
                     f"{'s' * (budget.multiple > 1)} in each group that can be pruned, {self.what} is {figure:.3g}"
@@ -206,8 +206,9 @@ class CostTarget(Callback):
             times = {"speedup": self.asked, "ms": self._ms[0] / self.asked}.get(self.what, 0.0)
             if found * _SPARED * times**2 < full and self._timed:
                 raise ValueError(
-                    f"target {self.what}={self.asked:g} would take {1 - found / full:.1%} of the multiply-accumulates: "
-                    "the time of this network is not that of its channels. Ask for less, or for target=macs"
+                    f"target {self.what}={self.asked:g} would remove {1 - found / full:.1%} of the "
+                    "multiply-accumulates: the time of this network hardly depends on its channels. Ask for less, or "
+                    "use target=macs"
                 )
         finally:
             for param in params:
@@ -241,8 +242,8 @@ class CostTarget(Callback):
         x = example[0] if isinstance(example, tuple) else example
         if not isinstance(x, Tensor):
             raise ValueError(
-                f"target {self.what}={self.asked:g} is measured on networks of one tensor, and the inputs are a "
-                f"{type(x).__name__}: use target=macs or target=size"
+                f"target {self.what}={self.asked:g} is measured on networks with one input tensor, and the inputs are "
+                f"a {type(x).__name__}: use target=macs or target=size"
             )
         x = x.cpu()
         where = _NAMES[self.runtime]
@@ -265,7 +266,7 @@ class CostTarget(Callback):
         self.achieved = {"speedup": times, "ms": self._ms[1]}.get(self.what, 1 / times)
         line = f"target {self.what}={self.asked:g}: {self.achieved:.3g}"
         if times < {"speedup": self.asked, "ms": 1.0}.get(self.what, 1 / self.asked):
-            rank_zero_warn(f"{line} is what the trained network has, which misses it")
+            rank_zero_warn(f"{line}, of the trained network, misses the target")
         else:
             rank_zero_info(line)
 

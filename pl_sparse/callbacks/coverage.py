@@ -18,7 +18,7 @@ _NAMED = 8
 def report_coverage(model: MaskedModel) -> None:
     """Report the coverage, and what is left out with its reason; as a warning where that is more than 5 %.
 
-    What the user excludes, or the structure does not fit, lowers the coverage, but is no reason for a warning.
+    What the user excludes, or the structure does not fit, lowers the coverage, but is not a reason for a warning.
     """
     sizes = model.choice.sizes
     total = sum(sizes.values())

@@ -168,7 +168,9 @@ def _file(path: Path) -> Path:
             return path / "model.safetensors"
         raise FileNotFoundError(f"teacher={path} has no model.safetensors: it is the folder of no finished run")
     if not path.is_file():
-        raise FileNotFoundError(f"teacher={path} is no file: give the folder of a run, or a .ckpt or .safetensors file")
+        raise FileNotFoundError(
+            f"teacher={path} is not a file: give the folder of a run, or a .ckpt or .safetensors file"
+        )
     return path
 
 
@@ -189,5 +191,5 @@ def _load(net: nn.Module, path: Path, name: str) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[1:4]
         raise ValueError(
-            f"teacher={path} is of another model or other classes than the student: {' '.join(map(str.strip, reason))}"
+            f"teacher={path} has another model or other classes than the student: {' '.join(map(str.strip, reason))}"
         ) from error

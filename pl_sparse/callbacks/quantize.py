@@ -65,7 +65,7 @@ class Quantize(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
-            raise ValueError("ranges of activations are not shared between processes: quantization trains in one alone")
+            raise ValueError("processes do not share ranges of activations: quantization trains in one process alone")
         self._judging = BestAtTarget(trainer, lambda: self.active)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,7 +75,7 @@ class Quantize(Callback):
         if begin >= total or freeze < begin:
             raise ValueError(
                 f"begin={self.begin!r} is step {begin} and freeze={self.freeze!r} is step {freeze}, of {total}: "
-                "integers must be simulated before the end, and ranges stay only after that"
+                "begin must be before the end of training, and freeze must not be before begin"
             )
         with torch.random.fork_rng():  # a loader that shuffles draws its seed
             x = _input(first_batches(trainer, 1)[0])
@@ -176,7 +176,7 @@ def _input(batch: Any) -> Tensor:
     x = batch[0] if isinstance(batch, (tuple, list)) else batch
     if not isinstance(x, Tensor):
         raise ValueError(
-            f"quantization traces networks of one tensor, and a training batch is a {type(batch).__name__} that does "
-            "not begin with one"
+            f"quantization traces networks with one input tensor, and a training batch is a {type(batch).__name__} "
+            "that does not begin with a tensor"
         )
     return x

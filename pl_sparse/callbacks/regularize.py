@@ -136,8 +136,8 @@ class Regularize(Callback):
             weights = [param for group in self.groups for param, _ in group.members]
             if gone := [param.name for param in weights if param.weight not in self._places]:
                 raise RuntimeError(
-                    f"{', '.join(gone[:5])}: penalized, and replaced while training goes on. Replace layers before "
-                    "training, in configure_model"
+                    f"{', '.join(gone[:5])}: penalized weights that were replaced during training. Replace layers "
+                    "before training, in configure_model"
                 )
 
     def on_train_batch_end(

@@ -54,7 +54,7 @@ class Rewind(Callback):
 
     def __init__(self, weights: Literal["rewind", "keep", "reinit"] = "rewind", dirpath: str | None = None) -> None:
         if weights not in ("rewind", "keep", "reinit"):
-            raise ValueError(f"weights={weights!r} is none of rewind, keep, reinit")
+            raise ValueError(f"weights={weights!r} must be one of rewind, keep, reinit")
         self.weights = weights
         self.dirpath = dirpath
         self.rows: list[dict[str, Any]] = []

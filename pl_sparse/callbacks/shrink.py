@@ -81,8 +81,8 @@ class Shrink(Callback):
         structure = pruner.structure
         if isinstance(structure, Whole):
             raise ValueError(
-                f"structure={structure.label} removes whole modules, which leave after training alone: leave "
-                "shrink_every and Shrink out, and call export.shrink or export to a format with a graph"
+                f"structure={structure.label} removes whole modules, which is possible after training alone: leave out "
+                "shrink_every and Shrink, and call export.shrink or export to a format with a graph"
             )
         if not isinstance(structure, Head) and not (isinstance(structure, Channel) and structure.coupled):
             raise ValueError(

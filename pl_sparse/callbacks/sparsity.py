@@ -189,12 +189,12 @@ class Sparsity(Callback):
         alone = [param.name for param in self.pruner.params if param.name in new and param not in trained]
         if alone and not trained:
             raise RuntimeError(
-                f"{', '.join(alone[:5])}: replaced after the optimizers were made, none of which trains a weight that "
-                "is pruned any more. Make the optimizers anew, or replace weights in configure_model"
+                f"{', '.join(alone[:5])}: replaced after the optimizers were made, so that no optimizer trains a "
+                "pruned weight. Make the optimizers anew, or replace weights in configure_model"
             )
         if alone:
             rank_zero_warn(
-                f"{', '.join(alone)}: replaced or added after the optimizers were made, none of which trains it"
+                f"{', '.join(alone)}: replaced or added after the optimizers were made: no optimizer trains them"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -460,7 +460,7 @@ def _has_own(obj: object, base: type, hook: str) -> bool:
 
 
 def _meant(value: object) -> str:
-    """What a value that is no Pruner, given by position, was probably meant as."""
+    """What a value that is not a Pruner, given by position, was probably meant as."""
     if isinstance(value, (int, float)):
         return f"Sparsity takes a Pruner, or settings by name: Sparsity(sparsity={value!r})"
     if isinstance(value, str):

@@ -102,8 +102,8 @@ def refuse_optimizers(trainer: Trainer, masking: Masking) -> None:
         name = type(optimizer).__name__
         if not isinstance(optimizer, Optimizer):
             raise ValueError(
-                f"{name} is no torch.optim.Optimizer, so that nothing can follow its steps: give an optimizer that is "
-                "one, e.g. AdamWScheduleFree in place of a ScheduleFreeWrapper"
+                f"{name} is not a torch.optim.Optimizer, so that nothing can follow its steps: give an optimizer that "
+                "is one, e.g. AdamWScheduleFree in place of a ScheduleFreeWrapper"
             )
         if isinstance(optimizer, LBFGS) and masking.trains_pruned:
             raise ValueError(
@@ -114,6 +114,6 @@ def refuse_optimizers(trainer: Trainer, masking: Masking) -> None:
             raise ValueError(reason)
         if callable(getattr(optimizer, "eval", None)) and masking.transforms:
             raise ValueError(
-                f"{name} averages the values behind the masks, of which masking={name_of(masking)} makes other "
+                f"{name} averages the values behind the masks, from which masking={name_of(masking)} computes other "
                 "weights: use masking=hard, frozen or ste, or another optimizer"
             )

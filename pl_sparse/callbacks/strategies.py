@@ -55,9 +55,8 @@ def refuse_difference(pruner: Pruner, trainer: Trainer) -> None:
     names = [param.name for param, differs in zip(pruner.params, differ, strict=True) if differs]
     if names:
         raise RuntimeError(
-            f"the masks of {', '.join(names[:5])} differ between processes after {pruner.step} optimizer steps: what "
-            "decides on them is not the same in all. It may be a scorer of one's own that looks at data of its process "
-            "alone, or weights that were not the same before"
+            f"the masks of {', '.join(names[:5])} differ between processes after {pruner.step} optimizer steps. Either "
+            "a scorer of your own sees the data of its process alone, or the weights differed before"
         )
 
 

@@ -49,7 +49,7 @@ class Candidate:
         module: the layer that it is a weight of.
         weight: the parameter.
         layout: how it is seen as (out, in, *kernel).
-        role: what it is, if it is no weight of a sum of products; else None. Such a parameter stays dense by default.
+        role: what it is, if not a weight of a sum of products; else None. Such a parameter stays dense by default.
         refusal: why it cannot be pruned, or None.
         unmade: whether it has no values yet.
         norm_dim: as in `Underlying`.
@@ -173,7 +173,7 @@ def _layout(module: nn.Module, weight: Tensor) -> Whole:
 
 
 def _role(module: nn.Module, short: str, weight: Tensor, path: str) -> str | None:
-    """What a parameter of no known class is, if it is no weight of a sum of products.
+    """What a parameter of no known class is, if it is not a weight of a sum of products.
 
     The class decides, else the shape, else the name.
     """

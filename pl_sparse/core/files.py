@@ -166,13 +166,13 @@ def read_yaml(path: str | os.PathLike[str], limit: int = 1 << 19) -> Any:
         limit: bytes that the file may have.
 
     Raises:
-        ValueError: it is no YAML, uses aliases, nests too deeply or is larger than the limit.
+        ValueError: it is not YAML, uses aliases, nests too deeply or is larger than the limit.
     """
     import yaml  # type: ignore[import-untyped]
 
     path = Path(path)
     if path.stat().st_size > limit:
-        raise ValueError(f"{path.name} is larger than {limit:,} bytes, and no configuration")
+        raise ValueError(f"{path.name} is larger than {limit:,} bytes, too large for a configuration")
     try:
         text, depth = path.read_text(encoding="utf-8"), 0
         for token in yaml.scan(text, yaml.SafeLoader):
@@ -187,7 +187,7 @@ def read_yaml(path: str | os.PathLike[str], limit: int = 1 << 19) -> Any:
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" in line {mark.line + 1}"
-        raise ValueError(f"{path.name} is no YAML{where}: {getattr(error, 'problem', None) or error}") from error
+        raise ValueError(f"{path.name} is not YAML{where}: {getattr(error, 'problem', None) or error}") from error
 
 
 def finite(obj: object) -> object:

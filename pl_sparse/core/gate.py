@@ -1,6 +1,6 @@
 """Learned numbers: one for each unit of a structure, trained beside the model by an optimizer of its own.
 
-A gate is no parameter of the model: its state dict, its optimizer and its weight decay do not see it.
+A gate is not a parameter of the model: its state dict, its optimizer and its weight decay do not see it.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Gate:
         value = tensors["value"]
         if value.shape != self.value.shape:
             raise ValueError(
-                f"the pruning state is of another structure: the gates of {self.name} have shape "
+                f"the pruning state belongs to another structure: the gates of {self.name} have shape "
                 f"{tuple(value.shape)}, here {tuple(self.value.shape)}"
             )
         self.value.data.copy_(value)

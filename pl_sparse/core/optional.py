@@ -49,7 +49,7 @@ def library(name: str, who: str, extra: str) -> Any:
         torch = getattr(sys.modules.get("torch"), "__version__", "none")
         raise ImportError(
             f"{who} needs the library {extra}, which cannot be imported: {beginning(error)}\n"
-            f"  install the versions that belong together; torch here is {torch}"
+            f"  install versions that match; torch is {torch}"
         ) from error
 
 

@@ -48,7 +48,7 @@ class MaskedParameter:
         cut: what shrinking took out of the weight, else None. Scores and masks are compared in the former shape, as
             if it were still there.
         norm_dim: the dimension of the weight whose slices are divided by their norms, so that each keeps a weight
-            (weight_norm: 0 / 0 is no number); -1: all of the weight is; None: none is.
+            (weight_norm: 0 / 0 is not a number); -1: all of the weight is; None: none is.
         aside: the weight's own memory, while an optimizer steps the latent values in its place (`core.exposed`).
     """
 

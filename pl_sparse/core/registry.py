@@ -182,7 +182,9 @@ def _add(name: str, entry: Entry) -> None:
     key = _key(name)
     holder = entries.get(key)
     if holder is not None and (holder.builtin or holder.path != entry.path):  # a notebook's cell may run twice
-        raise ValueError(f"{entry.kind.axis} {name.lower()!r} is {holder.path}: {entry.path} needs another name")
+        raise ValueError(
+            f"{entry.kind.axis} {name.lower()!r} is already {holder.path}: {entry.path} needs another name"
+        )
     entries[key] = entry
 
 

@@ -76,14 +76,14 @@ def load_state(
         parts = [f"it lacks {', '.join(missing[:5])}"] * bool(missing)
         if extra:
             parts.append(f"it has {', '.join(extra[:5])}. {suggestion(extra[0], missing or names)}")
-        raise ValueError(f"the pruning state is of another model or other include/exclude: {'; '.join(parts)}")
+        raise ValueError(f"the pruning state belongs to another model or other include/exclude: {'; '.join(parts)}")
     saved = {name: {_RENAMED.get(key, key): value for key, value in state[name].items()} for name in names}
     for param in params:
         tensors = saved[param.name]
         shape = tuple(tensors.get("shape", tensors["mask"].shape))  # masks of earlier versions are not packed
         if shape != tuple(param.shape):
             raise ValueError(
-                f"the pruning state is of another model: mask of {param.name} has shape {shape}, the weight "
+                f"the pruning state belongs to another model: the mask of {param.name} has shape {shape}, the weight "
                 f"{tuple(param.shape)}"
             )
     for group in groups:
@@ -116,5 +116,5 @@ def refuse_other_settings(state: Mapping[str, Any], axes: Axes) -> None:
     if differ:
         raise ValueError(
             f"the pruning state was made with other settings: {'; '.join(differ)}. Train with the same ones, start "
-            "from the weights alone, or take the state up all the same without its entry 'settings'"
+            "from the weights alone, or delete the state's entry 'settings' to load it nevertheless"
         )

@@ -75,7 +75,7 @@ def select(model: nn.Module, patterns: Patterns, what: str = "pattern") -> list[
 def _selects(pattern: str | type, weight: Candidate, weights: Sequence[Candidate]) -> bool:
     """Whether a pattern means a weight.
 
-    What is no weight of a sum of products, and a further name of a tied weight, is meant by a pattern that matches
+    What is not a weight of a sum of products, and a further name of a tied weight, is meant by a pattern that matches
     nothing else: "encoder.*" does not mean the encoder's class token.
     """
     plain = weight.role is None or isinstance(weight.module, (nn.Embedding, nn.EmbeddingBag))
@@ -185,10 +185,10 @@ class Targets:
         if self.misfit not in ("error", "dense"):
             raise ValueError(f"misfit={self.misfit!r} is neither 'error' nor 'dense'")
         if self.frozen not in ("skip", "prune", "error"):
-            raise ValueError(f"frozen={self.frozen!r} is none of 'skip', 'prune', 'error'")
+            raise ValueError(f"frozen={self.frozen!r} must be one of 'skip', 'prune', 'error'")
         for pattern, layout in self.layouts.items():
             if layout not in LAYOUTS:
-                raise ValueError(f"layouts: {pattern}={layout!r} is none of {', '.join(map(repr, LAYOUTS))}")
+                raise ValueError(f"layouts: {pattern}={layout!r} must be one of {', '.join(map(repr, LAYOUTS))}")
         for pattern, sparsity in self.overrides.items():
             if not 0 <= sparsity <= 1:
                 raise ValueError(f"overrides: {pattern}={sparsity!r} must be a sparsity in [0, 1]")

@@ -342,7 +342,7 @@ def threshold(scores: Sequence[Tensor], keep: int, reduce: Callable[[Tensor], Te
         descending = histogram[order]
         running = descending.cumsum(0)
         if first and int(running[-1]) < keep:
-            raise ValueError(f"asked to keep {keep} of {int(running[-1])} scores")
+            raise ValueError(f"keep={keep} is more than the {int(running[-1])} scores")
         at = int(torch.searchsorted(running, keep - above))
         digit, equal = int(order[at]), int(descending[at])
         above += int(running[at]) - equal

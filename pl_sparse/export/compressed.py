@@ -91,12 +91,12 @@ def load_compressed(path: str | os.PathLike[str], limit: int = 1 << 32) -> dict[
             warnings.warn(f"{path} has no checksum: it was written by version 0.1.0. Write it again", stacklevel=2)
             unpacked = declared
         if declared < 0 or declared != unpacked:
-            raise DamagedFileError("it does not hold its size")
+            raise DamagedFileError("it does not state its size")
         if max(unpacked - _OVERHEAD, size or 0) > limit:
             raise DamagedFileError(f"it would unpack to {max(unpacked, size or 0):,} bytes, and limit={limit:,}")
         return _tensors(load(zstandard.ZstdDecompressor().decompress(frame)), limit)
     except Exception as error:
-        raise DamagedFileError(f"{path} is no file of compressed weights, or not whole: {error}") from error
+        raise DamagedFileError(f"{path} is not a file of compressed weights, or is incomplete: {error}") from error
 
 
 def _checked(content: bytes) -> tuple[bytes, int | None, int | None]:
@@ -112,12 +112,12 @@ def _checked(content: bytes) -> tuple[bytes, int | None, int | None]:
         raise DamagedFileError("it ends in its header")
     skippable, length, name, version, unpacked, size = _HEADER.unpack_from(content)
     if (skippable, length, name) != (_SKIPPABLE, start - 8, _NAME):
-        raise DamagedFileError("it does not begin as one does")
+        raise DamagedFileError("it does not begin like one")
     header, digest, frame = content[: _HEADER.size], content[_HEADER.size : start], content[start:]
     if hashlib.sha256(header + frame).digest() != digest:
-        raise DamagedFileError("its checksum is of other contents")
+        raise DamagedFileError("its checksum does not match")
     if version != _VERSION:
-        raise DamagedFileError(f"it has version {version}, and this reads version {_VERSION}")
+        raise DamagedFileError(f"it has version {version}, and this release reads version {_VERSION}")
     return frame, unpacked, size
 
 
@@ -144,7 +144,9 @@ def _tensors(stored: Mapping[str, Tensor], limit: int) -> dict[str, Tensor]:
         count = math.prod(shape)
         kept = torch.from_numpy(bits[:count]).bool()
         if bits[count:].any() or int(kept.sum()) != len(values):
-            raise DamagedFileError(f"the mask of {name} keeps {int(kept.sum())} elements, and {len(values)} are there")
+            raise DamagedFileError(
+                f"the mask of {name} keeps {int(kept.sum())} elements, and the file has {len(values)}"
+            )
         tensors[name] = torch.zeros(count, dtype=values.dtype).masked_scatter_(kept, values).reshape(shape)
     return tensors
 
@@ -154,7 +156,7 @@ def _shape(name: str, mask: Tensor, stored: Mapping[str, Tensor]) -> list[int]:
     shape, values = stored[name + _SHAPE], stored.get(name + _VALUES)
     plain = shape.dtype == torch.int64 and shape.dim() == 1 and mask.dtype == torch.uint8 and mask.dim() == 1
     if not plain or values is None or values.dim() != 1 or bool((shape < 0).any()):
-        raise DamagedFileError(f"{name} has no mask, values and shape that one can read")
+        raise DamagedFileError(f"{name} has no readable mask, values and shape")
     sizes: list[int] = shape.tolist()
     if len(mask) != -(-math.prod(sizes) // 8):
         raise DamagedFileError(f"the mask of {name} has {len(mask)} bytes for the shape {sizes}")

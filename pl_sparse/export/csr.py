@@ -264,18 +264,18 @@ def load_csr(path: str | os.PathLike[str], net: nn.Module) -> nn.Module:
         if "sha256" not in metadata:
             warnings.warn(f"{path} has no checksum: it was written by version 0.1.0. Write it again", stacklevel=2)
         elif metadata["sha256"] != _digest(metadata["csr"], tensors):
-            raise DamagedFileError("its checksum is of other contents")
+            raise DamagedFileError("its checksum does not match")
         layers = dict(_layers(net))
         for name in json.loads(metadata["csr"]):
             if name not in layers or _convertible(layers[name]) is not None:
-                raise DamagedFileError(f"{name} is no layer of {type(net).__name__} that has a sparse form")
+                raise DamagedFileError(f"{name} is not a layer of {type(net).__name__} that has a sparse form")
             _replace(net, name, _loaded(layers[name], name, tensors))
         net.load_state_dict(tensors)
     except OSError:
         raise
     except Exception as error:
         raise DamagedFileError(
-            f"{path} is no model in sparse rows, or not whole, or of another model: {error}"
+            f"{path} is not a model in sparse rows, is incomplete, or belongs to another model: {error}"
         ) from error
     return net
 
@@ -301,7 +301,7 @@ def _loaded(layer: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Mo
     rows, columns, values = (tensors[f"{inner}.{part}"] for part in ("rows", "columns", "values"))
     bias = tensors.get(f"{inner}.bias")
     if rows.dtype != torch.int32 or columns.dtype != torch.int32 or values.dtype != weight.dtype:
-        raise DamagedFileError(f"{name} has rows, columns and values of other types")
+        raise DamagedFileError(f"{name} has rows, columns and values of wrong types")
     if rows.shape != (out + 1,) or columns.dim() != 1 or columns.shape != values.shape:
         raise DamagedFileError(f"{name} has rows of another shape than {out} x {inputs}")
     if int(rows[0]) != 0 or int(rows[-1]) != len(columns) or bool((rows.diff() < 0).any()):
@@ -313,6 +313,6 @@ def _loaded(layer: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Mo
     if not bool(rising.all()):
         raise DamagedFileError(f"{name} has columns that are not in order")
     if (bias is None) != (layer.bias is None) or (bias is not None and bias.shape != (out,)):
-        raise DamagedFileError(f"{name} has another bias than {out} numbers")
+        raise DamagedFileError(f"{name} has a bias of another size than {out}")
     linear = CSRLinear(rows, columns, values, inputs, bias)
     return CSRConv2d(layer, linear) if isinstance(layer, nn.Conv2d) else linear

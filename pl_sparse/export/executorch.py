@@ -37,7 +37,7 @@ class ExecuTorch(Traced):
 
     def __init__(self, tolerance: float = 1e-4, batch: int = 32) -> None:
         if batch < 1:
-            raise ValueError(f"batch={batch!r} must be 1 or more: the most samples a call")
+            raise ValueError(f"batch={batch!r} must be 1 or more: the most samples per call")
         self.tolerance = tolerance
         self.batch = batch
 

@@ -341,7 +341,7 @@ def plot_costs(rows: Sequence[Comparison], path: str | os.PathLike[str], title: 
             panel.bar_label(bars, texts, fontsize=8)
         panel.margins(x=0.25)
         panel.set_yticks(range(len(chosen)), [row.name for row in chosen])
-        panel.set_xlabel(f"ms a call at batch {batch}: median (95th percentile)")
+        panel.set_xlabel(f"ms per call at batch {batch}: median (95th percentile)")
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)

@@ -136,7 +136,7 @@ class OpenVINOInt8(OpenVINO):
     file = "model_openvino_int8.xml"
     dtype = "int8"
     advice = (
-        "a processor with AMX and linear layers of multiples of 64 that memory holds up, larger layers, or channels "
+        "a processor with AMX and linear layers of multiples of 64 that memory slows down, larger layers, or channels "
         "that are gone (structure=channel)"
     )
 

@@ -62,7 +62,7 @@ def save_pretrained(
         ValueError: the model is not one of transformers, or the written model has other outputs.
     """
     if not _is_pretrained(model):
-        raise ValueError(f"a {type(model).__name__} is no PreTrainedModel of transformers: use save_shrunk")
+        raise ValueError(f"a {type(model).__name__} is not a PreTrainedModel of transformers: use save_shrunk")
     folder, training = Path(folder), model.training
     model.eval()
     try:
@@ -81,7 +81,7 @@ def save_pretrained(
     finally:
         model.train(training)
     if not error <= _TOLERANCE:
-        raise ValueError(f"the model that {folder} holds has outputs that differ by {error:.1e} of the largest")
+        raise ValueError(f"the outputs of the model in {folder} differ by {error:.1e} of the largest")
     name = f'"{folder.resolve().name}"'
     load = f"from pl_sparse.export import from_pretrained\n\nmodel = from_pretrained({name})"
     if plain is not None:
@@ -128,7 +128,7 @@ def _downloaded(name: str) -> Path:
     try:
         return Path(snapshot_download(name))
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{name} is no folder, and no model of the hub that can be had: {error}") from error
+        raise FileNotFoundError(f"{name} is neither a folder nor a model that the hub provides: {error}") from error
 
 
 def _is_pretrained(module: object) -> bool:
@@ -249,7 +249,7 @@ class HuggingFace(Export):
         removal = shrink(smaller, example[:2])
         found = _within(smaller)
         if found is None:
-            raise ValueError(f"there is no model of transformers in {type(net).__name__}")
+            raise ValueError(f"{type(net).__name__} contains no model of transformers")
         prefix, model = found
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         with hooked([model], pre=lambda _, args, kwargs: calls.append((args, kwargs))):
@@ -264,7 +264,7 @@ class HuggingFace(Export):
         opened = copy.deepcopy(net).eval()
         found = _within(opened)
         if found is None:
-            raise ValueError(f"there is no model of transformers in {type(net).__name__}")
+            raise ValueError(f"{type(net).__name__} contains no model of transformers")
         model = from_pretrained(path)
         if not found[0]:
             return model

@@ -24,7 +24,7 @@ def unfit(name: str, layer: nn.Linear) -> str | None:
     """Why a linear layer cannot run on sparse tensor cores; None if it can."""
     out, inputs = layer.weight.shape
     if out % _OUT or inputs % _IN:
-        return f"{name} stays dense: {out}x{inputs} is no multiple of {_OUT}x{_IN}"
+        return f"{name} stays dense: {out}x{inputs} is not a multiple of {_OUT}x{_IN}"
     kept = layer.weight.unflatten(1, (-1, 4)) != 0  # (out, in / 4, 4)
     if int(kept.sum(-1).max()) > 2:
         return f"{name} stays dense: some four neighbours have more than two non-zeros"

@@ -52,7 +52,7 @@ def _unfit(weight: _Array) -> str | None:
     """Why a weight (..., inputs) is not 2:4; None if it is."""
     inputs = weight.shape[-1]
     if inputs % 4:
-        return f"its {inputs} inputs are no multiple of 4"
+        return f"its {inputs} inputs are not multiples of 4"
     groups = (weight.reshape(*weight.shape[:-1], -1, 4) != 0).sum(-1)  # (..., inputs / 4)
     wrong = int((groups > 2).sum())
     return f"{wrong} of {groups.size} groups of 4 inputs have more than 2 weights" if wrong else None

@@ -129,7 +129,7 @@ class SparsityCallback(TrainerCallback):
             if folder is not None and (Path(folder) / STATE_FILE).is_file():
                 return Path(folder) / STATE_FILE
         raise ValueError(
-            f"training goes on from step {state.global_step}, and no {STATE_FILE} is in {folders[-1]}: give "
+            f"training resumes from step {state.global_step}, and {folders[-1]} has no {STATE_FILE}: give "
             "SparsityCallback(resume_from=...), the folder of the checkpoint"
         )
 

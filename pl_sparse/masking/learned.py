@@ -84,7 +84,7 @@ class Gated(Masking):
         torch._foreach_mul_(weights(params), self._gates(params, groups))
 
     def _gates(self, params: Params, groups: Groups) -> list[Tensor]:
-        """z for each weight, in its shape; where it is no sample, masked."""
+        """z for each weight, in its shape; where it is not a sample, masked."""
         gates = {}
         for param, gate, layout in _gated(params, groups):
             if gate.sample is None:

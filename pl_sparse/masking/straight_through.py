@@ -67,7 +67,7 @@ class SRSTE(Masking):
 
     def __post_init__(self) -> None:
         if isinstance(self.decay, str) and not _EFOLDS.fullmatch(self.decay):
-            raise ValueError(f"decay={self.decay!r} is no decay: write a number such as 2e-4, or '8 efolds'")
+            raise ValueError(f"decay={self.decay!r} is not a decay: write a number such as 2e-4, or '8 efolds'")
         if not isinstance(self.decay, str) and self.decay < 0:
             raise ValueError(f"decay={self.decay!r} must not be negative")
 
@@ -84,7 +84,9 @@ class SRSTE(Masking):
         if match is None:
             return
         if optimizer is None or (reason := self.optimizer_refusal(optimizer)) is not None:
-            raise ValueError(reason or f"decay={self.decay!r} goes by the rate: give before_step(..., optimizer=...)")
+            raise ValueError(
+                reason or f"decay={self.decay!r} depends on the learning rate: give before_step(..., optimizer=...)"
+            )
         groups = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
         for param in params:
             group = groups[id(param.weight)]

@@ -19,7 +19,7 @@ from pl_sparse.network.units import Units
 __all__ = ["NONE", "RULES", "Call", "Rule", "Track", "couples"]
 
 NONE = -1
-"""In a track: what is no channel of a layer, such as an input of the model."""
+"""In a track: what is not a channel of a layer, such as an input of the model."""
 
 
 class Track(NamedTuple):

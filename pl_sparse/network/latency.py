@@ -28,7 +28,7 @@ from pl_sparse.network.runtimes import Runtime
 
 __all__ = ["LatencyTable", "Layer", "Network", "fingerprint", "measured"]
 
-_ALIGNED = 4  # channels: what is no multiple of them ONNX Runtime does not compute by blocks
+_ALIGNED = 4  # channels: what is not a multiple of them ONNX Runtime does not compute by blocks
 _FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
 
 

@@ -162,7 +162,7 @@ class Probe:
             A tensor of the weight's shape per name, in float64.
 
         Raises:
-            ValueError: the model's input is no tensor of floats, which alone can be all ones.
+            ValueError: the model's input is not a tensor of floats, which alone can be all ones.
         """
         x = _inputs(self.batches[0])
         if not x.is_floating_point():

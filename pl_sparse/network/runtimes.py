@@ -60,7 +60,7 @@ class Runtime:
             raise ValueError(f"runtime={self.name}: {advice}")
         kind = self.device.partition(":")[0]
         if self.name != "torch" and kind != "cpu":
-            raise ValueError(f"runtime={self.name} is measured on the CPU, and device={self.device} is none")
+            raise ValueError(f"runtime={self.name} is measured on the CPU, and device={self.device} is another one")
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={self.device}: this machine has no such device to measure milliseconds on")
 

@@ -47,8 +47,8 @@ def tokens_of(model: nn.Module) -> Tokens:
     heads = [said] if said is not None else [m for m in named if isinstance(m, nn.Linear) and m.out_features == size]
     if len(heads) > 1 or (heads and heads[0].out_features != size):
         raise ValueError(
-            f"{', '.join(named[m] for m in heads)}: which of these scores the {size} tokens is not known, so that rows "
-            "of the table cannot go"
+            f"{', '.join(named[m] for m in heads)}: it is not known which of these scores the {size} tokens, so that "
+            "rows of the table cannot be removed"
         )
     config = getattr(parts[0], "config", None) if parts else None
     numbers = {v for k, v in (vars(config) if config is not None else {}).items() if k.endswith("_token_id")}

@@ -18,7 +18,7 @@ _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 class Int4Weight(Quantization):
     """4-bit weights of linear layers, symmetric in [-8, 7] with a scale for each group of inputs.
 
-    Activations, other layers, and layers whose inputs are no multiple of `group` stay in floating point.
+    Activations, other layers, and layers whose inputs are not multiples of `group` stay in floating point.
 
     Args:
         group: neighbouring inputs that share a scale.

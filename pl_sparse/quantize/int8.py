@@ -144,7 +144,7 @@ class Int8(Quantization):
         self._frozen = bool(tensors.pop("frozen"))
         self._learned = None
         if set(_ranges(self._graph)) != set(tensors):
-            raise ValueError("the ranges are of another model, or of another version of torchao")
+            raise ValueError("the ranges belong to another model or another version of torchao")
         for name, quantizer in fake_quantizers(self._graph).items():
             if quantizer.is_per_channel:  # of a weight: taken from the weight itself
                 tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{name}.")}

@@ -187,7 +187,7 @@ def _splits(history: Sequence[Mapping[str, float | None]], kinds: Sequence[str])
     """The key of a metric in training ("train") and in validation ("val").
 
     Args:
-        kinds: words of which the metric's name has one; none for the first metric of validation that is no loss.
+        kinds: words of which the metric's name has one; none for the first metric of validation that is not a loss.
 
     >>> _splits([{"train/loss": 1, "valid_loss": 1, "valid_f1": 1}], ["loss"])
     {'val': 'valid_loss', 'train': 'train/loss'}

@@ -224,7 +224,7 @@ def of_method(all_series: Sequence[Series], label: str) -> list[Series]:
 def metric(all_series: Sequence[Series]) -> str:
     """The accuracy that most of the models have: of the test data before that of the validation data.
 
-    Where no model has one, the metric of test or validation that most have and that is no loss.
+    Where no model has one, the metric of test or validation that most have and that is not a loss.
     """
     points = [point for series in all_series for point in series.points]
     logged = dict.fromkeys(key for point in points for key in point.metrics if key.startswith(("test", "val")))

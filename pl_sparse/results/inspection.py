@@ -31,11 +31,11 @@ def _read_run(path: str) -> Run:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"{path} is no folder: give the folder of a run, such as outputs/<date>/<time>")
+        raise ValueError(f"{path} is not a folder: give the folder of a run, such as outputs/<date>/<time>")
     if not is_run(folder):
         below = [child for child in sorted(folder.iterdir()) if child.is_dir() and is_run(child)]
         hint = f"there are {len(below)} below it, such as {below[0]}" if below else "it holds no metrics.json"
-        raise ValueError(f"{path} is no run: {hint}")
+        raise ValueError(f"{path} is not a run: {hint}")
     return read(folder)
 
 
@@ -228,7 +228,7 @@ def _run_or_exit(command: Callable[..., None], *arguments: str) -> None:
 def show() -> None:
     """`pl-sparse show RUN`"""
     parser = argparse.ArgumentParser(
-        prog="pl-sparse show", description="Tell what a run left: metrics, layers, and a picture of its masks."
+        prog="pl-sparse show", description="Show the results of a run: metrics, layers, and a picture of its masks."
     )
     parser.add_argument("run", metavar="RUN", help="the folder of a run, such as outputs/<date>/<time>")
     _run_or_exit(_show, parser.parse_args().run)
@@ -238,7 +238,7 @@ def compare() -> None:
     """`pl-sparse compare RUN RUN`"""
     parser = argparse.ArgumentParser(
         prog="pl-sparse compare",
-        description="Tell how two runs differ: settings, metrics, density of each layer, overlap of their masks.",
+        description="Show how two runs differ: settings, metrics, density of each layer, overlap of their masks.",
     )
     parser.add_argument("first", metavar="RUN", help="the folder of a run")
     parser.add_argument("second", metavar="RUN", help="the folder of another")

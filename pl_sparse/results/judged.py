@@ -20,7 +20,7 @@ def is_loss(name: str) -> bool:
 
 
 def judged(names: Iterable[str], mode: Literal["max", "min"] | None = None) -> str | None:
-    """The metric of validation that models are judged by: an accuracy, else one that is no loss, else a loss.
+    """The metric of validation that models are judged by: an accuracy, else one that is not a loss, else a loss.
 
     Args:
         names: of all that is logged.

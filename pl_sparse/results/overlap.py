@@ -85,7 +85,7 @@ def read_masks(run: Path) -> dict[int, Path]:
         ValueError: the run kept none.
     """
     if not run.is_dir():
-        raise ValueError(f"{run} is no folder: give the folder of a run, such as outputs/<date>/<time>")
+        raise ValueError(f"{run} is not a folder: give the folder of a run, such as outputs/<date>/<time>")
     found = {}
     for path in sorted((run / "masks").glob("step_*.safetensors")):
         number = path.stem.removeprefix("step_")
@@ -151,7 +151,7 @@ def _read(path: Path, step: int) -> Masks:
         raise ValueError(f"{path} is damaged: {error}") from error
     for name, bits in masks.bits.items():
         if bits.dtype != np.uint8 or bits.shape != (-(-prod(masks.shapes[name]) // 8),):
-            raise ValueError(f"{path} is damaged: {name} has not the bits of {masks.shapes[name]}")
+            raise ValueError(f"{path} is damaged: {name} does not have the bits of {masks.shapes[name]}")
     if not masks.bits:
         raise ValueError(f"{path} is damaged: it has no masks")
     return masks
@@ -163,7 +163,7 @@ def _shared(one: Masks, two: Masks) -> dict[str, tuple[int, int]]:
     for name, bits in one.bits.items():
         if one.shapes[name] != two.shapes.get(name):
             raise ValueError(
-                f"masks are of different networks: {name} is {one.shapes[name]} at step {one.step}, "
+                f"the masks belong to different networks: {name} is {one.shapes[name]} at step {one.step}, "
                 f"{two.shapes.get(name, 'not there')} at step {two.step} of the other"
             )
         counts[name] = _ones(bits & two.bits[name]), _ones(bits | two.bits[name])

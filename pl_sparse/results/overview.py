@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="pl-sparse pareto",
         description="Compare runs: fronts of accuracy and cost, hypervolume, the best under a constraint. Works while "
-        "a sweep runs and after one was interrupted: what has a result counts, the rest is counted.",
+        "a sweep runs and after an interruption: runs with a result are compared, the others counted.",
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="runs, or folders of runs")
     parser.add_argument("--axis", choices=AXES, default="sparsity", help="what accuracy is compared with (%(default)s)")
@@ -138,7 +138,9 @@ def main() -> None:
         "--kb", type=float, metavar="N", help="name the most accurate model of at most N kB (1000 bytes)"
     )
     parser.add_argument("--ms", type=float, metavar="N", help="name the most accurate model of at most N ms per sample")
-    parser.add_argument("--unfinished", action="store_true", help="list the runs that run, failed or were cut off")
+    parser.add_argument(
+        "--unfinished", action="store_true", help="list unfinished runs: running, failed or interrupted"
+    )
     parser.add_argument("--out", type=Path, help="where to write (the first DIR)")
     arguments = parser.parse_args()
     try:

@@ -170,7 +170,7 @@ def gather(folders: Iterable[str | os.PathLike[str]]) -> list[Run]:
     for folder in folders:
         top = Path(folder)
         if not top.is_dir():
-            raise FileNotFoundError(f"{top} is no folder")
+            raise FileNotFoundError(f"{top} is not a folder")
         for path in _run_folders(top):
             by_path.setdefault(path.resolve(), read(path, top))
     return list(by_path.values())
@@ -265,7 +265,7 @@ def _yaml(path: Path, kind: type, top: Path) -> Any:
 
 def _of_kind(value: Any, kind: type, path: Path) -> Any:
     if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{path.name} holds a {type(value).__name__}, and no {kind.__name__}")
+        raise ValueError(f"{path.name} holds a {type(value).__name__} instead of a {kind.__name__}")
     return value
 
 

@@ -3,7 +3,7 @@
 Times (`begin`, `end`) are fractions of training (a number from 0 to 1), optimizer steps (a whole number above 1, or
 "500 steps") or epochs ("2 epochs"). `every` is a fraction of the time from `begin` to `end` (a number below 1), a count
 of optimizer steps (1 or more), or "1 epoch". The argument `step` is the number of optimizer steps already taken; in a
-training of `total` steps the last one is `total - 1`. The level due at `end` is always set, even if `end` is no
+training of `total` steps the last one is `total - 1`. The level due at `end` is always set, even if `end` is not a
 multiple of `every`.
 """
 

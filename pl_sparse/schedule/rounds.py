@@ -200,7 +200,7 @@ class Staircase(Schedule):
         starts = self.starts(total)
         if len({*starts, total}) <= len(starts):
             raise ValueError(
-                f"{len(starts)} sparsities have no step each between begin={self.begin!r} and {self.end!r}"
+                f"{len(starts)} sparsities need a step each between begin={self.begin!r} and end={self.end!r}"
             )
         return starts[0], starts[-1]
 

@@ -79,7 +79,7 @@ class Tickets(RateRounds):
         starts = self.starts(total)
         if len({0, *starts}) <= len(starts):
             raise ValueError(
-                f"{len(starts) + 1} rounds do not fit into {total} optimizer steps: train longer, or remove more a "
+                f"{len(starts) + 1} rounds do not fit into {total} optimizer steps: train longer, or remove more per "
                 "round"
             )
         return starts[0], starts[-1]

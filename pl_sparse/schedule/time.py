@@ -19,7 +19,7 @@ def parse(time: Time, what: str) -> tuple[float, str]:
     if isinstance(time, str):
         match = _TIME.fullmatch(time)
         if not match:
-            raise ValueError(f"{what}={time!r} is no time: write a fraction such as 0.1, '500 steps' or '2 epochs'")
+            raise ValueError(f"{what}={time!r} is not a time: write a fraction such as 0.1, '500 steps' or '2 epochs'")
         return float(match[1]), "epochs" if match[2].startswith("epoch") else "steps"
     if isinstance(time, bool) or not math.isfinite(time) or time < 0:
         raise ValueError(f"{what}={time!r} must not be negative: a fraction of training in [0, 1] or optimizer steps")

@@ -126,7 +126,7 @@ def _stacked(module: nn.Module, layer: Experts, args: Any, kwargs: Any) -> Tenso
         and len(chosen) == len(hidden)
     ):
         raise ValueError(
-            f"scorer=reap cannot tell what the experts of {layer.name} add: {type(module).__name__} is not called with "
+            f"scorer=reap cannot see what the experts of {layer.name} add: {type(module).__name__} is not called with "
             "(hidden states, indices, weights) of tokens. Use scorer=magnitude"
         )
     terms = torch.zeros(len(hidden), layer.count, device=hidden.device)

@@ -133,7 +133,7 @@ class Movement(Scorer):
         if not self.lr > 0:
             raise ValueError(f"lr={self.lr!r} must be positive")
         if self.rule not in ("adam", "sum"):
-            raise ValueError(f"rule={self.rule!r} is none of adam, sum")
+            raise ValueError(f"rule={self.rule!r} must be one of adam, sum")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip={self.clip!r} must be positive, or null")
 

@@ -50,7 +50,7 @@ class Ticket(Scorer):
         with safe_open(self.path, framework="pt") as file:
             names = list(file.keys())
             if f"mask:{param.name}" not in names:
-                raise ValueError(f"{self.path} has no mask of {param.name}; it is of another model")
+                raise ValueError(f"{self.path} has no mask of {param.name}: it belongs to another model")
             mask: Tensor = file.get_tensor(f"mask:{param.name}")
         if mask.shape != param.shape:
             raise ValueError(

@@ -177,7 +177,7 @@ def divided(members: Sequence[tuple[MaskedParameter, Layout]]) -> str | None:
     """Why weights do not stand that whole parts of them are pruned, or None: each part is divided by its norm."""
     if all(param.norm_dim in (None, WHOLE) for param, _ in members):
         return None
-    return "it is divided by the norms of its parts, and 0 / 0 is no number where all of a part is pruned"
+    return "it is divided by the norms of its parts, and 0 / 0 is not a number where all of a part is pruned"
 
 
 def exchanged_within(chosen: Tensor, wanted: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Channel(RowUnits):
 
     def __post_init__(self) -> None:
         if self.through_norms and not self.coupled:
-            raise ValueError("through_norms=true is of coupled channels: use structure=coupled (coupled=true)")
+            raise ValueError("through_norms=true needs coupled channels: use structure=coupled (coupled=true)")
 
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
         if not self.coupled:

@@ -122,14 +122,14 @@ class RemovalPlan:
             if tensor is None or tuple(tensor.shape) != cut.shape:
                 has = "has no such tensor" if tensor is None else f"has one of shape {tuple(tensor.shape)}"
                 raise ValueError(
-                    f"the plan is of another model: it shrinks {name} of shape {cut.shape}, and "
+                    f"the plan belongs to another model: it shrinks {name} of shape {cut.shape}, and "
                     f"{type(model).__name__} {has}"
                 )
         for path, changes in self.layers.items():
             for key, (before, _) in changes.items():
                 value = attribute(model.get_submodule(prefix + path), key)
                 if value != before:
-                    raise ValueError(f"the plan is of another model: {path}.{key} is {value} there, not {before}")
+                    raise ValueError(f"the plan belongs to another model: {path}.{key} is {value} there, not {before}")
         for name, cut in self.tensors.items():
             tensor = tensors[prefix + name]
             grad, tensor.grad = tensor.grad, None

@@ -58,7 +58,9 @@ def load_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> RemovalPlan
             raise FileNotFoundError(f"{folder} holds no shrunk model: there is no {name}")
     state = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
     if state.get("version") != _VERSION:
-        raise ValueError(f"{folder / _PLAN} has version {state.get('version')!r}, this is version {_VERSION}")
+        raise ValueError(
+            f"{folder / _PLAN} has version {state.get('version')!r}, and this release reads version {_VERSION}"
+        )
     plan = RemovalPlan.from_state_dict(state)
     weights = load_file(folder / _WEIGHTS)
     plan.apply(model)

@@ -70,7 +70,10 @@ class TokenMap:
         """What `save` wrote."""
         state = json.loads((Path(folder) / _FILE).read_text(encoding="utf-8"))
         if state.get("version") != _VERSION:
-            raise ValueError(f"{Path(folder) / _FILE} has version {state.get('version')!r}, this is version {_VERSION}")
+            raise ValueError(
+                f"{Path(folder) / _FILE} has version {state.get('version')!r}, and this release reads version "
+                f"{_VERSION}"
+            )
         return cls(tuple(state["kept"]), int(state["size"]))
 
 
@@ -130,7 +133,9 @@ def shrink_vocabulary(model: nn.Module, example: Any, masks: Mapping[str, Tensor
         a = a[..., kept.to(a.device)] if a.dim() and a.shape[-1] == size else a
         if a.shape != b.shape or not torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE):
             plan.undo(model)
-            raise ValueError(f"without the rows of masked tokens {type(model).__name__} computes others of known ones")
+            raise ValueError(
+                f"without the rows of masked tokens {type(model).__name__} computes other outputs for known tokens"
+            )
     return plan, tokens
 
 

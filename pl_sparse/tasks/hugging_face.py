@@ -33,7 +33,7 @@ def pretrained_from(auto: Any, path: str, **options: Any) -> Any:
     """What an auto class of transformers finds under a folder or a name on the hub."""
     path = os.path.expanduser(path)
     if (path.startswith((".", "/")) or path.count("/") > 1) and not Path(path).is_dir():
-        raise FileNotFoundError(f"path={path} is no folder of a pretrained model")
+        raise FileNotFoundError(f"path={path} is not a folder of a pretrained model")
     try:
         return auto.from_pretrained(path, **options)
     except (OSError, ValueError) as error:

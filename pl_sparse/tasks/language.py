@@ -49,7 +49,7 @@ class CausalText(InMemory):
         self.shape = (length,)
         for name in ("train.txt", "test.txt"):
             if not (self.root / name).is_file():
-                raise FileNotFoundError(f"data.root={self.root} has no {name}: text to calibrate on, and to be judged")
+                raise FileNotFoundError(f"data.root={self.root} has no {name}: it needs train.txt and test.txt")
         self.tokenizer = pretrained_from(transformers_library().AutoTokenizer, tokenizer)
         self.classes = len(self.tokenizer)
 

@@ -59,12 +59,12 @@ def timm_model(
     known = timm.list_models()
     if not name.startswith("hf-hub:") and name.partition(".")[0] not in known:
         close = near_misses(name, known)
-        raise ValueError(f"name={name} is no model of timm. {suggestion(name, close) if close else ''}".strip())
+        raise ValueError(f"name={name} is not a model of timm. {suggestion(name, close) if close else ''}".strip())
     settings = {**(options or {}), "pretrained": bool(pretrained), "num_classes": classes}
     if isinstance(pretrained, str):
         path = Path(pretrained).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"pretrained={pretrained} is no file of weights")
+            raise FileNotFoundError(f"pretrained={pretrained} is not a file of weights")
         settings["pretrained_cfg_overlay"] = {"file": str(path)}
     own = timm.get_pretrained_cfg(name.removeprefix("hf-hub:"), allow_unregistered=True)
     size = tuple(getattr(own, "input_size", None) or (3, 224, 224))

@@ -60,7 +60,7 @@ class MovieReviews(InMemory):
         for label, file in enumerate(self.files):
             lines = [line.strip() for line in file.read_text(encoding="latin-1").splitlines() if line.strip()]
             if len(lines) < 3:
-                raise ValueError(f"{file} has {len(lines)} sentences: it needs one a line, at least 3")
+                raise ValueError(f"{file} has {len(lines)} sentences: it needs one per line, at least 3")
             x = self.encode(lines)
             y = torch.full((len(x),), label)
             tenth = max(len(x) // 10, 1)

@@ -70,9 +70,9 @@ class DropGrow(Updater):
         if not 0 <= self.fraction <= 1:
             raise ValueError(f"fraction={self.fraction!r} must be in [0, 1]")
         if self.decay not in ("cosine", "linear", "constant"):
-            raise ValueError(f"decay={self.decay!r} is none of cosine, linear, constant")
+            raise ValueError(f"decay={self.decay!r} must be one of cosine, linear, constant")
         if self.grow not in ("gradient", "random", "momentum"):
-            raise ValueError(f"grow={self.grow!r} is none of gradient, random, momentum")
+            raise ValueError(f"grow={self.grow!r} must be one of gradient, random, momentum")
         if self.redistribute and self.grow != "momentum":
             raise ValueError(f"redistribute=true goes by momentum: it needs grow=momentum, not {self.grow}")
 

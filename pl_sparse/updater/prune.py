@@ -101,7 +101,7 @@ class Lagrangian(Prune):
 class Threshold(Updater):
     """Keep scores above a threshold: the sparsity follows from training.
 
-    The schedule's level is no sparsity here but the part of the threshold, and of the penalty of a learned score,
+    The schedule's level is not a sparsity here but the part of the threshold, and of the penalty of a learned score,
     that is in force: with `final=1` it ends at all of it. The masks are those of the scores when it ends.
 
     Sources: Louizos, Welling, Kingma, Learning sparse neural networks through L0 regularization, 2017,
@@ -133,9 +133,9 @@ class Threshold(Updater):
         if self.at_least is None and 0 < axes.schedule.final < 1:
             meets = "updater=lagrangian meets it, " if axes.scorer.priced else ""
             return (
-                f"updater=threshold takes the sparsity that comes out of training, and a {axes.schedule.final:g} "
-                f"would be the part of its threshold in force: {meets}updater=prune keeps as many of the best scores, "
-                "and sparsity=1 has all of the threshold"
+                f"updater=threshold has the sparsity that training learns, and {axes.schedule.final:g} "
+                f"would be the part of its threshold in force: {meets}updater=prune prunes to it, and sparsity=1 has "
+                "the whole threshold"
             )
         return super().refusal(axes)
 

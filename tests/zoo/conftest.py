@@ -11,21 +11,21 @@ import torch
 
 HEAD = """# The zoo
 
-Modules that this project did not write, each trained for two epochs under Lightning with a `Sparsity` callback, on
-random batches. All are made from small configurations with random weights; axes rotate over the rows. `make test-zoo`
-installs the packages into `.venv-zoo`, runs all rows and writes this table; `tests/zoo/` has each module and what is
-asserted of it:
+Modules that this project did not write. Each is trained for two epochs under Lightning with a `Sparsity` callback, on
+random batches. All are made from small configurations with random weights, and the axes rotate over the rows.
+`make test-zoo` installs the packages into `.venv-zoo`, runs all rows and writes this table. `tests/zoo/` has the
+modules and these tests:
 
-- The zeros counted in the saved checkpoint are those asked for: exactly for single weights, rows and N:M, else to one
-  unit.
-- The checkpoint loads with `strict=True` into the plain class, which predicts the same bit for bit.
-- A training resumed from the first epoch's checkpoint ends with the same weights and masks bit for bit.
-- No pruned weight is nonzero when a validation starts, nor at the end of an epoch.
-- Each matrix is pruned, or left out by name with a reason. The coverage is 95 %, or what lowers it is the structure, or
-  expected.
+- The saved checkpoint has the number of zeros that was asked for: exactly for single weights, rows and N:M, to one unit
+  for other structures.
+- The checkpoint loads with `strict=True` into the plain class, whose predictions are the same bit for bit.
+- A training that resumes from the checkpoint of the first epoch ends with the same weights and masks, bit for bit.
+- All pruned weights are zero when a validation starts and when an epoch ends.
+- Each matrix is pruned, or left out by name with a reason. The coverage is at least 95 %, unless the structure lowers
+  it or the test expects less.
 
-*Pruned* is the share of all parameters, biases and tables included, that is under a mask; *coverage* that of the
-weights in matrices and convolutions.
+*Pruned* is the share of all parameters, biases and tables included, that has a mask. *Coverage* is the share of the
+weights of matrices and convolutions. [The zoo of removal](zoo_removal.md) has the channels that can be removed.
 
 """
 COLUMNS = (
@@ -35,20 +35,21 @@ COLUMNS = (
 
 REMOVAL_HEAD = """# The zoo of removal
 
-Half of the channels of each network are masked (`structure=coupled`, `allocation=uniform`), and in another copy half of
-the attention heads (`structure=head`), five steps are trained on random batches, and `export.shrink` takes out what is
-masked. Networks are made from small configurations with random weights. `make test-zoo` runs all of them and writes
-this table; the quick ones run in `make test`. Of each is asserted:
+Half of the channels of each network are masked (`structure=coupled`, `allocation=uniform`), and half of the attention
+heads in another copy (`structure=head`). Five steps are trained on random batches. Then `export.shrink`
+([removal](shrink.md)) removes what is masked. Networks are made from small configurations with random weights.
+`make test-zoo` runs all of them and writes this table; `make test` runs the quick ones. The tests:
 
 - The outputs of the smaller network are those of the masked one, to 1e-4 of the largest.
-- All masked channels leave, and there are fewer parameters and fewer MACs. Masked heads leave, or stay with a reason.
+- All masked channels are removed, and the network has fewer parameters and fewer MACs. Masked heads are removed, or
+  stay with a reason.
 
-*Removable* is the share of the outputs of all layers that can be taken out; what stays is listed with how many, and the
-reason that the log gives. MACs are those of torch's `FlopCounterMode`, of one sample (of the whole graph for graphs).
-It does not see what torch's fused recurrent layers multiply.
-Milliseconds are medians of one thread for one sample, before and after in turns, in ONNX Runtime where the network can
-be exported by tracing, else in torch (*torch*); such small networks are bound by overhead, and the machine is shared.
-*error* is the largest difference of outputs, relative to the largest output.
+*Removable* is the share of the outputs of all layers that can be removed. The last column counts those that stay, with
+the reason from the log. MACs are those of torch's `FlopCounterMode` for one sample (for graph networks: for the whole
+graph). It does not count the products of torch's fused recurrent layers. Milliseconds are medians of one thread for one
+sample, before and after in turns. The runtime is ONNX Runtime if the network can be exported by tracing, else torch
+(*torch*). The time of such small networks is mostly overhead, and other work shared the machine. *Error* is the largest
+difference of the outputs, relative to the largest output.
 
 """
 REMOVAL_COLUMNS = (

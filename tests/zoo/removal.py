@@ -70,7 +70,7 @@ _QUICK = {"BERT", "GPT-2", "Llama", "ViT", "ConvNeXt", "Swin", "ResNet", "Distil
 """Of the zoo of training, those that also lose channels in the tests that always run."""
 
 _NOT_HERE = {"torchao", "complextorch", "lightning", "torch"}
-"""Packages of the zoo of training whose modules are no architectures, or cannot lose channels."""
+"""Packages of the zoo of training whose modules are not architectures, or cannot lose channels."""
 
 
 def architecture(name: str, package: str, quick: bool = False, fault: str | None = None) -> Any:

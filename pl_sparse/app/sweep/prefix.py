@@ -46,7 +46,7 @@ def shared_prefix(cfg: DictConfig, sparsity: Sparsity, epochs: int | None) -> Pr
     if cache is None or not pruner.attached or not epochs or cfg.trainer.max_steps not in (-1, None):
         return None
     if cfg.get("target"):
-        return None  # its warm-up is no part of the schedule, and what follows it is decided as it goes
+        return None  # its warm-up is not part of the schedule, and what follows it is decided as it goes
     plain = settings(cfg)
     learned = pruner.masking.samples or not pruner.updater.targets_sparsity
     observed = pruner.scorer.observes or learned or pruner.updater.observes

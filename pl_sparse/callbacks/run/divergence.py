@@ -1,4 +1,4 @@
-"""A training whose weights are no numbers any more ends before they reach a checkpoint."""
+"""A training whose weights are not numbers any more ends before they reach a checkpoint."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class SavedSettings(Callback):
     """Writes the settings that a run is trained with into its checkpoints.
 
     Args:
-        settings: resolved; what is no plain value is written as text.
+        settings: resolved; what is not a plain value is written as text.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:

@@ -89,7 +89,7 @@ class Torchvision(_Images):
         if not hasattr(kinds, name):
             known = [key for key in vars(kinds) if key[:1].isupper()]
             close = near_misses(name, known) or known
-            raise ValueError(f"name={name} is no data set of torchvision. {suggestion(name, close)}")
+            raise ValueError(f"name={name} is not a data set of torchvision. {suggestion(name, close)}")
         self._parts = [_part(getattr(kinds, name), name, root, train, download) for train in (True, False)]
         self.validation = validation
         first = self._parts[0]
@@ -120,7 +120,7 @@ class Torchvision(_Images):
 def _integers(labels: list[Any], part: Any) -> list[int]:
     """The labels of a data set, which have to be classes."""
     if not all(isinstance(label, (int, np.integer)) for label in labels):
-        raise ValueError(f"name={type(part).__name__} has targets that are no classes, such as {labels[0]!r:.60}")
+        raise ValueError(f"name={type(part).__name__} has targets that are not classes, such as {labels[0]!r:.60}")
     return [int(label) for label in labels]
 
 
