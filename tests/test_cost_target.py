@@ -205,7 +205,7 @@ def test_the_figure_is_in_the_metrics(tmp_path: Path) -> None:
     ("settings", "reason"),
     [
         (["target=latency", "target.speedup=0.5"], "speedup=0.5 must be above 1"),
-        (["target=latency", "quantization=int8"], "target.speedup=2 is one of the network in floating point"),
+        (["target=latency", "quantization=int8"], "target.speedup=2 is measured on the network in floating point"),
         (["target=latency", "hardware.macs=0.5"], "are two budgets"),
         (["target=macs", "hardware.budget_ms=2"], "got ms, macs"),
         (["target=macs", "allocation.kb=20"], "got kb, macs"),
