@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from pl_sparse.app import main
 from pl_sparse.app.export_command import export
+from pl_sparse.callbacks import CostTarget
 from pl_sparse.export import CSR
 
 SHORT = ["data.limit=64", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
@@ -49,6 +50,28 @@ def test_metrics_model_and_other_formats_are_there_and_the_code_is_3(
     monkeypatch.undo()
     export([str(tmp_path), "--to", "csr"])
     assert "exports_failed" not in json.loads((tmp_path / "metrics.json").read_text())
+
+
+def test_a_target_that_the_trained_network_misses_ends_with_code_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = CostTarget.on_train_end
+
+    def end_slower(self: CostTarget, *args: Any) -> None:
+        monkeypatch.setattr(CostTarget, "_times_less", lambda *_: 1.25)
+        real(self, *args)
+
+    monkeypatch.setattr(CostTarget, "on_train_end", end_slower)
+    options = ["model=lenet5", "target=macs", "target.macs=0.5", f"hydra.run.dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, *options])
+    with pytest.raises(SystemExit) as end, pytest.warns(UserWarning, match="misses the target"):
+        main()
+    assert end.value.code == 3
+    lines = capsys.readouterr().err.splitlines()[-2:]
+    assert lines[0] == "error: target.macs=0.5: the trained network has 0.8. Ask for more than you need"
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["target"] == {"macs": 0.5, "achieved": 0.8, "met": False}
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
 
 
 def test_channels_that_cannot_be_looked_for_stay_in_the_files(

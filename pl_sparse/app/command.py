@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
 from pl_sparse.app.arguments import COMPLETION, arranged, completed, here, ignored, without_leftovers
-from pl_sparse.app.deploy import FailedExportsError
+from pl_sparse.app.deploy import UnmetError
 from pl_sparse.app.earlier import earlier_overrides
 from pl_sparse.app.ends import EndedError, Interrupted, end_with_parent, how_to_go_on, say, signals
 from pl_sparse.app.explanation import damaged_yaml, explanation, is_of_the_user, own_frames
@@ -70,12 +70,18 @@ def _job(cfg: DictConfig) -> float | tuple[float, ...] | None:
 
     def noting(cfg: DictConfig) -> dict[str, Any]:
         metrics = train(cfg)
-        failed.update(metrics.get("exports_failed", {}))
+        failed.update({f"export={name}": reason for name, reason in metrics.get("exports_failed", {}).items()})
+        goal = metrics.get("target", {})
+        if goal.get("met") is False:
+            what, asked = next(iter(goal.items()))
+            failed[f"target.{what}={asked:g}"] = (
+                f"the trained network has {goal['achieved']:.3g}. Ask for more than you need"
+            )
         return metrics
 
     value = run(cfg, noting)
     if failed and HydraConfig.get().mode != RunMode.MULTIRUN:  # a run of a sweep has them in its metrics and run.log
-        raise FailedExportsError(failed, Path(cfg.output_dir))
+        raise UnmetError(failed, Path(cfg.output_dir))
     return value
 
 
@@ -83,8 +89,8 @@ def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
     """`python train.py ...` and `pl-sparse ...`: one run, or a sweep with -m; the objective is what it returns.
 
     An error is a line or two, or the user's own frames where it comes from them. HYDRA_FULL_ERROR=1 shows all frames.
-    The exit code is 2 for a refusal before training, 1 for a training that ended early, and 128 plus the number of the
-    signal that ended it.
+    The exit code is 2 for a refusal before training, 1 for a training that ended early, 3 where the run is there and an
+    export failed or a target of cost was missed, and 128 plus the number of the signal that ended it.
 
     Args:
         config_dir: a folder with your own groups, unless the command names one by --config-dir.
@@ -105,7 +111,7 @@ def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
             return result
         except ConfigError as error:
             message, code, cause = f"error: {error}", 2, error
-        except FailedExportsError as error:
+        except UnmetError as error:
             refused = False  # the run is finished
             message, code, cause = f"error: {error}", 3, error
         except EndedError as error:

@@ -30,7 +30,7 @@ from pl_sparse.surgery.shrink import shrink
 
 __all__ = [
     "RANGES",
-    "FailedExportsError",
+    "UnmetError",
     "deploy",
     "filled",
     "integers_in_ranges",
@@ -46,16 +46,16 @@ _CALIBRATION = 8
 """Training batches that post-training quantization looks at."""
 
 
-class FailedExportsError(RuntimeError):
-    """Formats that could not be written, though the run is there.
+class UnmetError(RuntimeError):
+    """What was asked for and is not there, though the run is: formats that could not be written, a missed target.
 
     Args:
-        failed: by the name of the format the reason.
+        failed: what was asked for (`export=onnx`), and the reason.
         folder: the run's.
     """
 
     def __init__(self, failed: Mapping[str, str], folder: Path) -> None:
-        lines = [f"export={name}: {reason}" for name, reason in failed.items()]
+        lines = [f"{asked}: {reason}" for asked, reason in failed.items()]
         super().__init__("\n".join([*lines, f"what else the run made is in {folder}"]))
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from pl_sparse.app.deploy import RANGES, FailedExportsError, deploy, integers_in_ranges, merged, training_inputs
+from pl_sparse.app.deploy import RANGES, UnmetError, deploy, integers_in_ranges, merged, training_inputs
 from pl_sparse.app.finished import load_run
 from pl_sparse.app.formats import refuse
 from pl_sparse.app.instantiate import built, network
@@ -69,7 +69,7 @@ def _command(name: str, arguments: Sequence[str] | None) -> None:
 
     try:
         guarded(run, parser.parse_args(arguments))
-    except FailedExportsError as error:
+    except UnmetError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(3)
 
@@ -96,7 +96,7 @@ def _export_run(folder: Path, names: Sequence[str] | None, measure: bool, second
     costs = deploy(module, data, formats, folder, hardware, integers, removed, measure, seconds)
     write_json(folder / "metrics.json", merged(metrics, costs))
     if "exports_failed" in costs:
-        raise FailedExportsError(costs["exports_failed"], folder)
+        raise UnmetError({f"export={name}": reason for name, reason in costs["exports_failed"].items()}, folder)
 
 
 def _trained_integers(

@@ -149,7 +149,8 @@ def _finish(cfg: DictConfig, parts: Parts, trainer: Trainer, folder: RunFolder) 
         )
         metrics = merged(metrics, costs)
     if parts.cost is not None:
-        metrics["target"] = {parts.cost.what: parts.cost.asked, "achieved": parts.cost.achieved}
+        goal = parts.cost
+        metrics["target"] = {goal.what: goal.asked, "achieved": goal.achieved, "met": goal.met}
     write_json(parts.folder / "metrics.json", metrics)
     print_report(parts.folder, summary, metrics, levels, folder.ledger)
     publish(trainer.loggers, parts.folder, metrics, trainer.global_step)

@@ -69,6 +69,7 @@ class CostTarget(Callback):
 
     Attributes:
         achieved: the targeted figure as measured at the end of training; None before.
+        met: whether that is what was asked for.
 
     Raises:
         ValueError: not one of speedup, size, macs and ms is given, or it is out of range, or the runtime is not there.
@@ -107,6 +108,7 @@ class CostTarget(Callback):
         if self._timed:
             Runtime(self.runtime)  # refuses what is not there
         self.achieved: float | None = None
+        self.met: bool | None = None
         self._limit: float | None = None  # of the budget
         self._multiple = 1  # how many channels go at once
         self._restored = False
@@ -265,7 +267,8 @@ class CostTarget(Callback):
         self._dense = None
         self.achieved = {"speedup": times, "ms": self._ms[1]}.get(self.what, 1 / times)
         line = f"target {self.what}={self.asked:g}: {self.achieved:.3g}"
-        if times < {"speedup": self.asked, "ms": 1.0}.get(self.what, 1 / self.asked):
+        self.met = times >= {"speedup": self.asked, "ms": 1.0}.get(self.what, 1 / self.asked)
+        if not self.met:
             rank_zero_warn(f"{line}, of the trained network, misses the target")
         else:
             rank_zero_info(line)
