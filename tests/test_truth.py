@@ -20,6 +20,7 @@ from pl_sparse.core.registry import build
 from pl_sparse.core.targets import find
 from pl_sparse.masking import Hard
 from pl_sparse.network.probe import Probe
+from pl_sparse.results.summary import summarize
 from pl_sparse.schedule import Constant, Cubic, Cyclic, Iterative, Linear, OneShot, Tickets
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import structure
@@ -755,3 +756,20 @@ def test_a_ticket_rewinds_the_learning_rate(decay: Any, tmp_path: Path) -> None:
     schedule = Tickets(final=0.5, rate=0.3, to=0.0)
     fit(module, Sparsity(schedule=schedule, report=False), Rewind("rewind"), epochs=9, default_root_dir=tmp_path)
     assert module.rates == pytest.approx([0.1, 0.05, 0.025] * 3)
+
+
+def test_a_summary_of_another_model_counts_what_that_has() -> None:
+    """A copy with the values before the masks, and one that carries them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    before = copy.deepcopy(net)
+    pruner = Pruner(sparsity=0.75, schedule="constant", allocation="uniform")
+    pruner.attach(net)
+    pruner.prepare(10)
+    pruner.advance()
+    for model, left in ((net, 0.25), (copy.deepcopy(net), 0.25), (before, 1.0)):
+        summary = summarize(pruner, model)
+        weights = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+        assert summary.kept == sum(int(torch.count_nonzero(weight)) for weight in weights)
+        assert summary.kept == left * sum(weight.numel() for weight in weights)
+    assert summary.layers[0].note == "96 pruned weights are not zero"

@@ -117,7 +117,7 @@ class Units(LazyScores):
             left = [other for other in self.groups if id(other) not in self._checked and other is not group]
             left = [other for other in left if other.members[0][0].mask.device == units.device]
             due = [(group, units.sum()), *((other, self._scores(other).sum()) for other in left)]
-        totals = torch.stack([total.to(units.device, torch.float64) for _, total in due]).tolist()
+        totals = torch.stack([total.float() for _, total in due]).tolist()
         for (other, _), total in zip(due, totals, strict=True):
             if not math.isfinite(total):
                 refuse_nan(other.name, self._scores(other))

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from pl_sparse.core.dtensor import is_sharded, local, total
+from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.upstream import plain_name
 from pl_sparse.network.macs import Macs
 from pl_sparse.pruner import Pruner
@@ -111,7 +112,9 @@ class Summary:
 
 
 def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, prefix: str = "") -> Summary:
-    """The summary of a model that `pruner` is attached to.
+    """The summary of a model that `pruner` is attached to, or of a copy of it.
+
+    Where a copy has other values than zero under the masks, these weights count as kept.
 
     The compressed size is that of one bit for each prunable weight, the kept values, and everything else as it is.
 
@@ -140,10 +143,12 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
         nonzero += _nonzero(weight)
         dense, sparse = counted.layers.get(name, (0.0, 0.0)) if counted is not None else (0.0, 0.0)
         if name in masked:
-            kept = masked[name].kept
+            extra = _unmasked(weight, masked[name])
+            kept = masked[name].kept + extra
             note = "" if overrides[name] is None else f"own sparsity {overrides[name]:g}"
+            note = f"{extra} pruned weights are not zero" if extra else note
             structure = pruner.structure.label
-            stored = masked[name].kept if masked[name].cut is None else int(torch.count_nonzero(masked[name].mask))
+            stored = kept if masked[name].cut is None else int(torch.count_nonzero(masked[name].mask)) + extra
             # pruned values are not stored, and each element has a bit
             compressed -= (weight.numel() - stored) * weight.element_size() - -(-weight.numel() // 8)
         elif name in pruner.misfits:
@@ -183,6 +188,13 @@ def _nonzero(weight: nn.Parameter) -> int:
         return int(total(local(weight) != 0, weight) if is_sharded(weight) else torch.count_nonzero(weight))
     except NotImplementedError:
         return weight.numel()
+
+
+def _unmasked(weight: nn.Parameter, param: MaskedParameter) -> int:
+    """How many weights of a model are not zero where the masks are: of another model, or of values before a mask."""
+    if weight is param.weight or not param.pruned or is_sharded(weight) or weight.shape != param.mask.shape:
+        return 0
+    return int(torch.count_nonzero(weight.detach().bool() & ~param.mask.to(weight.device)))
 
 
 def dead_layers(summary: Summary) -> list[str]:
