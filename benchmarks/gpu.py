@@ -252,6 +252,27 @@ def inference(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def blocks(bench: Bench) -> dict[str, Any]:
+    """Linear layers with nine in ten blocks of 64 x 64 zero, as torch's BSR, against dense ones in half precision."""
+    found: dict[str, Any] = {}
+    for out, inputs in [(128, 128)] if bench.tiny else SHAPES:
+        for rows in (64,) if bench.tiny else (128, 1024, 8192):
+            weight = torch.randn(out, inputs, device=bench.device, dtype=torch.float16)
+            kept = torch.rand(out // 64, inputs // 64, device=bench.device) < 0.1
+            kept[0, 0] = True
+            weight *= kept.repeat_interleave(64, 0).repeat_interleave(64, 1)
+            x = torch.randn(rows, inputs, device=bench.device, dtype=torch.float16)
+            F.linear(x, weight)
+            row = {"dense": bench.seconds(lambda w=weight, x=x: F.linear(x, w), 3 if bench.tiny else 50)}
+            if bench.device.type == "cuda":
+                sparse = weight.to_sparse_bsr((64, 64))
+                F.linear(x, sparse)
+                row["blocks"] = bench.seconds(lambda w=sparse, x=x: F.linear(x, w), 50)
+                row["faster"] = row["dense"] / row["blocks"]
+            found[f"{out}x{inputs}, {rows} rows"] = row
+    return found
+
+
 def semi_structured(bench: Bench) -> dict[str, Any]:
     """A training step of BERT-base with 2:4 masks, and by torchao's layers that compute with the sparse weights.
 
@@ -365,7 +386,7 @@ def compiled(bench: Bench) -> dict[str, Any]:
     return found
 
 
-PARTS = (step, update, inference, syncs, fsdp, semi_structured, compiled)
+PARTS = (step, update, inference, blocks, syncs, fsdp, semi_structured, compiled)
 
 
 def main() -> None:
