@@ -118,8 +118,8 @@ class CostTarget(Callback):
             left = max(self.asked - 1 / 32, 0)  # of a file: a bit for each weight, and the values that are left
             file = f", or for a compressed file of that size sparsity={1 - left:.3g} export=[safetensors]"
             raise ValueError(
-                f"{asked} needs channels that can be removed, and structure={pruner.structure.label} removes none: "
-                f"use structure=coupled{file if self.what == 'size' else ''}"
+                f"{asked} is met by channels that can be removed, and structure={pruner.structure.label} leaves them "
+                f"where they are: use structure=coupled{file if self.what == 'size' else ''}"
             )
         unlimited: dict[str, Any] = {_UNITS[self.what]: inf}
         budget = Budget(final=pruner.schedule.final, **unlimited)
@@ -128,8 +128,8 @@ class CostTarget(Callback):
             if pruner.allocation != ERK():
                 name = type(pruner.allocation).__name__.lower()
                 raise ValueError(
-                    f"{asked} allocates channels by their cost, and allocation={name} by another rule: leave out the "
-                    "allocation or the target"
+                    f"{asked} shares channels out by what they cost, and allocation={name} does so otherwise: leave "
+                    "allocation out, or the target"
                 )
             pruner.allocation = budget
 
@@ -186,7 +186,7 @@ class CostTarget(Callback):
                     chosen, found = tried, cost
             if not found:
                 figure = most if self.what == "speedup" else 1 / most
-                spare = f", and {wanted:.3g} is needed, with a margin" if self.what == "speedup" else ""
+                spare = f"; {wanted:.3g} is aimed at" if self.what == "speedup" else ""
                 raise ValueError(
                     f"target {self.what}={self.asked:g} cannot be met: with {budget.multiple} channel"
                     f"{'s' * (budget.multiple > 1)} in each group that can be pruned, {self.what} is {figure:.3g}"
@@ -194,8 +194,8 @@ class CostTarget(Callback):
                 )
             if self.what == "speedup" and found * _SPARED * self.asked**2 < full:
                 raise ValueError(
-                    f"target speedup={self.asked:g} would remove {1 - found / full:.1%} of the multiply-accumulates: "
-                    "the time of this network hardly depends on its channels. Ask for less, or use target=macs"
+                    f"target speedup={self.asked:g} would take {1 - found / full:.1%} of the multiply-accumulates: the "
+                    "time of this network is not that of its channels. Ask for less, or for target=macs"
                 )
         finally:
             for param in params:
@@ -228,7 +228,7 @@ class CostTarget(Callback):
         x = example[0] if isinstance(example, tuple) else example
         if not isinstance(x, Tensor):
             raise ValueError(
-                f"target speedup={self.asked:g} is measured on networks with one input tensor, and the inputs are a "
+                f"target speedup={self.asked:g} is measured on networks of one tensor, and the inputs are a "
                 f"{type(x).__name__}: use target=macs or target=size"
             )
         x = x.cpu()
@@ -251,7 +251,7 @@ class CostTarget(Callback):
         self.achieved = times if self.what == "speedup" else 1 / times
         line = f"target {self.what}={self.asked:g}: {self.achieved:.3g}"
         if times < (self.asked if self.what == "speedup" else 1 / self.asked):
-            rank_zero_warn(f"{line}, of the trained network, misses the target")
+            rank_zero_warn(f"{line} is what the trained network has, which misses it")
         else:
             rank_zero_info(line)
 
