@@ -99,7 +99,7 @@ def test_channels_go_in_the_numbers_that_the_runtime_likes(tmp_path: Path, monke
 
 def test_time_that_is_not_that_of_channels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that costs a third of the dense network's time, as in networks of 0.05 ms: a target just below is met by
-    cutting nearly all, and is no target."""
+    cutting nearly all, and is not a target."""
 
     def faster(self: CostTarget, dense: nn.Module, smaller: nn.Module, example: Any) -> float:
         fixed = counted(dense)["macs"] / 2
@@ -182,7 +182,7 @@ def test_the_figure_is_in_the_metrics(tmp_path: Path) -> None:
     ("settings", "reason"),
     [
         (["target=latency", "target.speedup=0.5"], "speedup=0.5 must be above 1"),
-        (["target=latency", "quantization=int8"], "target.speedup=2 is one of the network in floating point"),
+        (["target=latency", "quantization=int8"], "target.speedup=2 is measured on the network in floating point"),
         (["target=latency", "hardware.macs=0.5"], "are two budgets"),
         (["target=macs", "hardware.budget_ms=2"], "got ms, macs"),
         (["target=macs", "allocation.kb=20"], "got kb, macs"),
