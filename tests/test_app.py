@@ -144,7 +144,7 @@ def test_exports_and_what_they_cost(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "Did you mean 'onnx'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         export([str(tmp_path / "nowhere")])
-    assert "no folder of a finished run" in capsys.readouterr().err
+    assert "not a folder of a finished run" in capsys.readouterr().err
     module, _, _ = load_run(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(module.net.state_dict()[name], value) for name, value in saved.items())  # type: ignore[operator,union-attr]

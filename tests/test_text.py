@@ -130,7 +130,7 @@ def test_what_is_missing_is_told(
 ) -> None:
     with pytest.raises(ConfigError, match=r"no rt-polarity.neg: it is in the sentence polarity dataset"):
         train(config(tmp_path, tmp_path, pretrained))
-    with pytest.raises(ConfigError, match="no folder of a pretrained model"):
+    with pytest.raises(ConfigError, match="not a folder of a pretrained model"):
         train(config(tmp_path, reviews, tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="no pretrained model can be read"):
         train(config(tmp_path, reviews, reviews))

@@ -126,8 +126,8 @@ class CostTarget(Callback):
             left = max(self.asked - 1 / 32, 0)  # of a file: a bit for each weight, and the values that are left
             file = f", or for a compressed file of that size sparsity={1 - left:.3g} export=[safetensors]"
             raise ValueError(
-                f"{asked} needs channels that can be removed, and structure={pruner.structure.label} removes none: "
-                f"use structure=coupled{file if self.what == 'size' else ''}"
+                f"{asked} is met by channels that can be removed, and structure={pruner.structure.label} leaves them "
+                f"where they are: use structure=coupled{file if self.what == 'size' else ''}"
             )
         unlimited: dict[str, Any] = {_UNITS[self.what]: inf}
         budget = Budget(final=pruner.schedule.final, **unlimited)
@@ -136,8 +136,8 @@ class CostTarget(Callback):
             if pruner.allocation != ERK():
                 name = type(pruner.allocation).__name__.lower()
                 raise ValueError(
-                    f"{asked} allocates channels by their cost, and allocation={name} by another rule: leave out the "
-                    "allocation or the target"
+                    f"{asked} shares channels out by what they cost, and allocation={name} does so otherwise: leave "
+                    "allocation out, or the target"
                 )
             pruner.allocation = budget
 

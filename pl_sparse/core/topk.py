@@ -398,7 +398,7 @@ def _on_device(
     if known[4]:
         _name_nan(scores)
     if known[3] < keep:
-        raise ValueError(f"asked to keep {keep} of {known[3]} scores")
+        raise ValueError(f"keep={keep} is more than the {known[3]} scores")
     return Threshold(float(torch.tensor([known[0]], dtype=integer).view(dtype)[0]), keep - known[1], known[2])
 
 
