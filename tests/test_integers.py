@@ -53,6 +53,19 @@ class Products(nn.Module):
         return F.linear(x, self.outward) @ self.mix.T
 
 
+class Tied(nn.Module):
+    """A head that is tied to a table, which is read as such too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(6, 8), nn.Linear(8, 6, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(x + self.table(torch.tensor([1, 2])).mean(0))
+        return out
+
+
 class Block(nn.Module):
     """A residual block whose ReLU is one module that is called twice, as torchvision has it."""
 
@@ -178,6 +191,7 @@ CASES = {
     "products": Case(Products, (8, 8)),
     "a ReLU that is called twice": Case(lambda: _of(Block(), Block(), nn.Conv2d(3, 4, 1)), (8, 3, 8, 8)),
     "a norm with more within": Case(lambda: _of(nn.Conv2d(3, 4, 3), Activated(4), nn.Conv2d(4, 4, 1)), (8, 3, 8, 8)),
+    "tied": Case(lambda: _of(nn.Linear(8, 8), Tied()), (8, 8)),
     "shared, constants": Case(Shared, (8, 8)),
     "attention": Case(Attention, (8, 3, 8, 8), {"add": ("position",)}),
     "recurrent": Case(Recurrent, (8, 5, 6), {"lstm": ("rnn.weight_ih_l0", "rnn.weight_hh_l0")}),

@@ -17,10 +17,12 @@ from pl_sparse import Pruner
 from pl_sparse.app.finished import load_run
 from pl_sparse.app.hydra_api import composition
 from pl_sparse.app.training import train
+from pl_sparse.callbacks.several import overlap
 from pl_sparse.export import load_shrunk, save_shrunk, shrink
 from pl_sparse.network.hooks import called
 from pl_sparse.network.norms import is_over_left, norm_over_all, norm_over_left
-from pl_sparse.structure import Channel
+from pl_sparse.schedule import OneShot
+from pl_sparse.structure import Channel, Head, Structure
 from pl_sparse.surgery.trial import couplings
 
 WIDTH = Channel(coupled=True, through_norms=True)
@@ -209,3 +211,34 @@ def test_the_command_removes_the_width_while_it_trains_and_knows_a_masked_run(tm
     assert any(is_over_left(module) for module in runs[0].modules())
     assert not any(is_over_left(module) for module in runs[1].modules())
     assert torch.allclose(runs[0](x), runs[1](x), atol=1e-4)
+
+
+def _half(model: nn.Module, structure: Structure, x: Tensor) -> Pruner:
+    pruner = Pruner("magnitude", OneShot(final=0.5, begin=0.0), structure, "uniform", misfit="dense")
+    pruner.attach(model, (x,))
+    pruner.prepare(1)
+    pruner.before_step(0)
+    pruner.after_step()
+    return pruner
+
+
+def test_heads_and_width_are_refused_at_once_and_go_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    model, x = Encoder(True).eval(), torch.randn(3, 1, 4, 4)
+    pruners = [Pruner(structure=structure, sparsity=0.5) for structure in (Head(), WIDTH)]
+    for pruner in pruners:
+        pruner.attach(model, (x,))
+    for pruner, other in (pruners, pruners[::-1]):
+        reason = overlap(pruner, [other])
+        assert reason is not None and reason.startswith("structure=head and through_norms=true both prune encoder.")
+    assert overlap(pruners[0], []) is None
+
+    model = Encoder(True).eval()
+    with torch.no_grad():
+        for structure in (Head(), WIDTH):
+            before = sum(weight.numel() for weight in model.parameters())
+            _half(model, structure, x)
+            masked = model(x)
+            assert not shrink(model, (x,)).left
+            assert sum(weight.numel() for weight in model.parameters()) < before
+            assert torch.allclose(model(x), masked, atol=1e-5)

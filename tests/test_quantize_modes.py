@@ -158,3 +158,21 @@ def test_a_norm_without_statistics_of_its_own_is_what_it_was() -> None:
         assert float((simulated - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
         assert float((converted(x) - simulated).abs().median()) < 1e-6
     assert set(integers(converted, net)) == {"0.weight"}
+
+
+def test_what_a_module_keeps_for_evaluation_is_forgotten() -> None:
+    class Keeping(nn.Linear):
+        kept: Tensor | None = None
+
+        def train(self, mode: bool = True) -> Any:
+            self.kept = None if mode else self.kept
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training and self.kept is None:
+                self.kept = 2 * self.weight
+            return F.linear(x, 2 * self.weight if self.training else self.kept)  # type: ignore[arg-type]
+
+    net, quantization = nn.Sequential(Keeping(8, 8)), Int8()
+    quantization.prepare(net.eval(), torch.randn(4, 8))
+    assert net[0].kept is None and not net[0].training

@@ -108,6 +108,35 @@ def test_one_function_leaves_the_network_alone(tmp_path: Path, monkeypatch: pyte
         pl_sparse.slim(model, Digits(limit=300), folder=tmp_path)
 
 
+class Rows(nn.Module):
+    """A transformer over the rows of a digit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 32)
+        self.encoder = nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.norm(self.encoder(self.embed(x[:, 0]))).mean(1))
+        return out
+
+
+def test_the_width_of_a_transformer_goes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CostTarget, "_faster", lambda self, a, b, x: parameters(a) / parameters(b))
+    monkeypatch.setattr("pl_sparse.app.slim._SECONDS", 0.01)
+    torch.manual_seed(0)
+    model, data = Rows(), Digits(limit=300)
+    smaller, result = pl_sparse.slim(model, data, 1.8, epochs=2, folder=tmp_path, sensitive=False, through_norms=True)
+    width = smaller.norm.normalized_shape[0]
+    assert width < 32 and smaller.embed.out_features == smaller.head.in_features == width
+    assert accuracy(smaller) == pytest.approx(result.after["val/acc"])
+    assert accuracy(open_onnx(tmp_path / "model.onnx")) == pytest.approx(result.after["val/acc"], abs=0.006)
+    again = Rows()
+    load_shrunk(again, tmp_path / "shrunk")
+    assert torch.equal(again.embed.weight, smaller.embed.weight)
+
+
 class Own(LightningModule):
     """A module with a loss of its own, whose logits are those of a part."""
 

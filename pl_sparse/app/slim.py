@@ -86,6 +86,7 @@ def slim(
     folder: str | os.PathLike[str] = "slim",
     sensitive: bool = True,
     student: str | None = None,
+    through_norms: bool = False,
 ) -> tuple[nn.Module, Slimmed]:
     """A smaller and faster copy of a trained network.
 
@@ -107,6 +108,8 @@ def slim(
         sensitive: whether each layer is first pruned alone; layers that lose more then keep more of their channels.
         student: the submodule of a LightningModule whose outputs are logits (or have them as `.logits`), "" for the
             module itself; it imitates the original. None: no imitation.
+        through_norms: whether channels that a LayerNorm or RMSNorm reads are pruned too, such as the width of a
+            transformer (`structure.Channel`).
 
     Returns:
         the smaller network in evaluation mode, and its measurements.
@@ -143,7 +146,8 @@ def slim(
     if sensitive:
         sensitivity(module, data, Channel(), _LEVELS, _BATCHES, metric, folder)
     budget = Budget(final=0.9, macs=inf, sensitivity=str(folder / "sensitivity.csv") if sensitive else None)
-    _fine_tune(module, data, target, budget, metric, epochs, folder, imitating)
+    structure = Channel(coupled=True, through_norms=through_norms)
+    _fine_tune(module, data, target, structure, budget, metric, epochs, folder, imitating)
     after = {metric: validated(validator(), module, data)[metric]}
     costs = _exported(module, data, formats, folder)
     smaller = copy.deepcopy(network(module)).cpu().eval()
@@ -231,6 +235,7 @@ def _fine_tune(
     module: LightningModule,
     data: LightningDataModule | None,
     target: CostTarget,
+    structure: Channel,
     budget: Budget,
     metric: str,
     epochs: int,
@@ -243,7 +248,7 @@ def _fine_tune(
         save_on_train_epoch_end=True, enable_version_counter=False,
     )  # fmt: skip
     callbacks = [
-        Sparsity(schedule=Cubic(final=0.9, end=0.5), structure="coupled", allocation=budget, report=False),
+        Sparsity(schedule=Cubic(final=0.9, end=0.5), structure=structure, allocation=budget, report=False),
         *imitating,
         History(folder / "history.csv"),
         target,

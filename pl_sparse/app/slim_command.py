@@ -64,6 +64,11 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--student", metavar="NAME", help="the submodule of a LightningModule whose logits are imitated"
     )
+    parser.add_argument(
+        "--through-norms",
+        action="store_true",
+        help="prune channels that a LayerNorm or RMSNorm reads too, such as the width of a transformer",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trust", action="store_true", help="build whatever the run's config.yaml names")
     return parser
@@ -72,8 +77,8 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
 def _slim(options: argparse.Namespace) -> None:
     seed_everything(options.seed, workers=True, verbose=False)
     model, data = _found(options)
-    asked = {key: getattr(options, key) for key in ("speedup", "drop", "int8", "epochs", "lr", "sensitive", "student")}
-    _, result = slim(model, data, **asked, folder=options.to)
+    keys = ("speedup", "drop", "int8", "epochs", "lr", "sensitive", "student", "through_norms")
+    _, result = slim(model, data, **{key: getattr(options, key) for key in keys}, folder=options.to)
     _tell(result)
     if result.misses:
         for line in result.misses:

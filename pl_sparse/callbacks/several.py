@@ -6,14 +6,27 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from pl_sparse.pruner import Pruner
+from pl_sparse.structure import Channel, Head
 
-__all__ = ["log_names", "shared_weight"]
+__all__ = ["log_names", "overlap"]
 
 
-def shared_weight(pruner: Pruner, others: Sequence[Pruner]) -> str | None:
-    """The name of a weight that one of the other pruners prunes too, or None."""
-    taken = {id(param.weight) for other in others for param in other.params}
-    return next((param.name for param in pruner.params if id(param.weight) in taken), None)
+def overlap(pruner: Pruner, others: Sequence[Pruner]) -> str | None:
+    """Which weight another pruner prunes too, and what helps; None if it stands beside the others."""
+    for other in others:
+        taken = {id(param.weight) for param in other.params}
+        name = next((param.name for param in pruner.params if id(param.weight) in taken), None)
+        if name is None:
+            continue
+        structures = pruner.structure, other.structure
+        heads = any(isinstance(each, Head) for each in structures)
+        if heads and any(isinstance(each, Channel) and each.through_norms for each in structures):
+            return (
+                f"structure=head and through_norms=true both prune {name}, the one its columns and the other its rows: "
+                "train with one of them, remove by `shrink`, then with the other"
+            )
+        return f"two Sparsity callbacks prune {name}: set them apart by include and exclude"
+    return None
 
 
 def log_names(pruners: Sequence[Pruner]) -> list[str]:

@@ -20,7 +20,7 @@ from pl_sparse.callbacks.clock import epochs_behind, estimates, progress
 from pl_sparse.callbacks.collapse import judge, judge_at_end
 from pl_sparse.callbacks.coverage import report_coverage
 from pl_sparse.callbacks.mac_count import MacCount
-from pl_sparse.callbacks.several import log_names, shared_weight
+from pl_sparse.callbacks.several import log_names, overlap
 from pl_sparse.callbacks.steps import StepHooks, refuse_optimizers
 from pl_sparse.callbacks.strategies import refuse_difference, refuse_strategy, together
 from pl_sparse.core.compact import expand
@@ -155,8 +155,8 @@ class Sparsity(Callback):
         """Refuse a weight that another Sparsity callback prunes, and take a name of its own beside others."""
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, Sparsity)]  # type: ignore[attr-defined]
         others = [callback.pruner for callback in callbacks if callback is not self]
-        if (name := shared_weight(self.pruner, others)) is not None:
-            raise ValueError(f"two Sparsity callbacks prune {name}: set them apart by include and exclude")
+        if (reason := overlap(self.pruner, others)) is not None:
+            raise ValueError(reason)
         if all(other.attached for other in others):  # the last one to attach names them all
             log_name_of_each = log_names([callback.pruner for callback in callbacks])
             for callback, log_name in zip(callbacks, log_name_of_each, strict=True):

@@ -31,7 +31,8 @@ def mark(graph: torch.fx.GraphModule) -> None:
 
     A matrix that is made of activations is none: its integers would have the scales of one batch.
     """
-    parameters, constants = dict(graph.named_parameters()), made_of(graph)
+    parameters = dict(graph.named_parameters(remove_duplicate=False))  # a tied one has several names
+    constants = made_of(graph)
     for layer in graph.graph.nodes:
         annotation = layer.meta.get(_KEY)
         for source, spec in list((getattr(annotation, "input_qspec_map", None) or {}).items()):

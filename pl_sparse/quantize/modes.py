@@ -160,5 +160,6 @@ def _modes_kept(net: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        net.train()  # what modules keep for evaluation (LeViT's biases) is forgotten
         for module, training in modes:
             module.training = training
