@@ -155,8 +155,8 @@ def register(kind: type[A] | str, /, **arguments: Any) -> type[A] | Callable[[ty
     ...     def score(self, param): ...
     Traceback (most recent call last):
         ...
-    ValueError: scorer 'magnitude' is pl_sparse.scorer.weights.Magnitude: pl_sparse.core.registry.Magnitude needs \
-another name
+    ValueError: scorer 'magnitude' is already pl_sparse.scorer.weights.Magnitude: pl_sparse.core.registry.Magnitude \
+needs another name
     """
     if isinstance(kind, str):
         name = kind
