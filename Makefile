@@ -55,12 +55,12 @@ test-lowest: $(LOWEST)/.installed ## Run the tests that need no extra with the l
 
 $(ZOO)/.installed: pyproject.toml constraints.txt tests/zoo/requirements.txt
 	$(PYTHON) -m venv $(ZOO)
-	$(ZOO)/bin/python $(PIP) -c constraints.txt -e '.[transformers,quantize,sweep,ray]' $$(grep -E '^(pytest|pytest-xdist|pytest-timeout|hypothesis)==' constraints.txt)
+	$(ZOO)/bin/python $(PIP) -c constraints.txt -e '.[transformers,quantize,export,sweep,ray]' $$(grep -E '^(pytest|pytest-xdist|pytest-timeout|hypothesis)==' constraints.txt)
 	$(ZOO)/bin/python $(PIP) --no-deps -c constraints.txt -r tests/zoo/requirements.txt
 	@touch $@
 
-test-zoo: $(ZOO)/.installed ## Train modules of other packages to be sparse, remove channels, and write docs/zoo.md and docs/zoo_removal.md
-	$(ZOO)/bin/pytest tests/zoo -m "" --zoo-table docs/zoo.md --removal-table docs/zoo_removal.md
+test-zoo: $(ZOO)/.installed ## Train modules of other packages to be sparse and in integers, remove channels, and write docs/zoo*.md
+	$(ZOO)/bin/pytest tests/zoo -m "" --zoo-table docs/zoo.md --removal-table docs/zoo_removal.md --int8-table docs/zoo_int8.md
 
 lint: install ## Check format, lint, words, types, the order of imports and the declared dependencies
 	$(BIN)/ruff format --check .

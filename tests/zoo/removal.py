@@ -8,7 +8,7 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -93,11 +93,15 @@ def everything() -> list[Architecture]:
     return trained + ARCHITECTURES
 
 
-def architectures() -> list[Any]:
-    """All of them as parameters of a test; all but the quick ones are marked."""
+def architectures(quick: Collection[str] | None = None) -> list[Any]:
+    """All of them as parameters of a test; all but the quick ones are marked.
+
+    Args:
+        quick: the names of those; None: that are so themselves.
+    """
 
     def marks(one: Architecture) -> list[pytest.MarkDecorator]:
-        marks = [] if one.quick else [pytest.mark.zoo]
+        marks = [] if (one.quick if quick is None else one.name in quick) else [pytest.mark.zoo]
         return marks if one.fault is None else [*marks, pytest.mark.xfail(strict=True, reason=one.fault)]
 
     return [
