@@ -455,6 +455,11 @@ class Pruner(MaskedModel):
         return self._clock.total is not None and not self._overdue and (0 <= end <= self._updated or self.step > end)
 
     @property
+    def over(self) -> bool:
+        """Whether the schedule is behind, so that neither `follow` nor `catch_up` has anything to do."""
+        return self._clock.total is not None and not self._overdue and self.step > self._clock.span[1]
+
+    @property
     def revives(self) -> bool:
         """Whether pruned weights may return."""
         return self.masking.remembers or self.schedule.falls or self.updater.fixed_count
@@ -518,7 +523,7 @@ class Pruner(MaskedModel):
             optimizer: the one that steps; only its weights are touched. None: there is just one.
             observe: whether the scorer sees the gradients; False where they are not finite.
         """
-        self._require_attached()
+        moved = self._require_attached()
         if total is not None and total != self._clock.total:
             going_on = self._clock.total is not None and self.step > 0
             self.prepare(total)
@@ -526,7 +531,7 @@ class Pruner(MaskedModel):
                 self._moved()
         if self._clock.total is None:
             raise ValueError("the length of training is not known: give `total`, or call prepare(total) first")
-        if self.moved and not self._open:
+        if moved and not self._open:
             self.find_again()
         live = self.weights_of(optimizer)
         key = id(optimizer)
@@ -539,7 +544,7 @@ class Pruner(MaskedModel):
                 )
             self.masking.shape_gradients(self._open[key], self.groups)
             return
-        if live and any(live[0] in self._owned[other][2] for other in self._open if other in self._owned):
+        if self._open and live and any(live[0] in self._owned[o][2] for o in self._open if o in self._owned):
             return  # another optimizer steps this one within its own step
         if observe and (bool(self._overdue) or (self.step if step is None else step) <= self._clock.span[1]):
             if self.masking.samples and not self._sampled and any(param.pruned for param in live):
@@ -615,24 +620,26 @@ class Pruner(MaskedModel):
         """
         keys = list(self._open) if optimizer is None else [id(optimizer)] * (id(optimizer) in self._open)
         if keys or (optimizer is None and self._sampled):
-            with torch.no_grad():
-                self._close(keys, ended=optimizer is None)
+            self._close(keys, ended=optimizer is None)
 
     def _close(self, keys: Sequence[int], ended: bool) -> None:
         for key in keys:
             pruned, rest = self._open.pop(key), key in self._resting
             self._resting.discard(key)
             if pruned and not rest:
-                self.masking.after_step(pruned, self.groups)
+                with torch.no_grad():
+                    self.masking.after_step(pruned, self.groups)
             if key == self._counted:
                 self._counted = None
                 self.step += 1
                 if self.step == self._clock.total:  # a level due at the very end
-                    self._update(self.step)
+                    with torch.no_grad():
+                        self._update(self.step)
         if ended and self._sampled:
             self._sampled = False
             if pruned := [param for param in self.params if param.pruned]:
-                self.masking.after_forward(pruned, self.groups)
+                with torch.no_grad():
+                    self.masking.after_forward(pruned, self.groups)
 
     def _update(self, step: int, gradients: bool = True, levels: tuple[float, ...] = ()) -> bool:
         """Set the masks that are due; whether any was.
@@ -894,16 +901,17 @@ class Pruner(MaskedModel):
         self._stale = set(state["stale"])
         self._estimates = state.get("estimates")
 
-    def refuse_unfollowed(self) -> None:
-        super().refuse_unfollowed()
-        if self.moved and self._model is not None:
+    def refuse_unfollowed(self) -> bool:
+        moved = super().refuse_unfollowed()
+        if moved and self._model is not None:
             there = {plain_name(name): weight.shape for name, weight in self._model.named_parameters()}
             _refuse_lost([p.name for p in self.masked if p.pruned and there.get(p.name) != p.shape])
+        return moved
 
-    def _require_attached(self) -> None:
+    def _require_attached(self) -> bool:
         if not self.attached:
             raise ValueError("the pruner has no model yet: call attach(model) first")
-        self.refuse_unfollowed()
+        return self.refuse_unfollowed()
 
 
 def _refuse_lost(names: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pl_sparse.core.registry import build, catalogue
 from pl_sparse.schedule import Constant, Cubic, Cyclic, Exponential, Iterative, Linear, OneShot, Schedule
+from pl_sparse.schedule.clock import Clock
 
 NAMES = sorted(catalogue(Schedule))
 
@@ -50,6 +51,9 @@ def test_every_schedule_ends_at_the_final_sparsity(
     assert levels[-1] == final and all(0 <= level <= final for level in levels)
     if name != "cyclic":
         assert levels == sorted(levels)
+    clock = Clock(schedule)
+    clock.fit(total)
+    assert {step: found for step in range(total + 1) if (found := clock.levels(step))} == due
     last = min(step for step, found in due.items() if step >= schedule.span(total)[1] or name == "constant")
     assert schedule.reached(last + 1, total) and not schedule.reached(min(due), total)
 

@@ -14,7 +14,7 @@ from pl_sparse.core.upstream import place_in_training
 from pl_sparse.schedule import OneShot, Schedule, Time
 from pl_sparse.schedule.clock import Clock
 
-__all__ = ["Timetable", "current_step", "epochs_behind", "estimates", "progress", "steps_per_epoch", "total_steps"]
+__all__ = ["Timetable", "current_step", "estimates", "progress", "steps_per_epoch", "total_steps"]
 
 _FAR = 2**60  # a number of steps that is not known yet
 _FAR_EPOCH = 2**40
@@ -39,13 +39,7 @@ def estimates(trainer: Trainer, schedule: Schedule) -> tuple[float, int]:
     return total, _FAR_EPOCH if per_epoch is None else per_epoch
 
 
-def epochs_behind(trainer: Trainer, ended: bool = False) -> float | None:
-    """Epochs that are behind at the end of a batch, with the part of the one that is going on; None where its length is
-    not known.
-
-    Args:
-        ended: whether an epoch has just ended.
-    """
+def _epochs(trainer: Trainer, ended: bool) -> float | None:
     epochs, batches, last = place_in_training(trainer)
     if ended:
         return epochs
@@ -55,24 +49,26 @@ def epochs_behind(trainer: Trainer, ended: bool = False) -> float | None:
     return None if length == float("inf") else epochs + min(batches / length, 1.0)
 
 
-def progress(trainer: Trainer, ended: bool = False) -> float | None:
-    """The part of training that is behind at the end of a batch, by the nearest of its ends: epochs, steps, time.
+def progress(trainer: Trainer, ended: bool = False) -> tuple[float | None, float | None]:
+    """What is behind of a training at the end of a batch.
 
     Args:
         ended: whether an epoch has just ended.
 
     Returns:
-        1 or more at the end; None where no end is known.
+        The part of training, by the nearest of its ends: epochs, steps, time. It is 1 or more at the end, and None
+        where no end is known. And epochs, with the part of the one that is going on; None where its length is not
+        known.
     """
     parts = []
-    epochs = epochs_behind(trainer, ended)
+    epochs = _epochs(trainer, ended)
     if epochs is not None and trainer.max_epochs is not None and trainer.max_epochs > 0:
         parts.append(epochs / trainer.max_epochs)
     if trainer.max_steps > 0:
         parts.append(trainer.global_step / trainer.max_steps)
     if (seconds := _seconds(trainer)) is not None:
         parts.append(seconds)
-    return max(parts, default=None)
+    return max(parts, default=None), epochs
 
 
 def _seconds(trainer: Trainer) -> float | None:
@@ -178,8 +174,9 @@ class Timetable:
 
     def batch_ended(self, trainer: Trainer) -> None:
         """Call at the end of each batch: times follow what is behind of training."""
+        behind = progress(trainer)
         for clock in self._clocks.values():
-            clock.follow(self.step, progress(trainer), epochs_behind(trainer))
+            clock.follow(self.step, *behind)
 
     def _stepped(self, trainer: Trainer, optimizer: Optimizer) -> None:
         if self._keeper is None:

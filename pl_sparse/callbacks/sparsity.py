@@ -16,7 +16,7 @@ from pl_sparse.callbacks.after_module import AfterModule
 from pl_sparse.callbacks.audit import Audit
 from pl_sparse.callbacks.best_at_target import BestAtTarget
 from pl_sparse.callbacks.calibration import Calibration, example_at_hand, example_of
-from pl_sparse.callbacks.clock import epochs_behind, estimates, progress
+from pl_sparse.callbacks.clock import estimates, progress
 from pl_sparse.callbacks.collapse import judge, judge_at_end
 from pl_sparse.callbacks.coverage import report_coverage
 from pl_sparse.callbacks.mac_count import MacCount
@@ -286,7 +286,7 @@ class Sparsity(Callback):
             self._before_step(trainer, optimizer)
 
     def _before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        if self._hooks is not None:
+        if self._hooks is not None and not self._hooks.follows(optimizer):
             self._hooks.follow(trainer, optimizer)  # one that was made or replaced in this batch
         if self._timekeeper is None and self.pruner.weights_of(optimizer):
             self._timekeeper = optimizer
@@ -319,8 +319,10 @@ class Sparsity(Callback):
 
     def _keep_time(self, trainer: Trainer, ended: bool = False) -> None:
         """Let the schedule follow what is behind of training, and reach its last level before training ends."""
-        behind = progress(trainer, ended)
-        self.pruner.follow(behind, epochs_behind(trainer, ended))
+        if self.pruner.over:
+            return
+        behind, epochs = progress(trainer, ended)
+        self.pruner.follow(behind, epochs)
         if behind is None or behind < 1:
             return
         sparsity, planned = self.pruner.sparsity, self.pruner.ends_last

@@ -42,16 +42,24 @@ class StepHooks:
 
     def follow(self, trainer: Trainer, *optimizers: Optimizer) -> None:
         """Hook the optimizers that are not hooked yet, or whose hooks something has removed."""
-        for optimizer in (inner for outer in optimizers for inner in with_inner(outer)):
-            held, handles = self._handles.get(id(optimizer), (None, []))
-            if held is optimizer and all(handle.id in (handle.hooks_dict_ref() or ()) for handle in handles):
-                continue
-            for handle in handles:
-                handle.remove()
-            self._handles[id(optimizer)] = optimizer, self._hook(trainer, optimizer)
-            if held is not optimizer and self._written is not None:
-                for swapping in (optimizer, *wrappers_of(trainer, optimizer)):
-                    self._follow_averages(swapping)
+        for outer in optimizers:
+            for optimizer in with_inner(outer):
+                if not self.follows(optimizer):
+                    self._start(trainer, optimizer)
+
+    def follows(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer is hooked, those apart that it holds."""
+        held, handles = self._handles.get(id(optimizer), (None, ()))
+        return held is optimizer and all(handle.id in (handle.hooks_dict_ref() or ()) for handle in handles)
+
+    def _start(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        held, handles = self._handles.get(id(optimizer), (None, []))
+        for handle in handles:
+            handle.remove()
+        self._handles[id(optimizer)] = optimizer, self._hook(trainer, optimizer)
+        if held is not optimizer and self._written is not None:
+            for swapping in (optimizer, *wrappers_of(trainer, optimizer)):
+                self._follow_averages(swapping)
 
     def _hook(self, trainer: Trainer, optimizer: Optimizer) -> list[RemovableHandle]:
         trainer_of, before, after = weakref.ref(trainer), self._before, self._after

@@ -16,6 +16,8 @@ from pl_sparse.pruner import Pruner
 
 __all__ = ["refuse_difference", "refuse_parts", "refuse_strategy", "together"]
 
+_ALONE = nullcontext()
+
 _REFUSED = {
     FSDPStrategy: "flattens the weights of a module into one tensor, which has no rows or columns any more",
     DeepSpeedStrategy: "keeps the weights that are trained in an engine of its own, whose steps nothing can follow",
@@ -39,7 +41,7 @@ def refuse_strategy(trainer: Trainer) -> None:
 
 def together(trainer: Trainer) -> AbstractContextManager[None]:
     """Within the block rank 0 of a trainer decides (`core.agreement`), where it has several; all of them enter it."""
-    return agreeing(True) if trainer.world_size > 1 else nullcontext()
+    return agreeing(True) if trainer.world_size > 1 else _ALONE
 
 
 def refuse_difference(pruner: Pruner, trainer: Trainer) -> None:

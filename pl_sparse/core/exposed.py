@@ -12,7 +12,6 @@ from pl_sparse.core.parameter import MaskedParameter, in_pieces, numbers, zero_p
 __all__ = ["conceal", "expose", "store_kept"]
 
 
-@torch.no_grad()
 def expose(params: Sequence[MaskedParameter], in_place: bool) -> None:
     """Put the latent values into the weights, for an optimizer that steps them.
 
@@ -35,7 +34,6 @@ def expose(params: Sequence[MaskedParameter], in_place: bool) -> None:
         torch._foreach_copy_([param.data for param in copied], [p.latent for p in copied if p.latent is not None])
 
 
-@torch.no_grad()
 def conceal(params: Sequence[MaskedParameter]) -> None:
     """The reverse: latent values are what is in the weights.
 
@@ -65,7 +63,6 @@ def _alike(weight: torch.Tensor, latent: torch.Tensor) -> bool:
     )
 
 
-@torch.no_grad()
 def store_kept(params: Sequence[MaskedParameter]) -> None:
     """Set weights to zero where they are pruned, and latent values to the weights where they are not.
 

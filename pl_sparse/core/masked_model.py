@@ -90,8 +90,11 @@ class MaskedModel:
         """All that has a mask: the weights, and their companions."""
         return [*self.params, *self.companions]
 
-    def refuse_unfollowed(self) -> None:
+    def refuse_unfollowed(self) -> bool:
         """Refuse to speak of a model that lost weights, or parts of them, while their masks stayed as they were.
+
+        Returns:
+            `moved`.
 
         Raises:
             RuntimeError: a weight and its mask have different shapes, or a pruned weight is gone.
@@ -103,6 +106,7 @@ class MaskedModel:
                     "model was shrunk, and the pruner was not. Call pruner.shrink(result.plan.tensors) after "
                     "result = shrink(model, ...)"
                 )
+        return self.moved
 
     @property
     def kept(self) -> int:
@@ -130,16 +134,12 @@ class MaskedModel:
             return self.params
         groups = optimizer.param_groups
         cached = self._owned.get(id(optimizer))
-        if (
-            cached is not None
-            and cached[0] is optimizer
-            and len(cached[1]) == len(groups)
-            and all(
-                weights is group["params"] and size == len(weights)
-                for (weights, size), group in zip(cached[1], groups, strict=True)
-            )
-        ):
-            return cached[2]
+        if cached is not None and cached[0] is optimizer and len(cached[1]) == len(groups):
+            for (weights, size), group in zip(cached[1], groups, strict=True):
+                if weights is not group["params"] or size != len(weights):
+                    break
+            else:
+                return cached[2]
         lists = [(group["params"], len(group["params"])) for group in groups]
         owned = owned_by(optimizer, self.params)
         self._owned[id(optimizer)] = optimizer, lists, owned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,12 +30,13 @@ def owned_by(optimizer: Optimizer, params: Sequence[MaskedParameter]) -> list[Ma
     return [param for param in params if id(param.weight) in weights]
 
 
-def with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
+def with_inner(optimizer: Optimizer) -> list[Optimizer]:
     """An optimizer, and those that it holds and steps itself: SAM's base, the local one of ZeRO."""
-    yield optimizer
+    held = [optimizer]
     for inner in vars(optimizer).values():
         if isinstance(inner, Optimizer):
-            yield from with_inner(inner)
+            held += with_inner(inner)
+    return held
 
 
 def leaves_zeros(optimizer: Optimizer) -> bool:

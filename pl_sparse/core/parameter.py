@@ -29,6 +29,7 @@ __all__ = [
 
 _LARGE = 1 << 18  # weights of a tensor, from which on its mask is turned into numbers piece by piece
 _PIECE = 1 << 16  # scores that are told apart at once
+_PLAIN = (Tensor, nn.Parameter)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
@@ -211,10 +212,10 @@ class MaskedParameter:
     @property
     def bits(self) -> Tensor:
         """The mask as integers of as many bytes as the weight's numbers, for `zero_pruned`."""
-        dtype = _INTEGERS[self.weight.element_size()]
-        if self._bits is None or self._bits.dtype != dtype:
-            self._bits = self.mask.to(dtype)
-        return self._bits
+        bits, size = self._bits, self.weight.element_size()
+        if bits is None or bits.element_size() != size:
+            bits = self._bits = self.mask.to(_INTEGERS[size])
+        return bits
 
     @torch.no_grad()
     def to_weight(self) -> None:
@@ -284,11 +285,10 @@ def unpacked(mask: Tensor, shape: torch.Size) -> Tensor:
     return torch.from_numpy(np.unpackbits(mask.cpu().numpy(), count=shape.numel())).view(torch.bool).reshape(shape)
 
 
-@torch.no_grad()
 def zero_pruned(
     tensors: Sequence[Tensor], params: Sequence[MaskedParameter], values: Sequence[Tensor] | None = None
 ) -> None:
-    """Set tensors to zero where weights are pruned, whatever is there.
+    """Set tensors to zero where weights are pruned, whatever is there. It is called without autograd.
 
     0 times infinity is NaN, but 0 times the integer with the same bits is 0, and 1 times it the same number: that is as
     fast as the product of floats, and masks are exact. The integers of large masks are made in pieces that stay in the
@@ -299,34 +299,40 @@ def zero_pruned(
         params: the weights.
         values: what is written where weights are kept; None: what is in the tensors.
     """
-    integers, bits = [], []
+    integers, masks = [], []
     for tensor, param, value in zip(tensors, params, tensors if values is None else values, strict=True):
-        if in_pieces(tensor, param):
-            _multiply(value, param.mask, tensor)
-        elif tensor.device.type == "cuda" and tensor.numel() > _LARGE and _is_plain(tensor, param):
-            dtype = _INTEGERS[tensor.element_size()]  # there a bool costs no more than a number that is kept for it
-            torch.mul(value.view(dtype), param.mask, out=tensor.view(dtype))
-        elif _is_plain(tensor, param):
-            if value is tensor:
-                bits.append(param.bits)
-                integers.append(tensor.view(bits[-1].dtype))
-            else:
-                torch.mul(value.view(param.bits.dtype), param.bits, out=tensor.view(param.bits.dtype))
-        else:
+        if not _is_plain(tensor, param):
             if value is not tensor:
                 tensor.copy_(value)
             tensor.mul_(param.factor) if tensor.is_sparse else tensor.masked_fill_(~param.mask, 0)
+        elif _is_large(tensor):
+            _multiply(value, param.mask, tensor)
+        elif tensor.numel() > _LARGE and tensor.device.type == "cuda":
+            dtype = _INTEGERS[tensor.element_size()]  # there a bool costs no more than a number that is kept for it
+            torch.mul(value.view(dtype), param.mask, out=tensor.view(dtype))
+        else:
+            bits = param.bits
+            number = tensor.view(bits.dtype)
+            if value is tensor:
+                integers.append(number)
+                masks.append(bits)
+            else:
+                torch.mul(value.view(bits.dtype), bits, out=number)
     if integers:
-        torch._foreach_mul_(integers, bits)
+        torch._foreach_mul_(integers, masks)
 
 
 def _is_plain(tensor: Tensor, param: MaskedParameter) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == param.weight.dtype and not tensor.is_sparse
+    return type(tensor) in _PLAIN and tensor.dtype == param.weight.dtype and not tensor.is_sparse
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.numel() > _LARGE and tensor.device.type == "cpu"
 
 
 def in_pieces(tensor: Tensor, param: MaskedParameter) -> bool:
     """Whether the mask of a tensor is turned into numbers piece by piece."""
-    return tensor.numel() > _LARGE and tensor.device.type == "cpu" and _is_plain(tensor, param)
+    return _is_plain(tensor, param) and _is_large(tensor)
 
 
 def _multiply(values: Tensor, mask: Tensor, out: Tensor) -> None:

@@ -156,8 +156,12 @@ def latent(params: Params) -> list[Tensor]:
 
 def with_gradients(params: Params) -> tuple[list[MaskedParameter], list[Tensor]]:
     """The weights that took part in the loss, and their gradients."""
-    ready = [param for param in params if param.weight.grad is not None]
-    return ready, [param.grad for param in ready if param.grad is not None]
+    ready, gradients = [], []
+    for param in params:
+        if (gradient := param.grad) is not None:
+            ready.append(param)
+            gradients.append(gradient)
+    return ready, gradients
 
 
 def mask_gradients(params: Params) -> None:

@@ -145,7 +145,7 @@ class Schedule(Axis, ABC):
             raise ValueError(f"{what}={time!r} is in epochs: call resolved(steps_per_epoch) first")
         return round(value * total) if unit == "fraction" else int(value)
 
-    def _interval(self, begin: int, end: int) -> int:
+    def interval(self, begin: int, end: int) -> int:
         """Optimizer steps between two updates, for a schedule from step `begin` to step `end`."""
         every = float(self.every)  # epochs are steps by now
         return max(round(every * (end - begin)), 1) if every < 1 else int(every)
@@ -162,7 +162,7 @@ class Schedule(Axis, ABC):
     def levels(self, step: int, total: int) -> tuple[float, ...]:
         """The sparsities due at this step, () when none is; several are reached one after the other (rounds)."""
         begin, end = self.span(total)
-        if step != end and (step < begin or step > end or (step - begin) % self._interval(begin, end)):
+        if step != end and (step < begin or step > end or (step - begin) % self.interval(begin, end)):
             return ()
         return (self.curve((step - begin) / (end - begin) if end > begin else 1.0),)
 

@@ -38,6 +38,7 @@ class Clock:
     _planned: tuple[int, int | None] | None = None  # the estimates before training
     _timed: Schedule = field(init=False)  # with epochs turned into steps
     _moves: bool = field(init=False)  # whether a time depends on the length of training or of an epoch
+    _interval: int = field(init=False, default=1)  # steps from one level to the next, where they are that regular
 
     def __post_init__(self) -> None:
         self._timed = self.schedule
@@ -68,6 +69,8 @@ class Clock:
         timed = self.schedule.resolved(per_epoch)
         span = timed.span(total)
         self._timed, self.total, self.per_epoch, self.span = timed, total, per_epoch, span
+        regular = type(timed).levels is Schedule.levels
+        self._interval = timed.interval(*span) if regular else 1
 
     def follow(self, step: int, progress: float | None, epochs: float | None) -> bool:
         """Estimate the length of training and of an epoch anew, where the steps taken are not those that were expected.
@@ -134,7 +137,8 @@ class Clock:
 
     def levels(self, step: int) -> tuple[float, ...]:
         """The sparsities due at a step, one after the other; () when none is."""
-        if self.total is None or not self.span[0] <= step <= self.span[1]:
+        begin, end = self.span
+        if self.total is None or not begin <= step <= end or (step != end and (step - begin) % self._interval):
             return ()
         return self._timed.levels(step, self.total)
 
