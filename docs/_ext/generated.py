@@ -93,7 +93,7 @@ def parameters(found: Option) -> list[str]:
         return ["It has no keys.", ""]
     prefix = "" if found.group in ("method", "target", "experiment") else f"{found.group}."
     rows = [f"| {code(prefix + p.key)} | {code(p.default)} | {cell(p.sentence)} |" for p in found.parameters]
-    return ["| key | default | |", "|---|---|---|", *rows, ""]
+    return ["| key | default | meaning |", "|---|---|---|", *rows, ""]
 
 
 def link(group: str, name: str) -> str:
@@ -154,7 +154,7 @@ def configuration() -> None:
         "",
         "## Keys of a run",
         "",
-        "| key | default | |",
+        "| key | default | meaning |",
         "|---|---|---|",
         *rows,
         "",
@@ -305,7 +305,7 @@ def cards() -> None:
         lines += ["```{code-block} yaml", f":caption: conf/method/{name}.yaml", "", yaml, "```", ""]
         if found.parameters:
             rows = [f"| {code(p.key)} | {code(p.default)} | {cell(p.sentence)} |" for p in found.parameters]
-            lines += ["| key | set to | |", "|---|---|---|", *rows]
+            lines += ["| key | set to | meaning |", "|---|---|---|", *rows]
         write(f"methods/{name}.md", *lines)
 
 
