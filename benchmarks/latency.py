@@ -53,7 +53,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     chance = random.Random(0)
-    options = {"width": arguments.width} if arguments.width else {}
+    named = "dim" if arguments.model == "vit_tiny" else "width"
+    options = {named: arguments.width} if arguments.width else {}
     make = mobilenet if arguments.model == "mobilenet" else getattr(models, arguments.model)
     dense = make(shape=(1, arguments.size, arguments.size), classes=10, **options).eval()
     x = torch.randn(arguments.batch, 1, arguments.size, arguments.size)
