@@ -189,3 +189,33 @@ def test_structures_look_at_computed_weights_without_computing_them(kind: str, s
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     computed = [param.name for param in pruner.params if param.name.endswith(NORMS[kind][1])]
     assert bool(computed) is ("spectral" in kind and structure != "coupled")
+
+
+@pytest.mark.parametrize("names", [("first", "second", "third"), ("a", "b")])
+def test_matrices_of_one_shape_that_follow_one_another_are_told_apart(names: tuple[str, ...]) -> None:
+    """Each in turn was compared with the one that is multiplied last, and left out for its zeros."""
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in names:
+                setattr(self, name, nn.Parameter(torch.randn(8, 8)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for name in names:
+                x = torch.tanh(x @ getattr(self, name))
+            return x
+
+    pruner = Pruner(sparsity=0.5)
+    pruner.attach(Chain())
+    assert [param.name for param in pruner.params] == list(names) and not pruner.skipped
+
+    class Scaled(Chain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for name in names:
+                weight = getattr(self, name)
+                x = x @ (weight - weight.mean())
+            return x
+
+    with pytest.raises(ValueError, match="its zeros are no zeros of the weight"):
+        Pruner(sparsity=0.5).attach(Scaled())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,9 +99,10 @@ def _trial(module: nn.Module, short: str, inputs: tuple[Tensor, ...]) -> tuple[T
     """A copy of the weight, and what gives what is multiplied with inputs in its place."""
     twin = _drawn(module, torch.Generator().manual_seed(0), 0.5)
     tensor = twin._parameters[short].data
+    others = [other for name, other in (*twin.named_parameters(), *twin.named_buffers()) if name != short]
 
     def compute() -> Tensor:
-        with _Products(tensor, inputs) as products:
+        with _Products(tensor, inputs, others) as products:
             type(module).forward(twin, *inputs)
         if products.found is None:
             raise ValueError("its layer multiplies nothing of its size with inputs")
@@ -111,18 +112,22 @@ def _trial(module: nn.Module, short: str, inputs: tuple[Tensor, ...]) -> tuple[T
 
 
 class _Products(TorchFunctionMode):
-    """Keeps the last factor of a product that has a weight's size, in the shape of the weight.
+    """Keeps a factor of a product that has a weight's size, in the shape of the weight: of several the one with most of
+    its zeros, and of equal ones the last.
 
     Args:
         weight: of a matrix with as many rows as columns its zeros tell which way it was turned.
-        inputs: what is no such factor.
+        inputs: what is not such a factor.
+        others: what else the layer has: it may multiply with matrices of the same shape, one after the other.
     """
 
-    def __init__(self, weight: Tensor, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, weight: Tensor, inputs: tuple[Tensor, ...], others: Sequence[Tensor]) -> None:
         super().__init__()
         self.zeros = weight == 0
         self.inputs = inputs
+        self.others = {_memory(other) for other in others} - {None}
         self.found: Tensor | None = None
+        self.most = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -132,10 +137,13 @@ class _Products(TorchFunctionMode):
             for factor in (*args, *kwargs.values()):
                 if not isinstance(factor, Tensor) or any(factor is x for x in self.inputs):
                     continue
+                if _memory(factor) in self.others:
+                    continue
                 turned = (factor, factor.mT) if factor.dim() == 2 else (factor,)
                 fitting = [value.detach().clone() for value in turned if value.shape == self.zeros.shape]
-                if fitting:
-                    self.found = max(fitting, key=lambda value: int((value[self.zeros] == 0).sum()))
+                zeros = [int((value[self.zeros] == 0).sum()) for value in fitting]
+                if fitting and max(zeros) >= self.most:
+                    self.found, self.most = fitting[zeros.index(max(zeros))], max(zeros)
         return func(*args, **kwargs)
 
 
@@ -176,3 +184,8 @@ def _rescaled(module: nn.Module) -> bool:
         return not torch.allclose(effects[0], effects[1], rtol=1e-3, atol=1e-4 * scale)
     except Exception:  # of code that is not ours, that wants other inputs
         return False
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Where the numbers of a tensor, and of its views, are; None for a class of its own."""
+    return tensor.untyped_storage().data_ptr() if type(tensor) in (Tensor, nn.Parameter) else None
