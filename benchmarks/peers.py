@@ -91,6 +91,22 @@ def torch_ao(net: nn.Module) -> tuple[list[Callback], Callable[[Any], Optimizer]
     return [], sgd
 
 
+class _Pass(Callback):
+    """Nothing but what masks at rest need: one pass over the gradients."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.weights = [layer.weight for layer in layers(net)]
+        self.bits = [(torch.rand_like(w) >= SPARSITY).to(torch.int32) for w in self.weights]
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        torch._foreach_mul_([w.grad.view(torch.int32) for w in self.weights], self.bits)
+
+
+def one_pass(net: nn.Module) -> tuple[list[Callback], Callable[[Any], Optimizer]]:
+    return [_Pass(net)], sgd
+
+
 def pat(net: nn.Module) -> tuple[list[Callback], Callable[[Any], Optimizer]]:
     """Its penalty shrinks weights in each step, so that the sparsity comes out of training."""
     from torchao.prototype.pat.optim import PruneOptimizer
@@ -117,6 +133,7 @@ def sparsimony(net: nn.Module) -> tuple[list[Callback], Callable[[Any], Optimize
 
 
 MASKED: dict[str, Way] = {
+    "one pass, and nothing else": one_pass,
     "torch.nn.utils.prune": nn_utils_prune,
     "Lightning ModelPruning": model_pruning,
     "torch.ao.pruning": torch_ao,
