@@ -166,6 +166,19 @@ class Shared(nn.Module):
         return self.head(torch.relu(self.layer(x)) * self.scale)
 
 
+class Positions(nn.Module):
+    """A product of integers, as positions of tokens are, that a table looks up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer, self.head = nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = (x[..., 0] > -9).int()
+        places = ((there.cumsum(1).type_as(there) + 0) * there).long() + 1
+        return self.head(torch.relu(self.layer(x) + self.table(places)))
+
+
 @dataclass(frozen=True)
 class Case:
     """A network.
@@ -194,6 +207,7 @@ CASES = {
     "tied": Case(lambda: _of(nn.Linear(8, 8), Tied()), (8, 8)),
     "shared, constants": Case(Shared, (8, 8)),
     "attention": Case(Attention, (8, 3, 8, 8), {"add": ("position",)}),
+    "products of integers": Case(Positions, (8, 5, 8), {"embedding": ("table.weight",)}),
     "recurrent": Case(Recurrent, (8, 5, 6), {"lstm": ("rnn.weight_ih_l0", "rnn.weight_hh_l0")}),
     "signals, depthwise": Case(Signal, (8, 4, 12)),
     "transposed with a norm": Case(UNet, (8, 3, 8, 8)),
@@ -207,6 +221,18 @@ CASES = {
             nn.Linear(128, 3),
         ),
         (4, 2, 4, 6, 6),
+    ),
+    "paddings in words": Case(
+        lambda: _of(
+            nn.Conv2d(4, 8, 3, padding="valid"),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding="same", groups=8),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 1, padding="valid"),
+        ),
+        (8, 4, 8, 8),
     ),
     "linear with a norm": Case(lambda: _of(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)), (8, 8)),
     "norms before layers": Case(

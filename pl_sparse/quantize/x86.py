@@ -76,6 +76,7 @@ def x86_quantizer(training: bool) -> Any:
                 _annotate_signals(model, activations, weights)
             _annotate_others(model, activations, weights)
             _annotate_sums(model, activations)
+            _leave_integers(model)
             mark(model)
             return model
 
@@ -130,7 +131,7 @@ def _number_paddings(model: torch.fx.GraphModule) -> None:
         given: list[Any] = [*conv.args, *(None, 1, "valid", 1, 1)[len(conv.args) - 2 :]]
         x, weight, bias, stride, padding, dilation, groups = given
         kernel = weight.meta["val"].shape[2:]
-        each = [dilation] * len(kernel) if isinstance(dilation, int) else dilation
+        stride, each = ([n] * len(kernel) if isinstance(n, int) else n for n in (stride, dilation))
         reach = [0 if padding == "valid" else d * (k - 1) for d, k in zip(each, kernel, strict=True)]
         if any(total % 2 for total in reach):
             uneven = [pad for total in reversed(reach) for pad in (total // 2, total - total // 2)]
@@ -138,7 +139,7 @@ def _number_paddings(model: torch.fx.GraphModule) -> None:
                 x = model.graph.call_function(ops.constant_pad_nd.default, (x, uneven))
             reach = [0] * len(reach)
         conv.target = numbered[conv.target]
-        conv.args = (x, weight, bias, stride, [total // 2 for total in reach], dilation, groups)
+        conv.args = (x, weight, bias, stride, [total // 2 for total in reach], each, groups)
     model.recompile()
 
 
@@ -202,3 +203,20 @@ def _annotate_sums(model: torch.fx.GraphModule, spec: Any) -> None:
             if layer is not None and layer.output_qspec is not None and len(source.users) == 1:
                 layer.output_qspec = None
                 node.meta[key] = integer_output(spec)
+
+
+def _leave_integers(model: torch.fx.GraphModule) -> None:
+    """No rounding of what counts already: positions of tokens, indices, masks."""
+    key = "quantization_annotation"
+
+    def counts(node: torch.fx.Node) -> bool:
+        value = node.meta.get("val")
+        return isinstance(value, torch.Tensor) and not value.is_floating_point()
+
+    for node in model.graph.nodes:
+        annotation = node.meta.get(key)
+        if annotation is not None and counts(node):
+            del node.meta[key]
+        elif annotation is not None:
+            for source in [source for source in annotation.input_qspec_map if counts(source)]:
+                del annotation.input_qspec_map[source]
