@@ -1,6 +1,7 @@
 """What only a GPU shows, and that the benchmark for it runs: at tiny sizes, on the CPU too."""
 
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -225,17 +226,19 @@ def test_all_that_belongs_to_weights_moves_with_them(scorer: str) -> None:
 
 @on_gpu
 def test_a_model_on_two_devices() -> None:
-    def masks(allocation: str, *devices: str) -> list[torch.Tensor]:
+    def masks(allocation: str, *devices: str, tied: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         net = nn.Sequential(*(nn.Linear(64, 64).to(device) for device in devices))
+        for layer in net if tied else ():
+            layer.weight.data.mul_(50).round_()
         pruner = Pruner(sparsity=0.9, schedule="constant", allocation=allocation)
         pruner.attach(net)
         pruner.prepare(10)
         pruner.advance()
         return [param.mask.cpu() for param in pruner.params]
 
-    for allocation in ("global", "uniform", "erk", "lamp"):
-        apart, together = masks(allocation, "cpu", "cuda", "cpu"), masks(allocation, "cpu", "cpu", "cpu")
+    for allocation, tied in product(("global", "uniform", "erk", "lamp"), (False, True)):
+        apart, together = (masks(allocation, "cpu", device, "cpu", tied=tied) for device in ("cuda", "cpu"))
         assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pl_sparse.allocation.units import LazyScores
 from pl_sparse.core import topk
 from pl_sparse.core.topk import threshold, top_k
 
@@ -119,6 +120,23 @@ def test_dead_units_are_not_searched(kept: float, monkeypatch: pytest.MonkeyPatc
         expected[flat.sort(descending=True, stable=True).indices[:keep]] = True
         assert torch.equal(torch.cat(list(topk.threshold(scores, keep).masks(scores))), expected)
     assert sum(searched) < 0.2 * len(flat)
+
+
+def test_scores_are_made_twice_where_a_sample_bounds_the_threshold() -> None:
+    """Once for the sample and once for what lies between the bounds; one of them once more, for its type."""
+
+    class Made(LazyScores):
+        def __init__(self, scores: list[torch.Tensor]) -> None:
+            self.scores, self.made = scores, 0
+            self.sizes, self.devices = topk.sizes(scores), topk.devices(scores)
+
+        def at(self, index: int) -> torch.Tensor:
+            self.made += 1
+            return self.scores[index]
+
+    scores = Made([torch.randn(200_000) for _ in range(4)])
+    assert threshold(scores, 300_000) == threshold(scores.scores, 300_000)
+    assert scores.made == 2 * 4 + 1
 
 
 def test_all_equal_keeps_the_first() -> None:

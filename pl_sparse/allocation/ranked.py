@@ -81,7 +81,7 @@ class _Lamp(LazyScores):
 
     def __init__(self, units: Units) -> None:
         self.units = units
-        self.sizes = units.sizes
+        self.sizes, self.devices = units.sizes, units.devices
 
     def at(self, index: int) -> Tensor:
         return lamp(self.units.at(index))
@@ -207,8 +207,9 @@ class LAMP(_Ranked):
         return _Lamp(units)
 
     def counts(self, units: Units, keep: int) -> list[int]:
-        on_cpu = all(group.members[0][0].mask.device.type == "cpu" for group in units.groups)
-        return _lamp_counts(units, keep) if on_cpu else super().counts(units, keep)  # there a sort is soon done
+        if any(device.type != "cpu" for device in units.devices):  # where a sort is soon done
+            return super().counts(units, keep)
+        return _lamp_counts(units, keep)
 
     def refusal(self, axes: Axes) -> str | None:
         if axes.scorer.signed:

@@ -24,9 +24,11 @@ class LazyScores(Sequence[Tensor]):
 
     Attributes:
         sizes: how many scores each tensor has, known without computing them.
+        devices: where each is, likewise.
     """
 
     sizes: list[int]
+    devices: list[torch.device]
 
     @abstractmethod
     def at(self, index: int) -> Tensor:
@@ -88,6 +90,7 @@ class Units(LazyScores):
         self.monotone = monotone
         self.unit_scores = unit_scores
         self.sizes = [structure.pool(torch.empty(group.shape, device="meta")).numel() for group in groups]
+        self.devices = [group.members[0][0].mask.device for group in groups]
         self.weights = [group.numel // size for group, size in zip(groups, self.sizes, strict=True)]
         self.unfed = self._unfed() if unfed is None else unfed
         self.pointwise = pointwise
@@ -97,7 +100,7 @@ class Units(LazyScores):
         group = self.groups[index]
         units = self._scores(group)
         if id(group) not in self._checked:
-            self._check(index, units)
+            self._check(group, units)
         if self.monotone and group.pruned:  # below all others, but finite: LAMP squares scores
             units = where_kept(units, self.alive(index))
         return units
@@ -107,16 +110,18 @@ class Units(LazyScores):
         units = self.unit_scores(group)
         return self._mean(group) if units is None else units
 
-    def _check(self, index: int, units: Tensor) -> None:
+    def _check(self, group: Group, units: Tensor) -> None:
         """Refuse NaN in the scores of a group; on another device than the CPU in those of all groups at once, so that
         the host waits once."""
-        group = self.groups[index]
-        if units.device.type == "cpu":
-            due = [(group, units.sum())]  # not finite where a score is NaN
-        else:
-            left = [other for other in self.groups if id(other) not in self._checked and other is not group]
-            left = [other for other in left if other.members[0][0].mask.device == units.device]
-            due = [(group, units.sum()), *((other, self._scores(other).sum()) for other in left)]
+        due = [(group, units.sum())]  # not finite where a score is NaN
+        for other, device in zip(self.groups, self.devices, strict=True):
+            if (
+                device.type != "cpu"
+                and device == units.device
+                and other is not group
+                and id(other) not in self._checked
+            ):
+                due.append((other, self._scores(other).sum()))
         totals = torch.stack([total.float() for _, total in due]).tolist()
         for (other, _), total in zip(due, totals, strict=True):
             if not math.isfinite(total):
@@ -129,7 +134,7 @@ class Units(LazyScores):
         alone = len(group.members) == 1 and isinstance(self.structure, Unstructured) and param.name not in self.unfed
         if not (alone and self.pointwise and param.is_flat) or self.unit_scores(group) is not None:
             return None
-        if param.mask.device.type != "cpu" and param.numel <= SORTED:
+        if self.devices[index].type != "cpu" and param.numel <= SORTED:
             return None
         return param.shape, self._scored(param, step)
 

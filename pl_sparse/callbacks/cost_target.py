@@ -178,7 +178,7 @@ class CostTarget(Callback):
             return self._times_less(module, pruner, example), budget.cost(kept)
 
         full = budget.cost(budget.units)
-        wanted = {"speedup": self.asked, "ms": 1.0}.get(self.what, 1 / self.asked) * _MARGIN.get(self.what, 1.0)
+        wanted = self._enough * _MARGIN.get(self.what, 1.0)
         multiples = _MULTIPLES if self._timed and budget.multiple == 1 else (budget.multiple,)
         found = most = 0.0
         chosen = budget
@@ -198,15 +198,14 @@ class CostTarget(Callback):
                 if times >= wanted and (cost := _largest(partial(left, tried), low, cost, wanted)) > found:
                     chosen, found = tried, cost
             if not found:
-                figure = {"speedup": most, "ms": self.asked / most}.get(self.what, 1 / most)
                 spare = f", and {wanted:.3g} is needed, with a margin" if self.what == "speedup" else ""
                 raise ValueError(
                     f"target {self.what}={self.asked:g} cannot be met: with {budget.multiple} channel"
-                    f"{'s' * (budget.multiple > 1)} in each group that can be pruned, {self.what} is {figure:.3g}"
-                    + spare
+                    f"{'s' * (budget.multiple > 1)} in each group that can be pruned, {self.what} is "
+                    f"{self._figure(most):.3g}" + spare
                 )
-            times = {"speedup": self.asked, "ms": self._ms[0] / self.asked}.get(self.what, 0.0)
-            if found * _SPARED * times**2 < full and self._timed:
+            times = self._ms[0] / self.asked if self.what == "ms" else self.asked
+            if self._timed and found * _SPARED * times**2 < full:
                 raise ValueError(
                     f"target {self.what}={self.asked:g} would remove {1 - found / full:.1%} of the "
                     "multiply-accumulates: the time of this network hardly depends on its channels. Ask for less, or "
@@ -221,6 +220,15 @@ class CostTarget(Callback):
         return found * (1 + 1e-9), chosen.multiple
 
     # Costs
+
+    @property
+    def _enough(self) -> float:
+        """What `_times_less` is where the target is just met."""
+        return {"speedup": self.asked, "ms": 1.0}.get(self.what, 1 / self.asked)
+
+    def _figure(self, times: float) -> float:
+        """What `_times_less` is, as the target is given."""
+        return {"speedup": times, "ms": self.asked / times}.get(self.what, 1 / times)
 
     def _times_less(self, module: LightningModule, pruner: Pruner, example: Any) -> float:
         """How many times less than the dense network, or than asked for, it costs without the channels masked now."""
@@ -265,9 +273,9 @@ class CostTarget(Callback):
             return
         times = self._times_less(pl_module, Sparsity.of(trainer).pruner, example_of(trainer, pl_module))
         self._dense = None
-        self.achieved = {"speedup": times, "ms": self._ms[1]}.get(self.what, 1 / times)
+        self.achieved = self._figure(times)
         line = f"target {self.what}={self.asked:g}: {self.achieved:.3g}"
-        self.met = times >= {"speedup": self.asked, "ms": 1.0}.get(self.what, 1 / self.asked)
+        self.met = times >= self._enough
         if not self.met:
             rank_zero_warn(f"{line}, of the trained network, misses the target")
         else:

@@ -147,15 +147,13 @@ class Threshold:
                 if among is not None and self.value == torch.finfo(scored.dtype).min:
                     run = scored.masked_fill(~among, self.value), None
                 chosen = _compared(run, operator.ge if every else operator.gt, self.value)
-                if every or not self.ties:
-                    pass
-                elif chosen.device.type != "cpu":
-                    first, left = _first(_compared(run, operator.eq, self.value), left)
-                    chosen |= first
-                elif left:
+                if isinstance(left, Tensor) or (left and not every):
                     tied = _compared(run, operator.eq, self.value)
-                    if counted(tied):
-                        places = tied.nonzero().squeeze(1)[: int(left)]
+                    if isinstance(left, Tensor) or tied.device.type != "cpu":
+                        first, left = _first(tied, left)
+                        chosen |= first
+                    elif counted(tied):
+                        places = tied.nonzero().squeeze(1)[:left]
                         chosen[places] = True
                         left -= places.numel()
                 parts.append(chosen)
@@ -309,14 +307,15 @@ def threshold(scores: Sequence[Tensor], keep: int, reduce: Callable[[Tensor], Te
         raise ValueError(f"keep must be 0 or more, got {keep}")
     if keep == 0:
         return Threshold(float("inf"), 0, -1)
+    home = next((device for device in devices(scores) if device.type != "cpu"), None)
+    large = home is None and reduce is _alone and sum(sizes(scores)) > _LARGE
+    if large and (bracketed := _bracketed(scores, keep)) is not None:
+        return bracketed
     some = [_some(scores, index) for index in range(len(scores))]
     dtype = torch.float64 if any(score.dtype == torch.float64 for score in some) else torch.float32
-    bits = 64 if dtype == torch.float64 else 32
-    home = next((score.device for score in some if score.device.type != "cpu"), None)
     if home is not None:
         return _on_device(scores, keep, reduce, dtype, home)
-    if reduce is _alone and sum(sizes(scores)) > _LARGE and (bracketed := _bracketed(scores, keep)) is not None:
-        return bracketed
+    bits = 64 if dtype == torch.float64 else 32
     pool: list[Tensor] | None = None  # the candidates, once they are few
     above, prefix, used = 0, 0, bits  # `used`: the shift down to which the bits of the threshold are known
     equal = 0
@@ -416,6 +415,12 @@ def sizes(scores: Sequence[Tensor]) -> list[int]:
     """How many scores each tensor holds."""
     counts: list[int] | None = getattr(scores, "sizes", None)  # of a lazy sequence, without computing the scores
     return counts if counts is not None else [score.numel() for score in scores]
+
+
+def devices(scores: Sequence[Tensor]) -> list[torch.device]:
+    """Where each tensor of scores is."""
+    places: list[torch.device] | None = getattr(scores, "devices", None)  # of a lazy sequence, likewise
+    return places if places is not None else [score.device for score in scores]
 
 
 def _refuse_nan(histogram: Tensor, scores: Sequence[Tensor], bits: int, width: int) -> None:

@@ -68,14 +68,10 @@ class Row(Structure):
         lucky = top_k(bound, more)  # one more where that one is best
         chosen = rows > bound.unsqueeze(1)
         missing = each + lucky.long() - chosen.sum(1, dtype=torch.int32)
-        if rows.device.type != "cpu":  # where it costs more to ask which rows there are than to do all
-            equal = rows == bound.unsqueeze(1)
-            chosen |= equal & (equal.cumsum(1, dtype=torch.int32) <= missing.unsqueeze(1))
-            return chosen.reshape(units.shape)
-        short = missing.nonzero().squeeze(1)
-        if len(short):  # the first of those that equal the bound
-            equal = rows[short] == bound[short].unsqueeze(1)
-            chosen[short] |= equal & (equal.cumsum(1, dtype=torch.int32) <= missing[short].unsqueeze(1))
+        # the first of those that equal the bound; on a GPU it costs more to ask which rows are short than to do all
+        short = missing.nonzero().squeeze(1) if rows.device.type == "cpu" else slice(None)
+        equal = rows[short] == bound[short].unsqueeze(1)
+        chosen[short] |= equal & (equal.cumsum(1, dtype=torch.int32) <= missing[short].unsqueeze(1))
         return chosen.reshape(units.shape)
 
     def exchange(self, chosen: Tensor, wanted: Tensor) -> Tensor:
