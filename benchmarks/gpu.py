@@ -231,44 +231,43 @@ def passed(net: nn.Module) -> None:
 
 def inference(bench: Bench) -> dict[str, Any]:
     """2:4 against dense linear layers in half precision, by shape and batch."""
-    found: dict[str, Any] = {}
-    for out, inputs in [(64, 64)] if bench.tiny else SHAPES:
-        for rows in (64,) if bench.tiny else (128, 1024, 8192):
-            weight = torch.randn(out, inputs, device=bench.device, dtype=torch.float16)
-            kept = weight.abs().unflatten(1, (-1, 4)).topk(2, -1).indices
-            mask = torch.zeros_like(weight).unflatten(1, (-1, 4)).scatter_(-1, kept, 1).flatten(1)
-            x = torch.randn(rows, inputs, device=bench.device, dtype=torch.float16)
-            F.linear(x, weight)  # the first call starts the library
-            dense = bench.seconds(lambda w=weight, x=x: F.linear(x, w), 3 if bench.tiny else 50)
-            row: dict[str, Any] = {"dense": dense}
-            if bench.device.type == "cuda":
-                from torch.sparse import to_sparse_semi_structured
 
-                sparse = to_sparse_semi_structured(weight * mask)
-                F.linear(x, sparse)
-                row["2:4"] = bench.seconds(lambda w=sparse, x=x: F.linear(x, w), 50)
-                row["faster"] = dense / row["2:4"]
-            found[f"{out}x{inputs}, {rows} rows"] = row
-    return found
+    def halved(weight: Tensor) -> Tensor:
+        from torch.sparse import to_sparse_semi_structured
+
+        kept = weight.abs().unflatten(1, (-1, 4)).topk(2, -1).indices
+        mask = torch.zeros_like(weight).unflatten(1, (-1, 4)).scatter_(-1, kept, 1).flatten(1)
+        sparse: Tensor = to_sparse_semi_structured(weight * mask)
+        return sparse
+
+    return products(bench, "2:4", halved)
 
 
 def blocks(bench: Bench) -> dict[str, Any]:
     """Linear layers with nine in ten blocks of 64 x 64 zero, as torch's BSR, against dense ones in half precision."""
+
+    def blocked(weight: Tensor) -> Tensor:
+        kept = torch.rand(weight.shape[0] // 64, weight.shape[1] // 64, device=weight.device) < 0.1
+        kept[0, 0] = True
+        return (weight * kept.repeat_interleave(64, 0).repeat_interleave(64, 1)).to_sparse_bsr((64, 64))
+
+    return products(bench, "blocks", blocked)
+
+
+def products(bench: Bench, name: str, made: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Seconds of linear layers in half precision, dense and, on a GPU, with sparse weights made of theirs."""
     found: dict[str, Any] = {}
-    for out, inputs in [(128, 128)] if bench.tiny else SHAPES:
+    for out, inputs in [(64, 64)] if bench.tiny else SHAPES:
         for rows in (64,) if bench.tiny else (128, 1024, 8192):
             weight = torch.randn(out, inputs, device=bench.device, dtype=torch.float16)
-            kept = torch.rand(out // 64, inputs // 64, device=bench.device) < 0.1
-            kept[0, 0] = True
-            weight *= kept.repeat_interleave(64, 0).repeat_interleave(64, 1)
             x = torch.randn(rows, inputs, device=bench.device, dtype=torch.float16)
-            F.linear(x, weight)
-            row = {"dense": bench.seconds(lambda w=weight, x=x: F.linear(x, w), 3 if bench.tiny else 50)}
-            if bench.device.type == "cuda":
-                sparse = weight.to_sparse_bsr((64, 64))
-                F.linear(x, sparse)
-                row["blocks"] = bench.seconds(lambda w=sparse, x=x: F.linear(x, w), 50)
-                row["faster"] = row["dense"] / row["blocks"]
+            row = {}
+            weights = {"dense": weight} | ({name: made(weight)} if bench.device.type == "cuda" else {})
+            for key, factor in weights.items():
+                F.linear(x, factor)  # the first call starts the library
+                row[key] = bench.seconds(lambda w=factor, x=x: F.linear(x, w), 3 if bench.tiny else 50)
+            if name in row:
+                row["faster"] = row["dense"] / row[name]
             found[f"{out}x{inputs}, {rows} rows"] = row
     return found
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from benchmarks.training import quiet_trainer
 from pl_sparse import Sparsity
 from pl_sparse.callbacks import Compact
 from pl_sparse.schedule import Cubic
@@ -29,14 +30,7 @@ def trained(optimizer: str, path: Path, compact: bool, resumed: bool = False, **
     schedule = Cubic(final=0.9, begin=0.0, end=0.8, every=2)
     callbacks: list[Callback] = [Sparsity(schedule=schedule, report=False, **options)]
     callbacks += [Compact()] * compact + [ModelCheckpoint(path, "{epoch}", save_top_k=-1, enable_version_counter=False)]
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(max_epochs=2, callbacks=callbacks, enable_checkpointing=True)
     generator = torch.Generator().manual_seed(1)
     data = Batches(torch.randn(80, 1, 8, 8, generator=generator), torch.randint(10, (80,), generator=generator), 8)
     trainer.fit(

@@ -13,6 +13,7 @@ from test_app import config
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.training import quiet_trainer
 from pl_sparse import Sparsity
 from pl_sparse.allocation import kept
 from pl_sparse.app.hydra_api import instantiate
@@ -146,15 +147,10 @@ def test_every_method_in_other_precisions(method: str, precision: Any, tmp_path:
         others = [instantiate(cfg[group]) if cfg.get(group) else None for group in ("regularizer", "rewind")]
         callbacks = [callback for callback in (others[0], sparsity, others[1], RandomState(), *extra) if callback]
         schedule = sparsity.pruner.schedule
-        trainer = Trainer(
+        trainer = quiet_trainer(
             max_epochs=schedule.training_epochs if isinstance(schedule, Tickets) else epochs,
             precision=precision,
-            accelerator="cpu",
             callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             default_root_dir=tmp_path,
         )
         x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from benchmarks.training import quiet_trainer
 from pl_sparse import Sparsity
 from pl_sparse.callbacks import Quantize
 from pl_sparse.export import ONNX, ONNXInt8
@@ -42,16 +42,7 @@ def train(net: nn.Module, batches: list[Any], folder: Path) -> tuple[Sparsity, Q
     """Half of the weights masked, then integers; with what was warned of, and what refused it before training."""
     sparsity = Sparsity(sparsity=0.5, schedule="oneshot", allocation="uniform", misfit="dense", report=False)
     quantize = Quantize(Int8(), begin=0.5, freeze=0.75)
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-        callbacks=[sparsity, quantize],
-    )
+    trainer = quiet_trainer(max_epochs=1, default_root_dir=folder, callbacks=[sparsity, quantize])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
