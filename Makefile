@@ -36,7 +36,7 @@ test: install ## Run the tests (the slow ones excepted)
 	$(BIN)/pytest
 
 test-docs: install ## Run the commands of the documentation, and compare its table of figures
-	$(BIN)/pytest -m docs --timeout 1800 tests/test_documented.py tests/test_site.py
+	$(BIN)/pytest -m docs --timeout 1800 tests/test_documented.py tests/test_site.py tests/test_contributing.py tests/test_own.py
 
 test-slow: install ## Run the slow tests
 	$(BIN)/pytest -m slow
@@ -98,7 +98,7 @@ $(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 
 bench: $(PEERS)/.installed ## Measure what masks cost beside other libraries, in 15 minutes on two cores, and write docs/performance.md
 	@for script in step topk update costs; do echo "== $$script"; $(PEERS)/bin/python benchmarks/$$script.py --json docs/data/$$script.json || exit 1; done
-	$(PEERS)/bin/python benchmarks/update.py --millions 85 --only global uniform --json docs/data/update85.json
+	$(PEERS)/bin/python benchmarks/update.py --millions 85 --json docs/data/update85.json
 	$(PEERS)/bin/python benchmarks/report.py
 
 bench-exports: $(PEERS)/.installed ## Measure what is gained from zeros: audits, exported models, predicted latency, shrinking

@@ -86,14 +86,31 @@ def draw() -> None:
 
 
 def update() -> str:
-    rows = []
+    parts = []
     for name in ("update", "update85"):
         figures = data(name)
-        for way, row in figures.items():
-            if isinstance(row, dict):
-                first, later = (f"{row[key]:.2f} ({row[key] / row['pass']:.1f})" for key in ("first", "later"))
-                rows.append((f"{figures['millions']:g}", way, first, later, f"{row['memory']:.2f}"))
-    return table(("million weights", "masks", "first, s (passes)", "later, s (passes)", "extra memory / weights"), rows)
+        goal = "0.4 s" if name == "update85" else ""
+        rows = [
+            (
+                way,
+                *(f"{row[key]:.2f}" for key in ("first", "later")),
+                goal,
+                f"{row['passes']:.1f}",
+                f"{row['memory']:.2f}",
+            )
+            for way, row in figures.items()
+            if isinstance(row, dict)
+        ]
+        head = (
+            f"{figures['millions']:g} million weights",
+            "first, s",
+            "later, s",
+            "goal",
+            "passes",
+            "extra memory / weights",
+        )
+        parts.append(table(head, rows) + f"\n\n{figures['threads']} thread(s).")
+    return "\n\n".join(parts)
 
 
 def sizes() -> str:

@@ -1,10 +1,10 @@
 """The time of a mask update by structure and allocation: the first masks of a model, and those after them.
 
-    python benchmarks/update.py [--millions 20] [--only lamp row] [--json FILE]
+    python benchmarks/update.py [--millions 20] [--only LAMP row] [--json FILE]
 
-Times are of the processor, all threads together, so that a machine with other work says the same. They are given in
-passes too: multiples of `weight.abs()` of all weights. Extra memory is the peak of the process beyond what it had
-before, as a share of the weights'; the masks and what applies them are part of it.
+Seconds are of the wall; later ones are the best of several. The processor's time, all threads together, is given in
+passes: multiples of `weight.abs()` of all weights. Extra memory is the peak of the process beyond what it had before,
+as a share of the weights'; the masks and what applies them are part of it.
 """
 
 from __future__ import annotations
@@ -68,13 +68,15 @@ def measure(way: str, millions: float) -> None:
     pruner._clock.fit(UPDATES)
     times = []
     for step in range(UPDATES):
-        start = time.process_time()
+        wall, processor = time.perf_counter(), time.process_time()
         with torch.no_grad():
             pruner._update(step)
-        times.append(time.process_time() - start)
+        times.append((time.perf_counter() - wall, time.process_time() - processor))
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     first = 0 if "updater" in options else 1  # the cubic curve begins at 0
-    print(min(passes), times[first], min(times[first + 1 :]), peak / sum(4 * w.numel() for w in weights), pruner.kept)
+    wall, processor = (min(spent) for spent in zip(*times[first + 1 :], strict=True))
+    share = peak / sum(4 * w.numel() for w in weights)
+    print(times[first][0], wall, processor / min(passes), share, pruner.kept)
 
 
 def main() -> None:
@@ -88,16 +90,15 @@ def main() -> None:
         measure(arguments.way, arguments.millions)
         return
     title = f"{arguments.millions:g} million weights, {torch.get_num_threads()} threads"
-    table = Table("masks", "first, s", "passes", "later, s", "passes", "extra memory / weights", "kept", title=title)
+    table = Table("masks", "first, s", "later, s", "passes", "extra memory / weights", "kept", title=title)
     figures: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     figures["millions"] = arguments.millions
     for way in arguments.only:
         command = [sys.executable, __file__, "--way", way, "--millions", str(arguments.millions)]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        once, first, later, memory, kept = map(float, out.split())
-        figures[way] = {"first": first, "later": later, "pass": once, "memory": memory, "kept": kept}
-        row = (f"{first:.3f}", f"{first / once:.1f}", f"{later:.3f}", f"{later / once:.1f}", f"{memory:.2f}")
-        table.add_row(way, *row, f"{kept:,.0f}")
+        first, later, passes, memory, kept = map(float, out.split())
+        figures[way] = {"first": first, "later": later, "passes": passes, "memory": memory, "kept": kept}
+        table.add_row(way, f"{first:.3f}", f"{later:.3f}", f"{passes:.1f}", f"{memory:.2f}", f"{kept:,.0f}")
     Console(width=120).print(table)
     if arguments.json:
         write_json(arguments.json, figures)

@@ -239,6 +239,7 @@ def test_a_size_of_batches_acts_or_is_refused(
     assert told[2] == (2, "error: --batch-size: Fixed of run has no batch_size that could be set\n")
 
 
+@pytest.mark.docs
 def test_a_project_of_one_s_own(tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 

@@ -85,7 +85,7 @@ def test_many_scores(kind: str) -> None:
     elif kind == "constant":
         scores = [torch.ones_like(s) for s in scores]
     elif kind == "drifting":  # what the sample's stride meets is unlike all else
-        scores[0][::16] = 9.0
+        scores[0][:: topk._STRIDE] = 9.0
     elif kind in ("bfloat16", "float64"):
         scores = [s.to(getattr(torch, kind)) for s in scores]
     flat = torch.cat(scores)
@@ -120,6 +120,16 @@ def test_dead_units_are_not_searched(kept: float, monkeypatch: pytest.MonkeyPatc
         expected[flat.sort(descending=True, stable=True).indices[:keep]] = True
         assert torch.equal(torch.cat(list(topk.threshold(scores, keep).masks(scores))), expected)
     assert sum(searched) < 0.2 * len(flat)
+
+
+@pytest.mark.parametrize("unlike", ["rows", "columns"])
+@pytest.mark.parametrize("part", [0.0001, 0.1, 0.5, 0.9])
+def test_a_sample_is_like_matrices_whose_rows_or_columns_are_unlike(unlike: str, part: float) -> None:
+    scale = torch.logspace(-2, 2, 1024) if unlike == "columns" else torch.logspace(-2, 2, 1024)[:, None]
+    scores = [torch.rand(1024, 1024, generator=torch.Generator().manual_seed(seed)) * scale for seed in range(2)]
+    found = topk._bracketed(scores, round(part * 2 * 1024**2))
+    assert found is not None
+    assert found == threshold(scores, round(part * 2 * 1024**2), lambda histogram: histogram)  # by the digits of all
 
 
 def test_scores_are_made_twice_where_a_sample_bounds_the_threshold() -> None:

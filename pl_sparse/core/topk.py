@@ -26,6 +26,7 @@ RUN = 1 << 17  # scores that stay in the cache with what is made of them
 _RUN = 1 << 22  # the same on other devices, where each piece costs a few launches
 SORTED = 1 << 22  # scores of one tensor that are sorted on another device: that needs 24 bytes for each
 _SAMPLE = 1 << 18
+_STRIDE = 61  # at least: what is sampled more densely is found by as many misses of the cache as all scores
 _LARGE = 1 << 18
 _DIGITS = {32: (20, 8, 0), 64: (52, 40, 28, 16, 4, 0)}  # shifts of the successive digits, at most 12 bits each
 
@@ -180,20 +181,22 @@ def _alone(histogram: Tensor) -> Tensor:
 def _bracketed(scores: Sequence[Tensor], keep: int) -> Threshold | None:
     """The threshold by way of two bounds from a sample; None if it is not between them.
 
-    A sample of n scores has the k-th largest of all at about rank k n / total, with a standard deviation below
-    sqrt(n) / 2. The bounds stand 5 sqrt(n) ranks to either side, so that they almost never miss it. What lies between
-    them is 10 / sqrt(n) of all scores: that much is gathered and searched. What is above is counted. Scores that equal
-    a bound are not gathered, so that many ties, as those of pruned units are, take no room.
+    With p = k / total, a sample of n scores has the k-th largest of all at about rank p n, with a standard deviation of
+    sqrt(n p (1 - p)). The bounds stand six of them to either side, so that they almost never miss it. What lies between
+    them is gathered and searched, what is above is counted. A larger sample costs more, and leaves less between them.
+    Scores that equal a bound are not gathered, so that many ties, as those of pruned units are, take no room.
     """
     total = sum(sizes(scores))
     if keep > total:
         return None
-    stride = max(-(-total // _SAMPLE), 16)
+    stride = max(-(-total // _SAMPLE), _STRIDE) | 1  # odd: another column in each row
     # Both buffers first: what outlives a tensor of scores but lies behind it in memory would leave holes in the heap.
     like = _some(scores, 0)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     sample = like.new_empty(sum(-(-size // stride) for size in sizes(scores)), dtype=dtype)
-    between = like.new_empty(int(12 * total / len(sample) ** 0.5), dtype=dtype)
+    middle = keep / total * len(sample)
+    margin = 6 * (middle * (1 - keep / total)) ** 0.5 + 10
+    between = like.new_empty(int(total * min(3 * margin / len(sample), 1)), dtype=dtype)
     del like
     filled = 0
     for index in range(len(scores)):
@@ -202,7 +205,6 @@ def _bracketed(scores: Sequence[Tensor], keep: int) -> Threshold | None:
                 return None
             sample[filled : filled + len(piece)] = piece
             filled += len(piece)
-    middle, margin = keep / total * len(sample), 5 * len(sample) ** 0.5
     places = [int(middle - margin)] * (middle > margin), [int(middle + margin)] * (middle + margin < len(sample))
     ranked = _ranked(sample, [*places[0], *places[1]])
     high, low = ranked[0] if places[0] else float("inf"), ranked[-1] if places[1] else float("-inf")
