@@ -88,7 +88,7 @@ docs-links: $(SITE) ## Check the links to other sites, which needs a network; th
 	$(BIN)/python -m sphinx -q -j $(WORKERS) -b linkcheck -D plot_gallery=0 docs docs/_build/linkcheck
 
 figures: install ## Draw the figures of the site anew
-	@for script in one_step masks schedules which_method methods fashion targets payoff cards; do $(BIN)/python docs/figures/$$script.py || exit 1; done
+	@for script in one_step masks schedules which_method methods fashion targets payoff growth cards; do $(BIN)/python docs/figures/$$script.py || exit 1; done
 
 $(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
@@ -100,6 +100,7 @@ bench: $(PEERS)/.installed ## Measure what masks cost beside other libraries, in
 	@for script in step topk update costs; do echo "== $$script"; $(PEERS)/bin/python benchmarks/$$script.py --json docs/data/$$script.json || exit 1; done
 	$(PEERS)/bin/python benchmarks/update.py --millions 85 --json docs/data/update85.json
 	$(PEERS)/bin/python benchmarks/report.py
+	$(PEERS)/bin/python docs/figures/growth.py
 
 bench-exports: $(PEERS)/.installed ## Measure what is gained from zeros: audits, exported models, predicted latency, shrinking
 	@for script in audit export latency shrink; do echo "== $$script"; $(PEERS)/bin/python benchmarks/$$script.py || exit 1; done

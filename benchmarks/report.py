@@ -1,4 +1,4 @@
-"""Write docs/performance.md from the figures in docs/data, between its markers, and the figure of how updates grow.
+"""Write docs/performance.md from the figures in docs/data, between its markers.
 
     python benchmarks/report.py [--check]
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE, DATA, FIGURE = DOCS / "performance.md", DOCS / "data", DOCS / "growth.png"
+PAGE, DATA = DOCS / "performance.md", DOCS / "data"
 BANDWIDTHS = {"HBM3 of an H100": 3.35e12, "a link of 400 Gb/s": 50e9}  # bytes per second, by their makers
 
 
@@ -65,24 +65,7 @@ def growth() -> str:
         for row in figures.get("rows", [])
     ]
     head = ("million weights", "a global mask at 90 %", "seconds", "ns per weight", "extra memory / weights")
-    return table(head, rows) + "\n\n![seconds of a global mask by the number of weights](growth.png)"
-
-
-def draw() -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = data("topk").get("rows", [])
-    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for way in dict.fromkeys(row["way"] for row in rows):
-        points = [(1e6 * row["millions"], row["seconds"]) for row in rows if row["way"] == way]
-        axes.loglog(*zip(*points, strict=True), marker="o", label=way)
-    axes.set(xlabel="weights", ylabel="seconds of the processor")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(FIGURE, dpi=120, metadata={"Software": None})
+    return table(head, rows)
 
 
 def update() -> str:
@@ -222,7 +205,6 @@ def main() -> None:
     if arguments.check:
         sys.exit(f"{PAGE.name} is not that of docs/data: python benchmarks/report.py" if new != page else 0)
     PAGE.write_text(new)
-    draw()
 
 
 if __name__ == "__main__":
