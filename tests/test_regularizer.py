@@ -335,6 +335,30 @@ def fit(module: LightningModule, *callbacks: Callback, ckpt: Path | None = None,
     return trainer
 
 
+class Reversed(Net):
+    """The layer that the outputs come out of is declared first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict({"head": nn.Linear(16, 4), "body": nn.Linear(8, 16)})  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.net["head"](self.net["body"](x).relu())  # type: ignore[index]
+        return out
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return F.mse_loss(self(batch[0]), batch[1])
+
+
+def test_the_last_layer_is_that_of_the_outputs_in_whatever_order_layers_are_declared() -> None:
+    regularize = Regularize(GroupLasso(strength=0.02, structure=Channel()))
+    fit(Reversed(), regularize, max_epochs=1)
+    assert [group.name for group in regularize.groups] == ["net.body.weight"]
+    regularize = Regularize(GroupLasso(strength=0.02, structure=Channel()), last=True)
+    fit(Reversed(), regularize, max_epochs=1)
+    assert [group.name for group in regularize.groups] == ["net.head.weight", "net.body.weight"]
+
+
 def soft(values: torch.Tensor, amount: float) -> torch.Tensor:
     return values.sign() * (values.abs() - amount).clamp_min(0)
 

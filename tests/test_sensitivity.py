@@ -2,19 +2,25 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from safetensors.torch import load_file
 from test_app import config
+from test_regularizer import Reversed
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from pl_sparse import Pruner
 from pl_sparse.allocation import Sensitivity, kept
 from pl_sparse.app.finished import load_run
 from pl_sparse.app.instantiate import network
-from pl_sparse.app.sensitivity import main
+from pl_sparse.app.sensitivity import main, sensitivity
 from pl_sparse.app.training import train
+from pl_sparse.structure import Channel
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +51,20 @@ def test_each_layer_is_pruned_alone(dense: Path) -> None:
             weight.view(-1)[order[count:]] = 0
             hits = [(net(x).argmax(1) == y).float() for x, y in data.val_dataloader()]
         assert float(row["val/acc"]) == pytest.approx(float(torch.cat(hits).mean()), abs=1e-6)
+
+
+def test_channels_of_the_outputs_stay_in_whatever_order_layers_are_declared(tmp_path: Path) -> None:
+    class Validated(Reversed):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/loss", F.mse_loss(self(batch[0]), batch[1]))
+
+    class Data(LightningDataModule):
+        def val_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(TensorDataset(torch.randn(4, 8), torch.randn(4, 4)))
+
+    rows, key = sensitivity(Validated(), Data(), Channel(), [0.5], None, "val/loss", tmp_path)
+    assert key == "val/loss"
+    assert [(row["layer"], row["sparsity"]) for row in rows] == [("net.body.weight", 0.0), ("net.body.weight", 0.5)]
 
 
 def test_an_allocation_loses_the_same_everywhere(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pl_sparse.allocation import Uniform, Units, choose
 from pl_sparse.app.finished import load_run
@@ -23,7 +25,8 @@ from pl_sparse.app.subcommand import guarded, parser_of
 from pl_sparse.app.trainer import quiet_trainer
 from pl_sparse.core.files import write_csv
 from pl_sparse.core.group import Group
-from pl_sparse.core.targets import find
+from pl_sparse.core.targets import Targets
+from pl_sparse.network.outputs import output_weights
 from pl_sparse.results.direction import lost
 from pl_sparse.results.judged import judged
 from pl_sparse.results.style import PALETTE, remove_frame, save
@@ -133,15 +136,23 @@ def sensitivity(
         ConfigError: nothing that is logged says how good the model is, or the structure joins layers.
     """
     measure = partial(validated, validator(batches), module, data)
-    whole = measure()
+    net, inputs = network(module), list[Any]()
+    watch = net.register_forward_pre_hook(lambda _, args: inputs.append(args) if not inputs and args else None)
+    try:
+        whole = measure()
+    finally:
+        watch.remove()
     key = metric_of(whole, objective)
     if structure.needs_example:
         raise ConfigError(
             f"structure={structure.label} joins channels of several layers, and sensitivity prunes one layer at a "
             "time: use structure=channel or unstructured"
         )
-    params = find(network(module), last=not structure.removes_outputs)
-    groups, _ = structure.bind(params, network(module), misfit="dense")
+    outputs: Collection[str] = ()
+    if inputs and structure.removes_outputs:  # copies are no tensors of inference mode, which have no graph
+        outputs = output_weights(net, tree_map_only(Tensor, torch.clone, inputs[0]))
+    params = Targets().choose(net, structure.removes_outputs, outputs=outputs).params
+    groups, _ = structure.bind(params, net, misfit="dense")
     rows = []
     for group in groups:
         row = {"layer": group.name, "weights": group.numel}

@@ -9,15 +9,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from pl_sparse.callbacks.calibration import Calibration, example_of
+from pl_sparse.callbacks.calibration import Calibration, example_at_hand, example_of
 from pl_sparse.callbacks.clock import Timetable
 from pl_sparse.callbacks.sparsity import Sparsity
 from pl_sparse.callbacks.steps import StepHooks
 from pl_sparse.callbacks.strategies import refuse_parts, together
 from pl_sparse.core.group import Group
 from pl_sparse.core.places import Places
-from pl_sparse.core.targets import Patterns, find
+from pl_sparse.core.targets import Patterns, Targets
 from pl_sparse.core.upstream import unscale_gradients
+from pl_sparse.network.outputs import output_weights
 from pl_sparse.regularizer import Regularizer
 from pl_sparse.schedule import Time
 
@@ -66,7 +67,7 @@ class Regularize(Callback):
         self.include = include
         self.exclude = exclude
         self.first = first
-        self.last = not regularizer.removes_outputs if last is None else last
+        self.last = last
         self.groups: list[Group] = []
         self._marked: Mapping[str, torch.Tensor] | None = None
         self._decided: Mapping[str, Any] = {}
@@ -86,8 +87,13 @@ class Regularize(Callback):
                 f"the penalty ends before it begins: begin={self.begin!r} is step {self._times.at('begin')}, "
                 f"until={self.until!r} is step {self._times.at('until')}"
             )
+        guess = self.regularizer.removes_outputs and self.last is None  # which layer the outputs come out of
+        outputs: set[str] = set()
         example = example_of(trainer, pl_module) if self.regularizer.needs_example else None
-        weights = find(pl_module, self.include, self.exclude, self.first, self.last)
+        if guess and (shown := example_at_hand(trainer, pl_module) if example is None else example) is not None:
+            outputs = output_weights(pl_module, shown)
+        targets = Targets(self.include, self.exclude, self.first, self.last)
+        weights = targets.choose(pl_module, guess, outputs=outputs).params
         with together(trainer):
             self.groups = self.regularizer.groups(weights, pl_module, example)
         if not any(self._of(optimizer) for optimizer in trainer.optimizers):
