@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
+from pl_sparse import Pruner
 from pl_sparse.core.files import replacing, write_csv, write_json, write_text
 from pl_sparse.results.figures import plot_layers, plot_tickets, plot_training
-from pl_sparse.results.summary import LayerRow, Summary, dead_layers, layer_rows, summary_table
+from pl_sparse.results.summary import LayerRow, Summary, dead_layers, layer_rows, summarize, summary_table
 
 
 @pytest.fixture
@@ -40,6 +42,19 @@ def test_properties(summary: Summary) -> None:
     assert dead_layers(summary) == ["fc[1].weight"]
     nothing = Summary((), 0.5, 0, 0)
     assert (nothing.sparsity, nothing.sparsity_model, dead_layers(nothing)) == (0, 0, [])
+
+
+def test_what_does_not_fit_is_in_the_table_and_counts_in_no_sparsity() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    pruner = Pruner(schedule="oneshot", structure="nm24", misfit="dense")
+    pruner.attach(model)
+    pruner.prepare(2)
+    summary = summarize(pruner, model)
+    assert summary.sparsity == pruner.sparsity == summary.requested == 0.5
+    assert (summary.weights, summary.kept) == (216 + 576, 216 + 288)
+    text = " ".join(rendered(summary, 120).split())
+    assert "requested 50.00%, actual 50.00% of the weights that fit, 36.36% of all in the table" in text
+    assert "63.64%" in text  # the density of all
 
 
 @pytest.mark.parametrize("width", [80, 120])

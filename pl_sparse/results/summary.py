@@ -33,6 +33,7 @@ class LayerRow:
         macs_dense: multiply-accumulates per sample with all elements.
         macs_sparse: multiply-accumulates per sample with the kept elements.
         note: a remark, for example why the weight is not pruned.
+        misfit: whether the weight stays dense because the structure does not fit it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LayerRow:
     macs_dense: float = 0.0
     macs_sparse: float = 0.0
     note: str = ""
+    misfit: bool = False
 
     @property
     def density(self) -> float:
@@ -102,8 +104,10 @@ class Summary:
 
     @property
     def sparsity(self) -> float:
-        """Removed share of the prunable weights, 0..1."""
-        return 1.0 - self.kept / self.weights if self.weights else 0.0
+        """Removed share of the weights that the structure prunes, 0..1, as `Pruner.sparsity` has it."""
+        fitting = [layer for layer in self.layers if not layer.misfit]
+        weights = sum(layer.weights for layer in fitting)
+        return 1.0 - sum(layer.kept for layer in fitting) / weights if weights else 0.0
 
     @property
     def sparsity_model(self) -> float:
@@ -165,6 +169,7 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
                 macs_dense=dense,
                 macs_sparse=sparse,
                 note=note,
+                misfit=name not in masked,
             )
         )
     return Summary(
@@ -239,7 +244,9 @@ def summary_table(summary: Summary) -> Table:
     table.add_column("structure", no_wrap=True)
     table.add_column("weights", f"{summary.weights:,}", justify="right", no_wrap=True)
     table.add_column("kept", f"{summary.kept:,}", justify="right", no_wrap=True)
-    table.add_column("density", percent(1.0 - summary.sparsity), justify="right", no_wrap=True)
+    table.add_column(
+        "density", percent(summary.kept / summary.weights if summary.weights else 1.0), justify="right", no_wrap=True
+    )
     if with_notes:
         table.add_column("note", overflow="fold", min_width=7)
     for layer in summary.layers:
@@ -288,8 +295,11 @@ def _scaled(amount: float, unit: str = "", base: float = 1000.0) -> str:
 def _totals(summary: Summary) -> str:
     """The lines below the table."""
     requested = "learned" if summary.requested is None else f"requested {percent(summary.requested)}"
+    dense = ""
+    if any(layer.misfit for layer in summary.layers):
+        dense = f" of the weights that fit, {percent(1.0 - summary.kept / summary.weights)} of all in the table"
     lines = [
-        f"sparsity: {requested}, actual {percent(summary.sparsity)}",
+        f"sparsity: {requested}, actual {percent(summary.sparsity)}{dense}",
         f"all parameters: {percent(summary.sparsity_model)} zero "
         f"({summary.params_nonzero:,} of {summary.params_total:,} left)",
     ]
