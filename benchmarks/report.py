@@ -118,7 +118,8 @@ def times() -> str:
 
 def plan() -> str:
     """7 B weights on 64 GPUs, from the figures that are measured and from what makers say of memory and links."""
-    memory = {way: row["memory"] for way, row in data("costs").get("sizes", {}).items()}
+    sizes = data("costs").get("sizes", {})
+    memory = {way: row["memory"] for way, row in sizes.items() if "compact" not in way}  # compact: of a checkpoint
     each = 7e9 / 64
     histogram = 67_000  # bytes of the histograms of a threshold, whatever the number of weights
     hbm, link = BANDWIDTHS.values()

@@ -21,6 +21,7 @@ from pl_sparse.app.instantiate import make_module, network, optional
 from pl_sparse.app.settings import CONF, ConfigError, options_of
 from pl_sparse.app.slim import Slimmed, slim
 from pl_sparse.app.subcommand import guarded
+from pl_sparse.core.compact import expand_weights
 from pl_sparse.core.optional import beginning, library
 from pl_sparse.core.registry import near_misses, suggestion
 from pl_sparse.tasks.classifier import Classifier
@@ -106,7 +107,9 @@ def _found(options: argparse.Namespace) -> tuple[nn.Module, LightningDataModule 
         module, data, _ = load_run(run, options.trust)
         if path.suffix == ".ckpt":
             try:
-                module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+                tensors = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+                expand_weights(tensors)
+                module.load_state_dict(tensors)
             except (RuntimeError, KeyError, UnpicklingError) as error:
                 raise ConfigError(f"{path} cannot be loaded into the model of {run}: {beginning(error)}") from error
         return module, _configured(options, None)[1] if options.data else data

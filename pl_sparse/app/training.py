@@ -36,6 +36,7 @@ from pl_sparse.callbacks.run.divergence import Divergence
 from pl_sparse.callbacks.run.prefix import Prefix
 from pl_sparse.callbacks.run.publish import closing, publish
 from pl_sparse.callbacks.run.saved_settings import SavedSettings
+from pl_sparse.core.compact import expand_weights
 from pl_sparse.core.files import write_json
 
 __all__ = ["train"]
@@ -202,6 +203,7 @@ def _load(path: str | Path, parts: Parts, trainer: Trainer) -> Mapping[str, Any]
     checkpoint: Mapping[str, Any] = trainer.strategy.load_checkpoint(path, weights_only=plain)
     if (shrink := Shrink.of(trainer)) is not None:
         shrink.load(trainer, parts.module, checkpoint)
+    expand_weights(checkpoint["state_dict"])
     parts.module.load_state_dict(checkpoint["state_dict"])
     states, sparsity = checkpoint["callbacks"], parts.sparsity
     if sparsity.state_key in states:

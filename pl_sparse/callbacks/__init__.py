@@ -15,6 +15,7 @@ from pl_sparse.callbacks.run.mask_log import Track
 from pl_sparse.callbacks.run.status import Status
 from pl_sparse.callbacks.shrink import Shrink
 from pl_sparse.callbacks.sparsity import Sparsity
+from pl_sparse.core.compact import expand_weights
 
 __all__ = [
     "AccuracyBudget",
@@ -32,4 +33,5 @@ __all__ = [
     "Sparsity",
     "Status",
     "Track",
+    "expand_weights",
 ]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.callbacks.strategies import refuse_parts
+from pl_sparse.core.compact import expand_weights
 from pl_sparse.core.upstream import override, plain_name, restore
 
 __all__ = ["Distill", "distillation"]
@@ -183,6 +184,7 @@ def _load(net: nn.Module, path: Path, name: str) -> None:
     else:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         tensors = checkpoint.get("state_dict", checkpoint)
+        expand_weights(tensors)
     prefix = f"{name}." if name else ""
     if prefix and any(key.startswith(prefix) for key in tensors):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

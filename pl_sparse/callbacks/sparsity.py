@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from pl_sparse.callbacks.after_module import AfterModule
 from pl_sparse.callbacks.audit import Audit
@@ -23,7 +24,7 @@ from pl_sparse.callbacks.mac_count import MacCount
 from pl_sparse.callbacks.several import log_names, overlap
 from pl_sparse.callbacks.steps import StepHooks, refuse_optimizers
 from pl_sparse.callbacks.strategies import refuse_difference, refuse_strategy, together
-from pl_sparse.core.compact import expand
+from pl_sparse.core.compact import expand, expand_before_loading
 from pl_sparse.core.dtensor import local, reshard
 from pl_sparse.core.optional import nice_to_have
 from pl_sparse.core.registry import Axis, names
@@ -93,6 +94,7 @@ class Sparsity(Callback):
         self._audit = Audit()
         self._restored = False  # whether a state was loaded since the last fit began
         self._after_module: AfterModule | None = None
+        self._loading: RemovableHandle | None = None
 
     @overload
     @staticmethod
@@ -124,6 +126,10 @@ class Sparsity(Callback):
         )
 
     # Before training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        hooked = pl_module.register_load_state_dict_pre_hook(expand_before_loading)  # type: ignore[no-untyped-call]
+        self._loading = hooked
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in `setup`: a module may build its layers in its own `setup` or `configure_model`, which come later.
@@ -385,6 +391,9 @@ class Sparsity(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
+        if self._loading is not None:
+            self._loading.remove()
+            self._loading = None
         if self.pruner.attached and not self.pruner.shared:
             self.pruner.to_weights()  # the strategy has moved the model to the CPU
 
