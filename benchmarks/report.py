@@ -133,8 +133,14 @@ def plan() -> str:
             f"{each * 13 / 1e9:.2f} GB",
         ),
         ("seconds of that at 3.35 TB/s", f"{each * 13 / hbm:.5f}"),
-        ("an update: bytes between GPUs where histograms travel", f"{64 * histogram / 1e6:.1f} MB"),
-        ("an update: bytes to each GPU where weights are gathered, as now, three times", f"{3 * 7e9 * 4 / 1e9:.0f} GB"),
+        (
+            "an update of single weights under one threshold: bytes between GPUs, as histograms travel",
+            f"{64 * histogram / 1e6:.1f} MB",
+        ),
+        (
+            "an update by units of several weights, or LAMP: bytes to each GPU, as weights are gathered three times",
+            f"{3 * 7e9 * 4 / 1e9:.0f} GB",
+        ),
         ("seconds of that at 400 Gb/s", f"{3 * 7e9 * 4 / link:.2f}"),
     ]
     return table(("7 B weights on 64 GPUs, float32", ""), rows)

@@ -6,6 +6,7 @@ python -m torch.distributed.run --nproc-per-node 2 tests/sharded.py '{"movement"
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -13,18 +14,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_reduce, destroy_process_group, get_rank, get_world_size, init_process_group
+from torch.distributed import (
+    all_gather_object,
+    all_reduce,
+    destroy_process_group,
+    get_rank,
+    get_world_size,
+    init_process_group,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from pl_sparse import Pruner
+from pl_sparse.allocation import Allocation, Units, choose
+from pl_sparse.core import sharded
+from pl_sparse.core.group import Group
+from pl_sparse.core.registry import build
 from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import OneShot
+from pl_sparse.scorer import Magnitude
+from pl_sparse.structure import Unstructured
 
 STEPS = 16
 FULL = StateDictOptions(full_state_dict=True)
@@ -174,8 +188,60 @@ def calibrated(make: Callable[[], Pruner]) -> str:
     return difference(alone, shared, 1e-6) if alone.pruner.sparsity else "nothing was pruned"
 
 
+def chosen(kind: str) -> dict[str, str]:
+    """Masks of weights that are shared in every way against those of one process; nothing is gathered."""
+    count, wrong = get_world_size(), dict[str, str]()
+    mesh = init_device_mesh("cpu", (2, count // 2) if kind == "two" else (count,))
+    places = itertools.product((Shard(0), Shard(1), Replicate()), repeat=mesh.ndim)
+    shapes = [(67, 33), (5, 4, 3, 3), (128, 40), (31, 7), (64, 64), (1, 64), (10, 64), (9, 5), (20, 20)]
+    placements = list(itertools.islice(itertools.cycle(places), len(shapes)))
+    shared_of = sharded.gathered
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        values = [torch.randn(shape, generator=generator) for shape in shapes]
+        if seed % 3 == 0:
+            values = [value.round() for value in values]  # ties everywhere
+        if seed == 1:
+            values = [value.double() for value in values]
+        for name in ("global", "uniform"):
+            nets = [
+                nn.ParameterList(values).requires_grad_(False),
+                nn.ParameterList(
+                    nn.Parameter(distribute_tensor(value, mesh, place), requires_grad=False)
+                    for value, place in zip(values, placements, strict=True)
+                ),
+            ]
+            params = [[sharded.masked(f"{i}", net, weight) for i, weight in enumerate(net)] for net in nets]
+            for level in (0.3, 0.5, 0.501, 0.95, 1.0):  # each time among what is left
+                sharded.gathered = None if seed != 5 else shared_of  # type: ignore[assignment]
+                for each in params:
+                    groups = [Group(param.name, ((param, param.layout),)) for param in each]
+                    with sharded.whole(each):
+                        units = Units(groups, Unstructured(), Magnitude().score, monotone=True, pointwise=True)
+                        choose(units, build(Allocation, name), level)
+                sharded.gathered = shared_of
+                for one, other in zip(*params, strict=True):
+                    with sharded.whole([other]):
+                        if not torch.equal(one.mask, other.mask) or one.kept != other.kept:
+                            wrong[f"{name} {level} seed {seed}"] = one.name
+    shared = params[1]
+    if get_rank() == 1:
+        sharded.local(shared[4].weight)[0, 0] = float("nan")
+    with sharded.whole(shared):
+        groups = [Group(param.name, ((param, param.layout),)) for param in shared]
+        try:
+            choose(Units(groups, Unstructured(), Magnitude().score, pointwise=True), build(Allocation, "global"), 0.5)
+            wrong["NaN"] = "was not refused"
+        except ValueError as error:
+            if "the scores of 4 hold NaN" not in str(error):
+                wrong["NaN"] = str(error)
+    everywhere: list[Any] = [None] * count
+    all_gather_object(everywhere, wrong)
+    return {key: value for each in everywhere for key, value in each.items()}
+
+
 def main(kind: str, settings: dict[str, Any]) -> None:
-    results = {}
+    results = chosen(kind) if kind in ("one", "two") else {}
     for name, options in settings.items():
         if kind == "own":
             results[name] = calibrated(lambda options=options: Pruner(schedule=OneShot(final=0.7, begin=0), **options))

@@ -60,6 +60,12 @@ def test_methods_are_those_of_one_process_and_resume_on_either(methods: list[str
             assert not result, (name, result)
 
 
+@pytest.mark.parametrize(("kind", "processes"), [("one", 2), pytest.param("two", 4, marks=pytest.mark.slow)])
+def test_histograms_choose_the_masks_of_one_process(kind: str, processes: int) -> None:
+    """Parts along any dimension, copies, tied scores: no weight and no mask is gathered for it."""
+    assert run(kind, {}, processes) == {}
+
+
 def test_layers_inputs_of_all_processes_make_the_masks_of_one() -> None:
     """Each process calibrates on a batch of its own: masks are equal, weights that SparseGPT moves to 1e-6."""
     assert run("own", BY_INPUTS) == dict.fromkeys(BY_INPUTS, "")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from pl_sparse.allocation.base import Allocation
 from pl_sparse.allocation.count import kept
+from pl_sparse.allocation.parts import Parts
 from pl_sparse.allocation.units import Units
 from pl_sparse.core.topk import threshold
 from pl_sparse.structure import Structure
@@ -42,16 +43,21 @@ def choose(units: Units, allocation: Allocation, level: float, overrides: Sequen
         free_choice = type(units.structure).select is Structure.select  # no pattern within a tensor, such as rows
         if ranks is not None and free_choice and len(set(shared.weights)) == 1 and not any(shared.leasts(level)):
             # Units of one size: one threshold over all of them is the rule, and no counts are needed.
-            cutoff = threshold(ranks, kept(level, sum(shared.sizes)))
-            for i, chosen in zip(free, cutoff.masks(ranks), strict=True):
-                units.assign(i, chosen)
+            keep = kept(level, sum(shared.sizes))
+            if ranks is shared and (parts := Parts.of(shared)) is not None:
+                parts.keep(keep)
+            else:
+                for i, chosen in zip(free, threshold(ranks, keep).masks(ranks), strict=True):
+                    units.assign(i, chosen)
         else:
             counts |= dict(zip(free, allocation.keep(shared.groups, shared, level), strict=True))
     for i, count in sorted(counts.items()):
-        if units.runs(i) is None:
+        alone = units.among([i])
+        if (parts := Parts.of(alone)) is not None:
+            parts.keep(count)
+        elif units.runs(i) is None:
             units.assign(i, units.structure.select(units[i], count))
         else:
-            alone = units.among([i])
             units.assign(i, next(threshold(alone, count).masks(alone)))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import Layout
 from pl_sparse.core.parameter import MaskedParameter, where_kept
+from pl_sparse.core.sharded import ShardedParameter
 from pl_sparse.core.topk import SORTED, Run, count_each, run_length
 from pl_sparse.structure import Structure, Unstructured, living
 
@@ -90,7 +91,7 @@ class Units(LazyScores):
         self.monotone = monotone
         self.unit_scores = unit_scores
         self.sizes = [structure.pool(torch.empty(group.shape, device="meta")).numel() for group in groups]
-        self.devices = [group.members[0][0].mask.device for group in groups]
+        self.devices = [group.members[0][0].device for group in groups]
         self.weights = [group.numel // size for group, size in zip(groups, self.sizes, strict=True)]
         self.unfed = self._unfed() if unfed is None else unfed
         self.pointwise = pointwise
@@ -136,11 +137,12 @@ class Units(LazyScores):
             return None
         if self.devices[index].type != "cpu" and param.numel <= SORTED:
             return None
-        return param.shape, self._scored(param, step)
+        return param.shape, self.pieces(param, step)
 
-    def _scored(self, param: MaskedParameter, step: int) -> Iterator[Run]:
+    def pieces(self, param: MaskedParameter, step: int = 1) -> Iterator[Run]:
+        """Each `step`-th score of a weight whose elements are units, piece by piece; of an empty one an empty piece."""
         run = run_length(param.mask) * step
-        for start in range(0, param.numel, run):
+        for start in range(0, max(param.numel, 1), run):
             some = param.among(slice(start, start + run, step))
             yield self.score(some), some.mask if self.monotone and param.pruned else None
 
@@ -203,8 +205,18 @@ class Units(LazyScores):
         """How many units of each group can be kept."""
         if not self.monotone:
             return self.sizes
-        left = iter(count_each(self.alive(index) for index, group in enumerate(self.groups) if group.pruned))
-        return [next(left) if group.pruned else size for group, size in zip(self.groups, self.sizes, strict=True)]
+        pruned = [index for index, group in enumerate(self.groups) if group.pruned]
+        counted = [index for index in pruned if not self._is_shared(index)]  # of the others the masks are not gathered
+        left = dict(zip(counted, count_each(self.alive(index) for index in counted), strict=True))
+        return [
+            size if index not in pruned else left[index] if index in left else self.groups[index].members[0][0].kept
+            for index, size in enumerate(self.sizes)
+        ]
+
+    def _is_shared(self, index: int) -> bool:
+        """Whether processes share the one weight of a group, each element of which is a unit."""
+        members = self.groups[index].members
+        return len(members) == 1 and isinstance(members[0][0], ShardedParameter) and self.weights[index] == 1
 
     def least(self, index: int, sparsity: float, at_least: int = 0) -> int:
         """How many units of a group are kept whatever they score.

@@ -8,7 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["full", "gathered", "is_sharded", "local", "of_fsdp", "part_of", "reshard", "total"]
+__all__ = [
+    "full",
+    "gathered",
+    "is_counted_here",
+    "is_held_by_all",
+    "is_sharded",
+    "local",
+    "of_fsdp",
+    "part_of",
+    "reshard",
+    "total",
+    "total_of_parts",
+]
 
 
 def _dtensor() -> Any:
@@ -97,6 +109,41 @@ def reshard(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, fsdp.FSDPModule):
                 module.reshard()
+
+
+def is_held_by_all(tensor: Tensor) -> bool:
+    """Whether all processes hold parts or copies of a shared tensor, and none a summand."""
+    from torch.distributed import get_world_size
+
+    spec: Any = tensor
+    return bool(spec.device_mesh.size() == get_world_size()) and not any(p.is_partial() for p in spec.placements)
+
+
+def is_counted_here(tensor: Tensor) -> bool:
+    """Whether this process is the one, of those that hold copies of its part of a tensor, that counts it."""
+    from torch.distributed import get_rank
+
+    if not is_sharded(tensor):
+        return get_rank() == 0
+    spec: Any = tensor
+    where = zip(spec.device_mesh.get_coordinate(), spec.placements, strict=True)
+    return all(place == 0 for place, held in where if held.is_replicate())
+
+
+def total_of_parts(number: Tensor, like: Tensor) -> Tensor:
+    """The sum of what each process has found of its part of a shared tensor: over those that hold one copy of all of
+    it. All processes call it.
+
+    Args:
+        number: of any shape, the same in all processes.
+        like: the shared tensor.
+    """
+    from torch.distributed.tensor import Partial, Replicate
+
+    spec: Any = like
+    placements = [Replicate() if place.is_replicate() else Partial() for place in spec.placements]
+    found: Tensor = _dtensor().from_local(number, spec.device_mesh, placements, run_check=False).full_tensor()
+    return found
 
 
 def total(part: Tensor, like: Tensor) -> Tensor:

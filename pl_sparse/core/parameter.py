@@ -87,6 +87,11 @@ class MaskedParameter:
         return self.weight.shape
 
     @property
+    def device(self) -> torch.device:
+        """Where the mask is."""
+        return self.mask.device
+
+    @property
     def former(self) -> torch.Size:
         """The shape before anything was cut out of the weight."""
         return self.shape if self.cut is None else torch.Size(self.cut.shape)
@@ -147,9 +152,10 @@ class MaskedParameter:
     @property
     def is_flat(self) -> bool:
         """Whether some of the weights can be seen as a parameter of their own, by `among`: those of a plain tensor."""
+        if type(self) is not MaskedParameter or self.cut is not None or not isinstance(self.layout, Plain):
+            return False
         held = self.data, self.mask, *(() if self.latent is None else (self.latent,)), *self.state.values()
-        plain = type(self) is MaskedParameter and self.cut is None and isinstance(self.layout, Plain)
-        return plain and all(tensor.device == self.mask.device and tensor.is_contiguous() for tensor in held)
+        return all(tensor.device == self.mask.device and tensor.is_contiguous() for tensor in held)
 
     def among(self, of: slice) -> MaskedParameter:
         """Some of the weights, flat, and what belongs to them, as a parameter of their own: views."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.core.dtensor import gathered, is_sharded, local, of_fsdp, part_of, total
+from pl_sparse.core.dtensor import gathered, is_sharded, local, of_fsdp, part_of, total, total_of_parts
 from pl_sparse.core.parameter import MaskedParameter, checksum
 from pl_sparse.core.registry import Axes, name_of
 
@@ -20,13 +20,14 @@ class ShardedParameter(MaskedParameter):
     """A weight that processes share.
 
     The mask, the values behind it and what a scorer gathers are shared as the weight is. A step of the optimizer works
-    on the part of this process. Within `whole` the weight is seen as if it were here, gathered anew at each access and
-    held by nobody, so that masks are those that one process would choose, and each process keeps its part of them. FSDP
-    itself gathers each weight once or twice per step; an update of masks does so about three times.
+    on the part of this process. Where each weight is a unit with a score of its own, an update of masks works on parts
+    too (`allocation.parts.Parts`). Otherwise the weight is seen, within `whole`, as if it were here, gathered anew at each
+    access and held by nobody, so that masks are those that one process would choose, and each process keeps its part of
+    them. FSDP itself gathers each weight once or twice per step; such an update does so about three times.
     """
 
     _whole = False
-    _kept: int | None = None
+    _kept: int | Tensor | None = None
     _checksum: Tensor | None = None
 
     # The fields of a weight, as parts or whole
@@ -58,6 +59,10 @@ class ShardedParameter(MaskedParameter):
             self.state[key] = value
 
     @property
+    def device(self) -> torch.device:
+        return self._mask.device
+
+    @property
     def data(self) -> Tensor:
         return self._seen(local(self.weight))
 
@@ -77,10 +82,10 @@ class ShardedParameter(MaskedParameter):
         if self._kept is None:
             with whole([self]):
                 self._kept = int(torch.count_nonzero(self.mask))
-        return self._kept
+        return int(self._kept)
 
     def checksum(self) -> Tensor:
-        """That of the whole mask, as this process chose it; 0 where it was never chosen."""
+        """That of the whole mask as this process chose it, or of its parts; 0 where it was never chosen."""
         none = torch.zeros((), dtype=torch.int64, device=self.weight.device)
         return none if self._checksum is None else self._checksum
 
@@ -101,6 +106,24 @@ class ShardedParameter(MaskedParameter):
         held = self._held(mask)
         with whole([self], False):
             super().set_mask(held)
+
+    @torch.no_grad()
+    def set_part(self, mask: Tensor) -> None:
+        """Write what this process holds of a new mask. All processes call it."""
+        with whole([self], False):
+            super().set_mask(mask)
+        none = torch.zeros((), dtype=torch.int64, device=mask.device)
+        numbers = torch.stack([torch.count_nonzero(mask), checksum(mask) if mask.numel() else none])
+        self._kept, self._checksum = total_of_parts(numbers, self.weight).unbind()
+
+    def here(self) -> MaskedParameter:
+        """What this process holds of the weight, as a parameter of its own."""
+        latent = None if self._latent is None else self._latent.contiguous()
+        state = {key: value.contiguous() for key, value in self._state.items()}
+        weight: Any = local(self.weight.detach()).contiguous()
+        return MaskedParameter(
+            self.name, self.module, weight, self._mask.contiguous(), latent, state, pruned=self.pruned
+        )
 
     @torch.no_grad()
     def unset_mask(self) -> None:

@@ -334,11 +334,11 @@ def threshold(scores: Sequence[Tensor], keep: int, reduce: Callable[[Tensor], Te
                     gathered.append(key)
             histogram += torch.bincount((key >> shift) & ((1 << width) - 1), minlength=1 << width)
         if few:
-            pool = [torch.cat(gathered)]
+            pool = [torch.cat(gathered)] if gathered else []  # of several processes one may count nothing
         histogram = reduce(histogram)
         first = used == bits
         if first:
-            _refuse_nan(histogram, scores, bits, width)
+            _refuse_nan(histogram, scores, bits, width, reduce)
         order = _order(width, first, prefix < 0, device)
         descending = histogram[order]
         running = descending.cumsum(0)
@@ -397,7 +397,7 @@ def _on_device(
         used = shift
     known: list[int] = torch.cat([prefix, above, equal, total, odd]).tolist()
     if known[4]:
-        _name_nan(scores)
+        _name_nan(scores, reduce)
     if known[3] < keep:
         raise ValueError(f"keep={keep} is more than the {known[3]} scores")
     return Threshold(float(torch.tensor([known[0]], dtype=integer).view(dtype)[0]), keep - known[1], known[2])
@@ -425,23 +425,28 @@ def devices(scores: Sequence[Tensor]) -> list[torch.device]:
     return places if places is not None else [score.device for score in scores]
 
 
-def _refuse_nan(histogram: Tensor, scores: Sequence[Tensor], bits: int, width: int) -> None:
+def _refuse_nan(
+    histogram: Tensor, scores: Sequence[Tensor], bits: int, width: int, reduce: Callable[[Tensor], Tensor]
+) -> None:
     """NaN and infinity have all exponent bits set: only where the histogram has such bits are scores looked at."""
     exponent = 8 if bits == 32 else 11
     mantissa = width - 1 - exponent
     start = ((1 << exponent) - 1) << mantissa
     half = 1 << (width - 1)
     if int(histogram[start:half].sum() + histogram[half + start :].sum()):
-        _name_nan(scores)
+        _name_nan(scores, reduce)
 
 
-def _name_nan(scores: Sequence[Tensor]) -> None:
-    """Refuse the first tensor with a score that is NaN, if there is one."""
-    for index, nans in enumerate(count_each(scores[index].isnan() for index in range(len(scores)))):
+def _name_nan(scores: Sequence[Tensor], reduce: Callable[[Tensor], Tensor]) -> None:
+    """Refuse the first tensor with a score that is NaN, in any process, if there is one."""
+    names: list[str] | None = getattr(scores, "names", None)
+    counts = count_each(scores[index].isnan() for index in range(len(scores)))
+    for index, nans in enumerate(reduce(torch.tensor(counts, device=devices(scores)[0])).tolist()):
         if nans:
+            what = f"tensor {index}" if names is None else names[index]
             raise ValueError(
-                f"the scores of tensor {index} hold NaN: its weights or gradients have diverged before pruning. "
-                "Lower the learning rate, or clip gradients"
+                f"the scores of {what} hold NaN: its weights or gradients "
+                "have diverged before pruning. Lower the learning rate, or clip gradients"
             )
 
 
