@@ -21,7 +21,7 @@ class ShardedParameter(MaskedParameter):
 
     The mask, the values behind it and what a scorer gathers are shared as the weight is. A step of the optimizer works
     on the part of this process. Where each weight is a unit with a score of its own, an update of masks works on parts
-    too (`allocation.parts.Parts`). Otherwise the weight is seen, within `whole`, as if it were here, gathered anew at each
+    too (`allocation.parts`). Otherwise the weight is seen, within `whole`, as if it were here, gathered anew at each
     access and held by nobody, so that masks are those that one process would choose, and each process keeps its part of
     them. FSDP itself gathers each weight once or twice per step; such an update does so about three times.
     """
