@@ -78,8 +78,11 @@ class Module(LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-3)
 
 
-def resumes(count: int) -> tuple[float, float]:
-    """Memory after a tenth of so many trainings, each of which goes on where the one before ended, and after all."""
+def resumes(count: int, sparse: bool) -> tuple[float, float]:
+    """Memory after a tenth of so many trainings, each of which goes on where the one before ended, and after all.
+
+    Trainer and module refer to each other: garbage is collected after each training.
+    """
     data = DataLoader(TensorDataset(torch.randn(64, 784), torch.randint(12, (64,))), 16)
     early = 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -87,11 +90,12 @@ def resumes(count: int) -> tuple[float, float]:
         for number in range(count):
             trainer = quiet_trainer(
                 max_epochs=number + 1,
-                callbacks=[Sparsity(sparsity=0.9, report=False)],
+                callbacks=[Sparsity(sparsity=0.9, report=False)] if sparse else [],
             )
             trainer.fit(Module(), data, ckpt_path=path)
             path = f"{folder}/last.ckpt"
             trainer.save_checkpoint(path)
+            gc.collect()
             if number == count // 10:
                 early = resident()
     return early, resident()
@@ -115,7 +119,8 @@ def main() -> None:
             f"{options.updates} updates: {name}": pool.submit(updates, m, options.updates)
             for name, m in METHODS.items()
         }
-        rows[f"{options.resumes} resumes"] = pool.submit(resumes, options.resumes)
+        for name, sparse in {"resumes": True, "resumes, dense": False}.items():
+            rows[f"{options.resumes} {name}"] = pool.submit(resumes, options.resumes, sparse)
         for name, row in rows.items():
             early, late = row.result()
             table.add_row(name, f"{early:.1f}", f"{late:.1f}", f"{late / early - 1:+.2%}")

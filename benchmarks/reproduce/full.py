@@ -24,6 +24,7 @@ def full(seeds: Sequence[int]) -> str:
         and where it differs.
         """,
         table(["experiment", "published"], rows),
+        "<!-- not run: it needs ImageNet and eight GPUs -->",
         "`python train.py experiment=imagenet_resnet50_rigl data.root=FOLDER trainer.devices=8`",
     )
 
