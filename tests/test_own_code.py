@@ -11,7 +11,9 @@ from test_couplings import Net, masked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pl_sparse import Pruner
 from pl_sparse.export import shrink
+from pl_sparse.structure import Head
 from pl_sparse.surgery.trial import couplings
 
 
@@ -120,6 +122,30 @@ def test_half_of_the_channels_leave_and_outputs_stay(make: Callable[[], nn.Modul
     pruner.shrink(result.plan.tensors)
     assert all(bool((param.weight != 0).all()) for param in pruner.params)
     assert float((after - before).abs().max()) < 1e-4 * float(before.abs().max())
+
+
+class Attend(nn.Module):
+    """Attention whose heads are counted where nobody looks, and a last layer that is nearly zero, as at its start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.counts = 4, (4,)
+        self.qkv, self.proj, self.zero = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 3)
+        nn.init.constant_(self.zero.weight, 1e-9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.counts[0], -1).permute(2, 0, 3, 1, 4)
+        return self.zero(self.proj((q @ k.mT).softmax(-1).matmul(v).transpose(1, 2).flatten(2)))
+
+
+def test_heads_stay_whose_removal_a_last_layer_of_small_weights_hides() -> None:
+    net, x = Attend(), torch.randn(2, 5, 16)
+    pruner = Pruner("magnitude", "oneshot", Head(), "uniform", sparsity=0.5)
+    pruner.attach(net)
+    pruner.prepare(10)
+    left = shrink(net, x).left
+    assert list(left.values()) == ["without it the outputs would be others: its channels cannot be followed"]
+    assert net.qkv.out_features == 48 and net(x).shape == (2, 5, 3)
 
 
 def test_channels_that_must_be_a_multiple_of_a_number_stay() -> None:

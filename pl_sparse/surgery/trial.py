@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.upstream import CHANNEL_NORMS
+from pl_sparse.network.attention import Attention
 from pl_sparse.network.channels import short, traced_couplings
 from pl_sparse.network.hooks import called, stand_ins
 from pl_sparse.network.layers import held, own_tensors
 from pl_sparse.network.units import Coupling, Port
-from pl_sparse.surgery.heads import FewerHeads
+from pl_sparse.surgery.heads import FewerHeads, head_indices
 from pl_sparse.surgery.plan import RemovalPlan, named_tensors
 from pl_sparse.surgery.random_weights import RandomWeights
 
-__all__ = ["changed_by", "couplings", "difference"]
+__all__ = ["changed_by", "couplings", "difference", "heads_hold"]
 
 _TOLERANCE = 1e-4
 _FAILED = "a trial showed that its channels depend on each other in ways that cannot be followed"
@@ -122,6 +123,29 @@ def _fails(model: nn.Module, example: Any, removable: Sequence[Coupling]) -> str
         except Exception as error:  # of a layer that is other than it looks
             return f"{_FAILED} ({short(error)})"
         return f"{_UNCALLED} ({short(errors[0])})" if errors else _FAILED
+
+
+def heads_hold(
+    model: nn.Module,
+    example: Any,
+    heads: Sequence[tuple[Attention, list[int]]],
+    plan: RemovalPlan,
+    errors: list[Exception],
+) -> bool:
+    """Whether a plan takes heads that add nothing out of attention layers without a change of the outputs.
+
+    The weights are random: a last layer that is nearly zero, as that of a new diffusion model, would hide any change.
+
+    Args:
+        heads: those that go, by layer.
+        errors: gets the error of a model that cannot be called without them.
+    """
+    with _trial(model), RandomWeights() as weights:
+        _randomize(model, weights)
+        for attention, gone in heads:
+            *_, (output, dim, places) = head_indices(attention, gone)
+            weights.silence(output.get_parameter("weight"), dim, sorted(places))
+        return changed_by(model, example, partial(plan.apply, take=weights.cut), errors) <= _TOLERANCE
 
 
 def _left(units: int) -> int:
