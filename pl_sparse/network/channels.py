@@ -30,6 +30,7 @@ from pl_sparse.network.origins import Origins
 from pl_sparse.network.products import contract as _products  # noqa: F401  its rules are in the table then
 from pl_sparse.network.rules import MOVING, elementwise, index, moved, rule_of, unknown
 from pl_sparse.network.units import Coupling, Units
+from pl_sparse.network.written_rules import copy, filled
 
 __all__ = ["short", "traced_couplings"]
 
@@ -143,13 +144,20 @@ class _Follow(DispatchMode):
         )
         if any(call.track(tensor) is not None for tensor in call.tensors()) or rule is not None:
             self._note(call, rule or unknown)
+        if rule is copy:
+            self._note_written(call)
         self._note_origin(call, rule)
         return out
 
     def _note_origin(self, call: Call, rule: Rule | None) -> None:
         """Note of what a tensor is made, if of parameters and buffers alone, one by one or by moving elements."""
+        if rule is filled:
+            self._origins.note_filled(call.output)
         sources = (call["self"],) if rule is index else tuple(call.tensors())
-        if not sources or not all(self._origins.known(source) for source in sources):
+        known = all(self._origins.known(source) for source in sources)
+        for written in call.written() if rule is not elementwise or not known else ():
+            self._origins.forget_written(written)
+        if not sources or not known:
             return
         if rule in MOVING and len(sources) == 1:
             outs = [call.output] if isinstance(call.output, Tensor) else list(call.output)
@@ -158,6 +166,13 @@ class _Follow(DispatchMode):
         elif rule is elementwise and isinstance(call.output, Tensor):
             shape = call.output.shape
             self._origins.note(call.output, sources, lambda places: next(iter(places.values())).expand(shape))
+
+    def _note_written(self, call: Call) -> None:
+        """Give a tensor that is filled in parts, such as one sample after another, the track of a part."""
+        track = self._tracks.get(call.output)
+        base = None if track is None else self._origins.whole(call.output, track.dim)
+        if track is not None and base is not None:
+            self._track(base[0], Track(base[1], track.slots))
 
     def _note(self, call: Call, rule: Callable[[Call], Any]) -> None:
         """Give the outputs of a call the tracks that its rule says; where it fails, the channels that it reads stay."""
@@ -217,7 +232,12 @@ def _block_ports(units: Units, model: nn.Module, tied: bool) -> None:
             uses[id(parameter)] += 1
     for _, parameter in () if tied else model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] += 1
-    joined = _join_tied(units, model, uses) if tied else set()
+    lines = _lines(units, model)
+    joined = _join_tied(units, lines, uses) if tied else set()
+    for key, (first, *rest) in lines.items():  # of one layer: a weight that its code also reads transposed
+        if uses.get(key[0], 1) == 1:
+            _join_lines(units, first, rest)
+    _block_crossed(units, model)
 
     def twice(layer: nn.Module, end: End) -> bool:
         keys = {(id(getattr(layer, part.name)), part.dim) for part in held(layer, end)}
@@ -239,28 +259,55 @@ def _block_ports(units: Units, model: nn.Module, tied: bool) -> None:
         units.block(slots.values(), reason)
 
 
-def _join_tied(units: Units, model: nn.Module, uses: Mapping[int, int]) -> set[tuple[int, int]]:
-    """Make the channels at the same place of a tied weight one unit.
+_Lines = dict[tuple[int, int], list[dict[int, int]]]
+"""By a tensor's identity and a dimension of it, for each end that has channels there: the slot of each index."""
 
-    Args:
-        uses: by the identity of a parameter, how many modules have it.
 
-    Returns:
-        The tensors, by identity, and the dimensions along which all that have the tensor have its channels.
-    """
-    lines: dict[tuple[int, int], list[dict[int, int]]] = defaultdict(list)
+def _lines(units: Units, model: nn.Module) -> _Lines:
+    """Where the channels at all ends are in the tensors of the model."""
+    lines: _Lines = defaultdict(list)
     for end, slots in units.ports.items():
         layer = model.get_submodule(end.path)
         for part in held(layer, end) if end.tensor or sides(layer) else ():
             line = {index: slot for place, slot in slots.items() for index in part.indices([place])}
             lines[id(getattr(layer, part.name)), part.dim].append(line)
+    return lines
+
+
+def _join_lines(units: Units, first: Mapping[int, int], rest: Iterable[Mapping[int, int]]) -> None:
+    """Make the channels at the same index of a tensor one unit."""
+    for line in rest:
+        for place in first.keys() & line.keys():
+            units.join(first[place], line[place])
+
+
+def _block_crossed(units: Units, model: nn.Module) -> None:
+    """Let channels come out of each tensor along one dimension: a mask has units along one. That of the layer counts
+    before others."""
+    along: dict[int, int] = {}
+    for end, slots in sorted(units.ports.items(), key=lambda port: bool(port[0].tensor)):
+        layer = model.get_submodule(end.path)
+        for part in held(layer, end) if end.side in ("out", "shift") and (end.tensor or sides(layer)) else ():
+            if along.setdefault(id(getattr(layer, part.name)), part.dim) != part.dim:
+                name = f"{end.path}.{part.name}".lstrip(".")
+                units.block(slots.values(), f"channels come out of {name} along its other dimension, too")
+
+
+def _join_tied(units: Units, lines: _Lines, uses: Mapping[int, int]) -> set[tuple[int, int]]:
+    """Make the channels at the same place of a tied weight one unit.
+
+    Args:
+        lines: where channels are.
+        uses: by the identity of a parameter, how many modules have it.
+
+    Returns:
+        The tensors, by identity, and the dimensions along which all that have the tensor have its channels.
+    """
     whole = {key for key, (first, *rest) in lines.items() if len(rest) + 1 == uses.get(key[0], 0) > 1}
     whole = {key for key in whole if len({frozenset(line) for line in lines[key]}) == 1}
     for key in whole:
         first, *rest = lines[key]
-        for line in rest:
-            for place, slot in line.items():
-                units.join(first[place], slot)
+        _join_lines(units, first, rest)
     return whole
 
 

@@ -106,6 +106,10 @@ class Call:
                 return self._kwargs.get(name, given)
         raise KeyError(f"{self.name} has no argument {name}")
 
+    def counted(self, sizes: Collection[int]) -> bool:
+        """Whether the module that the operation is called in has all of these numbers as attributes."""
+        return {value for value in vars(self.module).values() if type(value) is int} >= set(sizes)
+
     def dim(self, of: Tensor, name: str = "dim") -> int:
         """An argument that is a dimension of a tensor, counted from the first."""
         return int(self[name]) % of.dim()
@@ -122,6 +126,11 @@ class Call:
             found += [part for part in parts if isinstance(part, Tensor)]
         return found
 
+    def written(self) -> list[Tensor]:
+        """The tensors among the arguments that the operation writes to."""
+        writes = [each.name for each in self._schema if each.alias_info is not None and each.alias_info.is_write]
+        return [value for name in writes if isinstance(value := self[name], Tensor)]
+
     def owner(self, tensor: Any) -> tuple[str, nn.Module] | None:
         """The path and the module that a parameter or buffer is of."""
         owner = self._origins.owner(tensor) if isinstance(tensor, Tensor) else None
@@ -130,6 +139,11 @@ class Call:
     def is_constant(self, tensor: Any) -> bool:
         """Whether a tensor is a parameter or buffer of the model, or made of some alone."""
         return isinstance(tensor, Tensor) and self._origins.known(tensor)
+
+    def is_same(self, tensor: Tensor, dim: int) -> bool:
+        """Whether a tensor is made of the model's own and of states that begin as one number, and is the same for all
+        indices of a dimension."""
+        return self._origins.same(tensor, dim)
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Whether a tensor is made of parameters alone."""

@@ -52,6 +52,41 @@ class Origins:
         if not self.known(out):
             self._steps[out] = _Step(sources, move)
 
+    def note_filled(self, out: Tensor) -> None:
+        """Note that all elements of a tensor are one number, as those of a state that begins as zeros."""
+        self._steps[out] = _Step((), lambda places: next(iter(places.values())))  # which is never called: of nothing
+
+    def forget_written(self, tensor: Tensor) -> None:
+        """Forget what is known of tensors in the memory of one that was written to."""
+        memory = tensor.untyped_storage().data_ptr()
+        for other in [each for each in self._steps if each.untyped_storage().data_ptr() == memory]:
+            del self._steps[other]
+
+    def whole(self, view: Tensor, dim: int) -> tuple[Tensor, int] | None:
+        """The filled tensor that a tensor is a view of, and which dimension of it lies whole along one of the view."""
+        base = view
+        while (step := self._steps.get(base)) is not None and len(step.sources) == 1:
+            base = step.sources[0]
+        if base is view or step is None or step.sources:
+            return None
+        for axis, size in enumerate(base.shape):
+            places = self._places(view, base, axis)
+            if places is not None and places.shape[dim] == size > 1 and varies(places, dim):
+                line = places.movedim(dim, -1)
+                return (base, axis) if bool((line == torch.arange(size)).all()) else None
+        return None
+
+    def same(self, tensor: Tensor, dim: int) -> bool:
+        """Whether a tensor is known, and does not differ along a dimension."""
+        if not self.known(tensor):
+            return False
+        for root in self.roots(tensor):
+            for axis, size in enumerate(root.shape):
+                places = self._places(tensor, root, axis) if size > 1 else None
+                if size > 1 and (places is None or varies(places, dim)):
+                    return False
+        return True
+
     def roots(self, tensor: Tensor) -> list[Tensor]:
         """The parameters and buffers that a tensor is made of."""
         if id(tensor) in self._owners:

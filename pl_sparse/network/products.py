@@ -39,7 +39,7 @@ def contract(call: Call, operands: Sequence[tuple[Tensor, str]], out: str) -> Tr
             if letter not in letters or (track is not None and letters[track.dim] == letter):
                 continue
             place = letters.index(letter)
-            if tensor.shape[place] == 1 < whole:  # the same for all channels
+            if tensor.shape[place] == 1 < whole or call.is_same(tensor, place):  # the same for all channels
                 continue
             claimed = call.claim(tensor, place, "scale" if letter in out else "in")
             slots.append((NONE,) * whole if claimed is None else claimed)
@@ -219,6 +219,6 @@ def _join_state(call: Call, state: Any, slots: tuple[int, ...]) -> None:
         call.join(track.slots, slots)
     elif track is not None:
         call.need_here(track)
-    elif call.is_constant(state):
+    elif call.is_constant(state) and not call.is_same(state, state.dim() - 1):
         start = call.claim(state, state.dim() - 1, "shift")
         call.join(slots, (NONE,) * len(slots) if start is None else start)

@@ -64,6 +64,7 @@ def elementwise(call: Call) -> Track | None:
             and place >= 0
             and tensor.stride(place)
             and tensor.shape[place] != 1
+            and not call.is_same(tensor, place)
         ):
             slots = None if id(tensor) in across else call.claim(tensor, place, _side(call, tensor))
             if slots is not None:
@@ -133,6 +134,9 @@ def cat(call: Call) -> Track | None:
     along = known[0].dim
     if (stacked or along != dim) and all(track.dim == along for track in known):  # tokens of the model's own
         for place, part in enumerate(parts):
+            if tracks[place] is None and call.is_same(part, along):
+                tracks[place] = known[0]
+                continue
             own = call.claim(part, along, "shift") if tracks[place] is None else None
             tracks[place] = tracks[place] if own is None else Track(along, own)
         known = [track for track in tracks if track is not None]
@@ -165,11 +169,17 @@ def _equal_parts(call: Call, source: Tensor, dim: int, width: int) -> None:
 
 @couples(*named("chunk split split_with_sizes tensor_split"))
 def split(call: Call) -> Any:
-    """Parts of the channels, which stay equally wide."""
+    """Parts of the channels: those of a size stay equally wide; several sizes need attributes that have them."""
     source, dim = call["self"], call.dim(call["self"])
     sizes = {part.shape[dim] for part in call.output}
-    _equal_parts(call, source, dim, sizes.pop() if len(sizes) == 1 else 0)
-    return call.moved()
+    if len(sizes) == 1 or not call.counted(sizes):
+        _equal_parts(call, source, dim, sizes.pop() if len(sizes) == 1 else 0)
+        return call.moved()
+    tracks = call.moved()
+    for size in sizes:
+        of_size = [t.slots for t in tracks if t is not None and t.dim == dim and len(t.slots) == size]
+        call.join(*of_size)
+    return tracks
 
 
 @couples(*named("slice"))
@@ -345,36 +355,6 @@ def glu(call: Call) -> Track | None:
     half = len(track.slots) // 2
     call.join(track.slots[:half], track.slots[half:])
     return Track(dim, track.slots[:half])
-
-
-# Written into others
-
-
-@couples(*named("scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add index_add_"))
-def scatter(call: Call) -> Track | None:
-    """Sums, or largest values, of samples that go to the same place."""
-    source, target = call.tensors()[-1], call["self"]
-    track, onto, dim = call.track(source), call.track(target), call["dim"] % target.dim()
-    if (track is not None and track.dim == dim) or (onto is not None and (track is None or onto.dim != track.dim)):
-        for each in (track, onto):
-            call.keep(each, f"{call.name} puts its channels among what are none")
-        return None
-    if track is not None and onto is not None:
-        call.join(track.slots, onto.slots)
-    return track
-
-
-@couples(*named("copy_"))
-def copy(call: Call) -> Track | None:
-    """What is written takes the place of what was there."""
-    source, out = call["src"], call.output
-    track = call.track(source)
-    return None if track is None else Track(track.dim + out.dim() - source.dim(), track.slots)
-
-
-@couples(*named("new_zeros new_ones new_empty new_full"))
-def fresh(call: Call) -> None:
-    """A tensor of its own."""
 
 
 def unknown(call: Call) -> Any:

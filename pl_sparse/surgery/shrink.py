@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pl_sparse.network.attention import Unknown, attentions
+from pl_sparse.network.attention import Attention, Unknown, attentions
 from pl_sparse.network.channels import short
 from pl_sparse.network.layers import held
 from pl_sparse.network.norms import is_over_left, kept_channels, norm_over_all
@@ -18,7 +18,7 @@ from pl_sparse.network.units import Coupling, Port
 from pl_sparse.surgery.constants import Fold, folds_of, is_silent, read_inputs
 from pl_sparse.surgery.optimizers import shrink_optimizers
 from pl_sparse.surgery.plan import RemovalPlan
-from pl_sparse.surgery.trial import couplings, difference
+from pl_sparse.surgery.trial import couplings, difference, heads_hold
 from pl_sparse.surgery.whole import is_within, whole
 
 __all__ = ["Removal", "dead", "shrink"]
@@ -243,13 +243,20 @@ def _tried(
         return difference(model, example, remove, errors) <= _TOLERANCE
 
     # Some kinds of attention read their number of heads off the weights, others have it as an attribute, or in tables.
+    layers = {each.path: each for each in attentions(model) if isinstance(each, Attention)} if heads else {}
+
+    def hold(heads: Mapping[str, list[int]]) -> bool:
+        errors.clear()
+        gone = [(layers[path], of) for path, of in heads.items()]
+        return not heads or heads_hold(model, example, gone, planned([], heads), errors)
+
     for path, gone in heads.items():
         if not isinstance(model.get_submodule(path), nn.MultiheadAttention):
             for within[path] in ((), ("numbers",), ("tables",), ("numbers", "tables")):
-                if passes([], {path: gone}):
+                if hold({path: gone}):
                     break
     left: dict[str, str] = {}
-    if not passes(candidates, heads):  # then one after the other, to see which
+    if not hold(heads) or not passes(candidates, heads):  # then one after the other, to see which
         good: list[_Candidate] = []
         for candidate in candidates:
             if passes([*good, candidate], {}):
@@ -258,9 +265,10 @@ def _tried(
                 left |= _for_sources(model, candidate.coupling, _UNFOLLOWED)
         good_heads: dict[str, list[int]] = {}
         for path, gone in heads.items():
-            if passes(good, {**good_heads, path: gone}):
+            if hold({**good_heads, path: gone}) and passes(good, {**good_heads, path: gone}):
                 good_heads[path] = gone
             else:
-                left[path] = f"without it the model cannot be called: {short(errors[0])}" if errors else _UNFOLLOWED
+                reason = f"without it the model cannot be called: {short(errors[0])}" if errors else _UNFOLLOWED
+                left[path] = reason
         candidates, heads = good, good_heads
     return planned(candidates, heads), [fold for each in candidates for fold in each.folds], left

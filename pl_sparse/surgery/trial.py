@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.upstream import CHANNEL_NORMS
+from pl_sparse.network.attention import Attention
 from pl_sparse.network.channels import short, traced_couplings
 from pl_sparse.network.hooks import called, stand_ins
 from pl_sparse.network.layers import held, own_tensors
 from pl_sparse.network.units import Coupling, Port
-from pl_sparse.surgery.heads import FewerHeads
+from pl_sparse.surgery.heads import FewerHeads, head_indices
 from pl_sparse.surgery.plan import RemovalPlan, named_tensors
 from pl_sparse.surgery.random_weights import RandomWeights
 
-__all__ = ["changed_by", "couplings", "difference"]
+__all__ = ["changed_by", "couplings", "difference", "heads_hold"]
 
 _TOLERANCE = 1e-4
 _FAILED = "a trial showed that its channels depend on each other in ways that cannot be followed"
@@ -100,8 +103,12 @@ def _trial(model: nn.Module) -> Iterator[None]:
 
 
 def _fails(model: nn.Module, example: Any, removable: Sequence[Coupling]) -> str | None:
-    """Why every third unit cannot be removed, where it is zero, without a change of the outputs; None if it can."""
-    removed = [(coupling, range(0, coupling.units, 3)) for coupling in removable]
+    """Why many of the units cannot be removed, where they are zero, without a change of the outputs; None if they can.
+
+    Each coupling has units of its own drawn: were they the same ones, couplings that depend on each other would pass.
+    """
+    drawn = random.Random(0)
+    removed = [(each, sorted(drawn.sample(range(each.units), each.units - _left(each.units)))) for each in removable]
     with _trial(model), RandomWeights() as weights:
         _randomize(model, weights)
         for coupling, units in removed:
@@ -118,6 +125,35 @@ def _fails(model: nn.Module, example: Any, removable: Sequence[Coupling]) -> str
         return f"{_UNCALLED} ({short(errors[0])})" if errors else _FAILED
 
 
+def heads_hold(
+    model: nn.Module,
+    example: Any,
+    heads: Sequence[tuple[Attention, list[int]]],
+    plan: RemovalPlan,
+    errors: list[Exception],
+) -> bool:
+    """Whether a plan takes heads that add nothing out of attention layers without a change of the outputs.
+
+    The weights are random: a last layer that is nearly zero, as that of a new diffusion model, would hide any change.
+
+    Args:
+        heads: those that go, by layer.
+        errors: gets the error of a model that cannot be called without them.
+    """
+    with _trial(model), RandomWeights() as weights:
+        _randomize(model, weights)
+        for attention, gone in heads:
+            *_, (output, dim, places) = head_indices(attention, gone)
+            weights.silence(output.get_parameter("weight"), dim, sorted(places))
+        return changed_by(model, example, partial(plan.apply, take=weights.cut), errors) <= _TOLERANCE
+
+
+def _left(units: int) -> int:
+    """The largest prime number of units that is at most two thirds: code that needs a multiple fails."""
+    most = max(1, 2 * units // 3)
+    return next(n for n in range(most, 0, -1) if all(n % divisor for divisor in range(2, math.isqrt(n) + 1)))
+
+
 def _randomize(model: nn.Module, weights: RandomWeights) -> None:
     """Give all tensors random values, always the same ones, at which no channel is zero by chance."""
     torch.manual_seed(0)
@@ -125,7 +161,7 @@ def _randomize(model: nn.Module, weights: RandomWeights) -> None:
         if tensor.is_floating_point() and tensor.dim() > 1 and isinstance(tensor, nn.Parameter) and tensor.numel():
             weights.randomize(tensor)
         elif tensor.is_floating_point():
-            fan = tensor[0].numel() if tensor.dim() > 1 else 4
+            fan = tensor.numel() // len(tensor) if tensor.dim() > 1 and tensor.numel() else 4
             tensor.data = torch.randn_like(tensor) * fan**-0.5
     for module in model.modules():
         if isinstance(module, CHANNEL_NORMS) and isinstance(module.running_var, Tensor):

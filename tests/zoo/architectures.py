@@ -228,3 +228,72 @@ def _recurrent(name: str, kind: type[nn.RNNBase], **settings: Any) -> None:
 _recurrent("LSTM, two layers, both directions", nn.LSTM, num_layers=2, bidirectional=True)
 _recurrent("LSTM with projections", nn.LSTM, proj_size=8)
 _recurrent("GRU", nn.GRU)
+
+
+@architecture("Falcon Mamba", "transformers")
+def falcon_mamba() -> Case:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4}
+    return made("FalconMambaForCausalLM", "FalconMambaConfig", text(causal=True), **sizes)
+
+
+@architecture("DINOv3", "transformers")
+def dinov3() -> Case:
+    sizes = {key: value for key, value in TEXT.items() if key != "vocab_size"}
+    case = made("DINOv3ViTModel", "DINOv3ViTConfig", labelled(), **sizes, image_size=32, patch_size=8)
+    return Case(case.module, lambda: {"pixel_values": torch.randn(4, 3, 32, 32)})
+
+
+@architecture("RWKV", "transformers")
+def rwkv() -> Case:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    return made("RwkvForCausalLM", "RwkvConfig", text(causal=True), **sizes, context_length=16, use_cache=False)
+
+
+@architecture("diffusion U-Net, heads", "monai")
+def diffusion_unet() -> Case:
+    from monai.networks.nets import DiffusionModelUNet
+
+    sizes = {"channels": (8, 16), "num_res_blocks": (1, 1), "attention_levels": (False, True), "norm_num_groups": 4}
+    module = DiffusionModelUNet(2, 1, 1, **sizes, num_head_channels=8)
+    return Case(module, lambda: (torch.randn(2, 1, 16, 16), torch.tensor([1, 2])))
+
+
+class ConvLSTM(nn.Module):
+    """Frames through a convolutional LSTM whose state begins as zeros."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.width = width
+        self.stem, self.gates = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12 + width, 4 * width, 3, padding=1)
+        self.out = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = torch.zeros(len(x), self.width, *x.shape[3:])
+        for frame in x.unbind(1):
+            i, f, o, g = self.gates(torch.cat([self.stem(frame).relu(), h], 1)).split(self.width, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        return self.out(h)
+
+
+@architecture("ConvLSTM", "torch", quick=True)
+def conv_lstm() -> Case:
+    return Case(ConvLSTM(), lambda: torch.randn(2, 4, 3, 12, 12))
+
+
+class TiedAutoencoder(nn.Module):
+    """A decoder that reads the weights of the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(20, 16), nn.Linear(16, 8)
+        self.shift = nn.Parameter(torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = self.b(self.a(x).relu())
+        return F.linear(F.linear(code, self.b.weight.t(), self.shift).relu(), self.a.weight.t())
+
+
+@architecture("autoencoder with tied weights", "torch", quick=True)
+def tied_autoencoder() -> Case:
+    return Case(TiedAutoencoder(), lambda: torch.randn(8, 20))
