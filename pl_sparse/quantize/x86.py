@@ -80,6 +80,7 @@ def x86_quantizer(training: bool) -> Any:
             _annotate_sums(model, activations)
             _leave_exact(model)
             _leave_unused(model)
+            _leave_averages(model)
             mark(model)
             return model
 
@@ -238,3 +239,14 @@ def _leave_unused(model: torch.fx.GraphModule) -> None:
     for node in model.graph.nodes:
         if node not in used:
             node.meta.pop(_KEY, None)
+
+
+def _leave_averages(model: torch.fx.GraphModule) -> None:
+    """No integers in averages of windows that end outside of the input: ONNX Runtime's 8-bit kernel divides them by the
+    whole window."""
+    averages = [getattr(torch.ops.aten, name).default for name in ("avg_pool1d", "avg_pool2d", "avg_pool3d")]
+    for node in model.graph.nodes:
+        if node.target in averages:
+            ceil_mode, count_include_pad = [*node.args, *(None, 0, False, True)[len(node.args) - 2 :]][4:6]
+            if ceil_mode and count_include_pad:
+                node.meta.pop(_KEY, None)
