@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 from pl_sparse import Pruner
 from pl_sparse.export import ONNXInt8
-from pl_sparse.quantize import Int8, integers
+from pl_sparse.quantize import Int8, integers, post_training
 from pl_sparse.schedule import OneShot
 
 pytest.importorskip("torchao")
@@ -179,6 +180,22 @@ class Positions(nn.Module):
         return self.head(torch.relu(self.layer(x) + self.table(places)))
 
 
+class Counted(nn.Module):
+    """Positions that are counted in floating point, and a part that no output depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer, self.head = nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.unused, self.norm, self.relu = nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8), nn.ReLU(inplace=True)
+        self.last = nn.Conv1d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = torch.ones(x.shape[:2])
+        y = torch.relu(self.layer(x) + self.table((there.cumsum(1) * there - 1).long()))
+        self.last(self.relu(self.norm(self.unused(y.mT))))
+        return self.head(y)
+
+
 @dataclass(frozen=True)
 class Case:
     """A network.
@@ -208,6 +225,9 @@ CASES = {
     "shared, constants": Case(Shared, (8, 8)),
     "attention": Case(Attention, (8, 3, 8, 8), {"add": ("position",)}),
     "products of integers": Case(Positions, (8, 5, 8), {"embedding": ("table.weight",)}),
+    "counted in floating point, unused": Case(
+        Counted, (8, 5, 8), {"embedding": ("table.weight",), "nothing": ("unused.weight", "last.weight")}
+    ),
     "recurrent": Case(Recurrent, (8, 5, 6), {"lstm": ("rnn.weight_ih_l0", "rnn.weight_hh_l0")}),
     "signals, depthwise": Case(Signal, (8, 4, 12)),
     "transposed with a norm": Case(UNet, (8, 3, 8, 8)),
@@ -334,3 +354,55 @@ def test_integers_compute_what_was_simulated_and_zeros_stay(case: Case, tmp_path
 
     stored = [t for t in onnx.load(str(file)).graph.initializer if t.data_type == onnx.TensorProto.INT8]
     assert len([t for t in stored if len(t.dims) > 1]) == len(found)
+
+
+def _trained(net: nn.Module, x: Tensor) -> nn.Module:
+    quantization = Int8()
+    quantization.prepare(net, x)
+    net.train()(x)
+    converted = quantization.convert()
+    quantization.release()
+    return converted
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(4, 3), nn.Conv2d(4, 3, 1), nn.ConvTranspose2d(4, 3, 1), _of(nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3))],
+    ids=["linear", "convolution", "transposed", "with a norm"],
+)
+def test_the_bias_of_a_channel_of_zeros_is_in_the_file_as_it_is(layer: nn.Module, tmp_path: Path) -> None:
+    """ONNX Runtime cuts off a bias whose scale is too small for an integer of 32 bits."""
+    torch.manual_seed(0)
+    linear = isinstance(layer, nn.Linear)
+    x = torch.rand(8, 4) / 100 if linear else torch.rand(8, 4, 5, 5) / 100
+    net = _of(copy.deepcopy(layer), nn.ReLU(), nn.Linear(3, 3) if linear else nn.Conv2d(3, 3, 1))
+    first = net[0] if not isinstance(net[0], nn.Sequential) else net[0][0]
+    nn.init.zeros_(first.weight[:, 0] if isinstance(first, nn.ConvTranspose2d) else first.weight[0])
+    for part in (first, net[0][1] if isinstance(net[0], nn.Sequential) else first):
+        nn.init.constant_(part.bias, 1.0)
+    for converted in (_trained(net, x), post_training(net.eval(), [x])):
+        file = tmp_path / ONNXInt8.file
+        ONNXInt8(tolerance=0.02).write(converted, x, file)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e-3, 1e-10])
+def test_activations_of_any_size_are_simulated_as_they_are_converted(size: float) -> None:
+    """The error is that of 255 steps of their range."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(8, 8, bias=False), size * torch.randn(16, 8)
+    wanted = net(x).detach()
+    quantization = Int8()
+    quantization.prepare(net, x)
+    net.train()(x)
+    simulated, converted = net.eval()(x).detach(), quantization.convert()(x)
+    assert float((simulated - converted).abs().max()) <= 1e-6 * float(wanted.abs().max())
+    assert 0 < float((simulated - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_averages_of_windows_that_end_outside_are_those_of_torch(padding: int, tmp_path: Path) -> None:
+    """ONNX Runtime's 8-bit kernel divides them by the whole window."""
+    torch.manual_seed(0)
+    pool = nn.AvgPool2d(3, 2, padding, ceil_mode=True)
+    net, x = _of(nn.Conv2d(3, 8, 1), nn.SiLU(), pool, nn.Conv2d(8, 4, 1)), torch.randn(4, 3, 6, 6)
+    ONNXInt8(tolerance=0.05).write(_trained(net, x), x, tmp_path / ONNXInt8.file)

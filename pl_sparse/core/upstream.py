@@ -39,6 +39,7 @@ __all__ = [
     "is_read_by_attention",
     "last_checkpoint_is_due",
     "logs_this_step",
+    "observer_of",
     "of_kind",
     "overridden",
     "override",
@@ -368,6 +369,11 @@ def fake_quantizers(graph: nn.Module) -> dict[str, Any]:
     Each has `is_per_channel`, which is so for weights, and `enable_observer(enabled)`.
     """
     return {name: module for name, module in graph.named_children() if name.startswith(_FAKE_QUANTIZERS)}
+
+
+def observer_of(quantizer: Any) -> Any:
+    """What holds the range, `min_val` and `max_val`, of one of the `fake_quantizers`."""
+    return getattr(quantizer, "activation_post_process", quantizer)
 
 
 def integer_output(spec: Any) -> Any:

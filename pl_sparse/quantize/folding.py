@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -138,8 +139,7 @@ def fold_norms(graph: torch.fx.GraphModule) -> None:
 
 
 def _value(graph: torch.fx.GraphModule, node: torch.fx.Node) -> Any:
-    module, _, name = str(node.target).rpartition(".")
-    return getattr(graph.get_submodule(module), name).detach()
+    return attrgetter(str(node.target))(graph).detach()
 
 
 def _nodes(graph: torch.fx.GraphModule) -> list[Any]:

@@ -14,6 +14,7 @@ from pl_sparse.core.upstream import fake_quantizers, override, restore
 from pl_sparse.network.channels import short
 from pl_sparse.network.graph import traced
 from pl_sparse.quantize.base import Quantization, quiet_torchao
+from pl_sparse.quantize.biases import fit_biases
 from pl_sparse.quantize.folding import fold_norms
 from pl_sparse.quantize.matrices import floats
 from pl_sparse.quantize.modes import Modes, trained_graph
@@ -130,6 +131,7 @@ class Int8(Quantization):
             with torch.no_grad():
                 graph(self._example.cpu())  # ranges of the weights as they are now
             fold_norms(graph)
+            fit_biases(graph)
             return convert_pt2e(graph)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -148,7 +150,13 @@ class Int8(Quantization):
         for name, quantizer in fake_quantizers(self._graph).items():
             if quantizer.is_per_channel:  # of a weight: taken from the weight itself
                 tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{name}.")}
-        self._graph.load_state_dict(tensors, strict=False)
+        versioned = self._graph.state_dict()  # with the versions of its parts, without which torchao resets their eps
+        for name in list(versioned):
+            if name in tensors:
+                versioned[name] = tensors[name]
+            else:
+                del versioned[name]
+        self._graph.load_state_dict(versioned, strict=False)
 
 
 def _ranges(graph: nn.Module) -> dict[str, Tensor]:
@@ -172,4 +180,5 @@ def post_training(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         graph = prepare_pt2e(graph, x86_quantizer(training=False))
         for batch in batches:
             graph(batch)
+        fit_biases(graph)
         return convert_pt2e(graph)

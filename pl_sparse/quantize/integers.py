@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def integers(converted: nn.Module, net: nn.Module) -> dict[str, Tensor]:
     by_layer: dict[str, Tensor] = {}
     names = {id(weight): name for name, weight in net.named_parameters()}
     for node in converted.graph.nodes:
-        if node.op != "get_attr" or not isinstance(value := _attribute(converted, str(node.target)), Tensor):
+        if node.op != "get_attr" or not isinstance(value := attrgetter(str(node.target))(converted), Tensor):
             continue
         if value.dtype != torch.int8 or value.dim() < 2:
             continue
@@ -35,11 +35,3 @@ def integers(converted: nn.Module, net: nn.Module) -> dict[str, Tensor]:
                 name = names[id(net.get_parameter(user.meta["matrix"]))]
                 by_layer[name] = value.t() if user.meta.get("turned") else value
     return by_layer
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    """An attribute of a submodule, by its path."""
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["floats", "made_of", "mark"]
+__all__ = ["floats", "made_of", "mark", "reaching"]
 
 _KEY = "quantization_annotation"
 _PRODUCT = re.compile(r"(_?conv\w*|linear|\w*matmul|\w*mm|einsum|bilinear|lstm|gru|rnn_\w+)$")
@@ -24,6 +26,37 @@ def made_of(graph: torch.fx.GraphModule) -> dict[torch.fx.Node, set[str]]:
         elif node.op.startswith("call") and node.all_input_nodes and all(n in names for n in node.all_input_nodes):
             names[node] = set().union(*(names[source] for source in node.all_input_nodes))
     return names
+
+
+def reaching(graph: torch.fx.GraphModule) -> set[torch.fx.Node]:
+    """What the outputs depend on, or what is written into it."""
+    nodes = list(graph.graph.nodes)
+    found: set[torch.fx.Node] = set()
+    waiting = [node for node in nodes if node.op == "output"]
+    while waiting:
+        while waiting:
+            if (node := waiting.pop()) not in found:
+                found.add(node)
+                waiting.extend(node.all_input_nodes)
+        waiting = [node for node in nodes if node not in found and any(one in found for one in _written(node))]
+    return found
+
+
+def _written(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """What an operation in place writes to: its argument, and what that is a view of."""
+    found: list[torch.fx.Node] = []
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        source: Any = node.args[0] if node.args else None
+        while isinstance(source, torch.fx.Node):
+            found.append(source)
+            source = source.args[0] if source.args and _is_view(source) else None
+    return found
+
+
+def _is_view(node: torch.fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return any(made.alias_info is not None for made in node.target._schema.returns)
+    return node.target is operator.getitem
 
 
 def mark(graph: torch.fx.GraphModule) -> None:
@@ -55,7 +88,10 @@ def floats(graph: torch.fx.GraphModule, net: nn.Module) -> dict[str, str]:
     attributes = {key: names.get(id(weight), key) for key, weight in graph.named_parameters(remove_duplicate=False)}
     rounded: dict[torch.fx.Node, dict[str, bool]] = {}  # of what is made of parameters: which, and whether in integers
     readers: dict[str, list[tuple[str, bool]]] = defaultdict(list)
+    used = reaching(graph)
     for node in graph.graph.nodes:
+        if node not in used:
+            continue
         sources, operation = node.all_input_nodes, _operation(node)
         if node.op == "get_attr":
             rounded[node] = {attributes.get(str(node.target), str(node.target)): False}

@@ -9,9 +9,12 @@ import torch
 
 from pl_sparse.core.upstream import integer_input, integer_output, tell_calls_apart
 from pl_sparse.quantize.folding import simulate_norms
-from pl_sparse.quantize.matrices import made_of, mark
+from pl_sparse.quantize.matrices import made_of, mark, reaching
+from pl_sparse.quantize.ranges import SMALLEST, moving_range
 
 __all__ = ["x86_quantizer"]
+
+_KEY = "quantization_annotation"
 
 
 def x86_quantizer(training: bool) -> Any:
@@ -20,7 +23,7 @@ def x86_quantizer(training: bool) -> Any:
     Args:
         training: whether ranges are learned as moving averages, or taken from some batches after training.
     """
-    from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
+    from torchao.quantization.pt2e.fake_quantize import FakeQuantize
     from torchao.quantization.pt2e.observer import (
         HistogramObserver,
         MovingAverageMinMaxObserver,
@@ -32,13 +35,12 @@ def x86_quantizer(training: bool) -> Any:
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
     tiny = {"eps": torch.finfo(torch.float32).eps}  # a channel of zeros has a scale, and small ones their own
-    fused = FusedMovingAvgObsFakeQuantize
-    activation: Any = fused.with_args(observer=MovingAverageMinMaxObserver, **tiny)
+    activation: Any = moving_range().with_args(observer=MovingAverageMinMaxObserver, eps=SMALLEST)
     # A constant of 1 makes the average the last value: the range of a weight is that of the weight as it is now. The
     # fused one takes |min| / 128 for the scale of a channel, the converted network |min| / 127.
     weight: Any = FakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, **tiny)
     if not training:
-        activation, weight = HistogramObserver.with_args(**tiny), PerChannelMinMaxObserver.with_args(**tiny)
+        activation, weight = HistogramObserver.with_args(eps=SMALLEST), PerChannelMinMaxObserver.with_args(**tiny)
     activations = QuantizationSpec(
         dtype=torch.uint8,
         quant_min=0,
@@ -71,12 +73,14 @@ def x86_quantizer(training: bool) -> Any:
                 model = super().annotate(model)
             except ValueError:  # of layers whose modules compute more than the layer; ours go by operations alone
                 for node in model.graph.nodes:
-                    node.meta.pop("quantization_annotation", None)
+                    node.meta.pop(_KEY, None)
             if training:
                 _annotate_signals(model, activations, weights)
             _annotate_others(model, activations, weights)
             _annotate_sums(model, activations)
-            _leave_integers(model)
+            _leave_exact(model)
+            _leave_unused(model)
+            _leave_averages(model)
             mark(model)
             return model
 
@@ -162,7 +166,7 @@ def _scale_norms(model: torch.fx.GraphModule) -> None:
 
 def _annotate_signals(model: torch.fx.GraphModule, activation: Any, weight: Any) -> None:
     """Integers into a convolution that torchao's rules have left, and out of the BatchNorm that follows it."""
-    ops, key = torch.ops.aten, "quantization_annotation"
+    ops, key = torch.ops.aten, _KEY
     for norm in model.graph.nodes:
         conv = norm.args[0] if norm.target is ops.batch_norm.default else None
         convolutions = ops.conv1d.default, ops.conv2d.default
@@ -177,7 +181,7 @@ def _annotate_others(model: torch.fx.GraphModule, activation: Any, weight: Any) 
 
     A BatchNorm behind them stays as it is.
     """
-    ops, key = torch.ops.aten, "quantization_annotation"
+    ops, key = torch.ops.aten, _KEY
     plain = (ops.conv1d.default, ops.conv1d.padding, ops.conv2d.default, ops.conv2d.padding)
     volumes = (ops.conv3d.default, ops.conv3d.padding)
     transposed = (ops.conv_transpose1d.default, ops.conv_transpose2d.input, ops.conv_transpose3d.input)
@@ -189,7 +193,7 @@ def _annotate_others(model: torch.fx.GraphModule, activation: Any, weight: Any) 
 
 def _annotate_sums(model: torch.fx.GraphModule, spec: Any) -> None:
     """Integers into both sides of a sum, and none before a ReLU: runtimes have kernels with the ReLU within."""
-    ops, key = torch.ops.aten, "quantization_annotation"
+    ops, key = torch.ops.aten, _KEY
     for node in model.graph.nodes:
         if node.target in (ops.add.Tensor, ops.add_.Tensor) and node.meta.get(key) is not None:
             for source in node.args:
@@ -205,18 +209,44 @@ def _annotate_sums(model: torch.fx.GraphModule, spec: Any) -> None:
                 node.meta[key] = integer_output(spec)
 
 
-def _leave_integers(model: torch.fx.GraphModule) -> None:
-    """No rounding of what counts already: positions of tokens, indices, masks."""
-    key = "quantization_annotation"
-
-    def counts(node: torch.fx.Node) -> bool:
-        value = node.meta.get("val")
-        return isinstance(value, torch.Tensor) and not value.is_floating_point()
-
+def _leave_exact(model: torch.fx.GraphModule) -> None:
+    """No rounding of what nothing is learned of: positions of tokens, indices, masks, and what is computed of them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    exact: set[Any] = set()
     for node in model.graph.nodes:
-        annotation = node.meta.get(key)
-        if annotation is not None and counts(node):
-            del node.meta[key]
+        value = node.meta.get("val")
+        counts = isinstance(value, torch.Tensor) and not value.is_floating_point()
+        constant = node.op == "get_attr" and node.target not in parameters
+        made = node.op.startswith("call") and all(source in exact for source in node.all_input_nodes)
+        if counts or constant or made:
+            exact.add(node)
+        annotation = node.meta.get(_KEY)
+        if annotation is not None and node in exact:
+            del node.meta[_KEY]
         elif annotation is not None:
-            for source in [source for source in annotation.input_qspec_map if counts(source)]:
-                del annotation.input_qspec_map[source]
+            specs = annotation.input_qspec_map
+            for source in [one for one in specs if one in exact and not _of_weight(specs[one])]:
+                del specs[source]
+
+
+def _of_weight(spec: Any) -> bool:
+    return getattr(spec, "qscheme", None) is torch.per_channel_symmetric
+
+
+def _leave_unused(model: torch.fx.GraphModule) -> None:
+    """No integers in layers that outputs do not depend on: exporters drop them."""
+    used = reaching(model)
+    for node in model.graph.nodes:
+        if node not in used:
+            node.meta.pop(_KEY, None)
+
+
+def _leave_averages(model: torch.fx.GraphModule) -> None:
+    """No integers in averages of windows that end outside of the input: ONNX Runtime's 8-bit kernel divides them by the
+    whole window."""
+    averages = [getattr(torch.ops.aten, name).default for name in ("avg_pool1d", "avg_pool2d", "avg_pool3d")]
+    for node in model.graph.nodes:
+        if node.target in averages:
+            ceil_mode, count_include_pad = [*node.args, *(None, 0, False, True)[len(node.args) - 2 :]][4:6]
+            if ceil_mode and count_include_pad:
+                node.meta.pop(_KEY, None)
