@@ -14,7 +14,8 @@ from pl_sparse import Pruner
 from pl_sparse.allocation import Budget, Units
 from pl_sparse.core.targets import find
 from pl_sparse.export import shrink
-from pl_sparse.network.latency import LatencyTable, Network
+from pl_sparse.network.cost import Network
+from pl_sparse.network.latency import LatencyTable
 from pl_sparse.network.macs import MacCounter, macs
 from pl_sparse.regularizer import Latency
 from pl_sparse.structure import Channel
@@ -186,6 +187,39 @@ def test_latency_is_interpolated_and_differentiable(tmp_path: Path) -> None:
     width = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
     network.cost([width, 3], "ms", made).backward()
     assert width.grad is not None and float(width.grad) == pytest.approx((1 + 1 + 3) / 1000)
+
+
+def test_milliseconds_are_those_of_a_network_measured_at_two_widths(tmp_path: Path) -> None:
+    """A network that takes 5 ms for what is between its layers, and twice as long for them as each takes alone."""
+    net, x = Small(), torch.randn(2, 1, 8, 8)
+    network, made = table(net, x, tmp_path / "table.json")
+
+    def layers(a: Any, b: Any) -> Any:
+        return 0.4 + (2 * a + a * b + 9 * b * 2) / 1000
+
+    assert network.units == [4, 3] and network.narrow == [4, 3]
+    network.narrow = [1, 3]
+    network.fit(made, 5 + 2 * layers(4, 3), 5 + 2 * layers(1, 3))
+    for a, b in product(range(1, 5), range(1, 4)):
+        assert float(network.cost([a, b], "ms", made)) == pytest.approx(5 + 2 * layers(a, b))
+    width = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
+    network.cost([width, 3], "ms", made).backward()
+    assert width.grad is not None and float(width.grad) == pytest.approx(2 * (1 + 1 + 3) / 1000)
+    # noise: fewer channels are never slower, and what is between layers takes no negative time
+    network.fit(made, 5.0, 5.1)
+    assert float(network.cost([1, 1], "ms", made)) == pytest.approx(5.0)
+    network.fit(made, 5.0, 0.0)
+    assert float(network.cost([1, 1], "ms", made)) == pytest.approx(5.0 * layers(1, 1) / layers(4, 3))
+
+
+def test_the_second_network_has_a_quarter_of_all_channels_in_whole_fours() -> None:
+    net, x = (
+        nn.Sequential(*(nn.Conv2d(a, b, 3) for a, b in ((1, 64), (64, 40), (40, 3), (3, 2)))),
+        torch.randn(1, 1, 9, 9),
+    )
+    groups = [group for group in Channel(coupled=True).groups(find(net, last=False), net, x) if not group.reason]
+    network = Network(groups, net, x)
+    assert (network.units, network.narrow) == ([64, 40, 3], [16, 12, 3])
 
 
 def test_the_penalty_of_latency_against_finite_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

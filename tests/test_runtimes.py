@@ -20,7 +20,8 @@ from pl_sparse.core import optional
 from pl_sparse.core.targets import find
 from pl_sparse.export.hardware import Hardware
 from pl_sparse.network import runtimes
-from pl_sparse.network.latency import LatencyTable, Network
+from pl_sparse.network.cost import Network
+from pl_sparse.network.latency import LatencyTable
 from pl_sparse.network.runtimes import Runtime, openvino_request
 from pl_sparse.regularizer import Latency
 from pl_sparse.structure import Channel

@@ -14,7 +14,7 @@ from pl_sparse.allocation.measured import losses
 from pl_sparse.allocation.units import Units
 from pl_sparse.core.group import Group
 from pl_sparse.core.registry import register
-from pl_sparse.network.latency import Network, measured
+from pl_sparse.network.cost import Network, measured
 from pl_sparse.network.runtimes import Runtime
 
 __all__ = ["Budget"]

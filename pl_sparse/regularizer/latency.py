@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
-from pl_sparse.network.latency import Network, measured
+from pl_sparse.network.cost import Network, measured
 from pl_sparse.network.runtimes import Runtime
 from pl_sparse.regularizer.base import Regularizer, members
 from pl_sparse.structure import Channel
