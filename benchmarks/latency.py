@@ -82,7 +82,7 @@ def main() -> None:
         table.measure(network.layers)
         layers = [float(network.cost(widths, "ms", table)) for widths in kept]
     runs = {str(i): opened(net, x, arguments.runtime) for i, net in enumerate(nets)}
-    times = latencies(runs, x, 0.0, arguments.repeats, clock=Runtime(arguments.runtime).clock)
+    times = latencies(runs, x, float("inf"), arguments.repeats, clock=Runtime(arguments.runtime).clock)
     measured = [statistics.median(times[name]) for name in runs]
     network.fit(table, *measured[:2])
     predicted = [float(network.cost(widths, "ms", table)) for widths in kept]

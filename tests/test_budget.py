@@ -17,8 +17,10 @@ from pl_sparse.export import shrink
 from pl_sparse.network.cost import Network
 from pl_sparse.network.latency import LatencyTable
 from pl_sparse.network.macs import MacCounter, macs
+from pl_sparse.network.runtimes import Runtime
 from pl_sparse.regularizer import Latency
 from pl_sparse.structure import Channel
+from pl_sparse.surgery.timed import narrowed
 from pl_sparse.tasks.models import resnet20
 
 
@@ -197,7 +199,6 @@ def test_milliseconds_are_those_of_a_network_measured_at_two_widths(tmp_path: Pa
     def layers(a: Any, b: Any) -> Any:
         return 0.4 + (2 * a + a * b + 9 * b * 2) / 1000
 
-    assert network.units == [4, 3] and network.narrow == [4, 3]
     network.narrow = [1, 3]
     network.fit(made, 5 + 2 * layers(4, 3), 5 + 2 * layers(1, 3))
     for a, b in product(range(1, 5), range(1, 4)):
@@ -212,14 +213,84 @@ def test_milliseconds_are_those_of_a_network_measured_at_two_widths(tmp_path: Pa
     assert float(network.cost([1, 1], "ms", made)) == pytest.approx(5.0 * layers(1, 1) / layers(4, 3))
 
 
-def test_the_second_network_has_a_quarter_of_all_channels_in_whole_fours() -> None:
-    net, x = (
-        nn.Sequential(*(nn.Conv2d(a, b, 3) for a, b in ((1, 64), (64, 40), (40, 3), (3, 2)))),
-        torch.randn(1, 1, 9, 9),
-    )
+class Attends(nn.Module):
+    """Tokens that are mixed by attention, then a feed-forward network: only its neurons can be removed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.up, self.down = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("make", [Small, Attends, lambda: resnet20(shape=(1, 8, 8), classes=5, width=8)])
+def test_a_budget_of_milliseconds_is_that_of_the_network(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers alone take a second per multiply-accumulate, the network takes seven times that and 1000 seconds."""
+    net = make().eval()
+    x, now, calls = torch.randn(2, 5, 8) if make is Attends else torch.randn(2, 1, 8, 8), [0.0], []
+
+    def takes(model: nn.Module, x: torch.Tensor, constant: float, factor: float) -> Any:
+        seconds = constant + factor * counted(model, x)
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    def whole(self: Runtime, model: nn.Module, x: torch.Tensor) -> Any:
+        calls.append(model)
+        return takes(model, x, 1000, 7)
+
+    monkeypatch.setattr(Runtime, "opened", lambda self, layers, x, copies=1: takes(layers, x, 0, 1))
+    monkeypatch.setattr(Runtime, "network", whole)
+    monkeypatch.setattr(Runtime, "clock", property(lambda self: lambda: now[0]))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    budget = Budget(ms=1e12, table=str(tmp_path / "table.json"))
+    Pruner("magnitude", "oneshot", Channel(coupled=True), budget, sparsity=0.9).attach(net, x)
+    network = budget._measured["network"]
+    assert len(calls) == 2 and all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    if make is Small:  # groups that are too small for a second network
+        assert budget.cost(budget.units) == pytest.approx(1e3 * (1000 + 7 * counted(net, x)))
+        return
+    for kept in (network.units, [max(n // 2, 1) for n in network.units], [max(n - 3, 1) for n in network.units]):
+        smaller = narrowed(net, network.groups, kept, x)
+        assert budget.cost(kept) == pytest.approx(1e3 * (1000 + 7 * counted(smaller, x)))
+    again = Budget(ms=1e5, table=str(tmp_path / "table.json"))
+    with pytest.raises(ValueError, match="cannot be met"):  # what is between layers stays
+        Pruner("magnitude", "oneshot", Channel(coupled=True), again, sparsity=0.9).attach(net, x)
+    assert len(calls) == 2 and again.cost(network.narrow) == budget.cost(network.narrow)
+
+
+def test_a_narrowed_copy_has_the_first_units_of_each_group() -> None:
+    net, x = resnet20(shape=(1, 8, 8), classes=5, width=8).eval(), torch.randn(2, 1, 8, 8)
     groups = [group for group in Channel(coupled=True).groups(find(net, last=False), net, x) if not group.reason]
     network = Network(groups, net, x)
-    assert (network.units, network.narrow) == ([64, 40, 3], [16, 12, 3])
+    smaller = narrowed(net, groups, network.narrow, x)
+    for group, count in zip(groups, network.narrow, strict=True):
+        for param, _ in (*group.members, *group.companions):
+            left = smaller.get_parameter(param.name)
+            torch.testing.assert_close(left, param.weight[tuple(map(slice, left.shape))])
+            assert left.shape[0] == count < len(param.weight)
+
+
+def test_a_network_that_cannot_be_measured_is_taken_for_its_layers(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small = Small()
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.small(x + y)
+
+    net, x = Two(), (torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8))
+    budget = Budget(ms=1e9, table=str(tmp_path / "table.json"))
+    with pytest.warns(UserWarning, match="time between layers.* left out: ValueError: it is measured on networks with"):
+        Pruner("magnitude", "oneshot", Channel(coupled=True), budget, sparsity=0.9).attach(net, x)
+    network, table = budget._measured["network"], budget._measured["table"]
+    layers = sum(float(table.predict(layer, *layer.widths(network.units))) for layer in network.layers)
+    assert budget.cost(network.units) == pytest.approx(layers)
 
 
 def test_the_penalty_of_latency_against_finite_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

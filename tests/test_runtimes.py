@@ -134,6 +134,31 @@ def test_copies_of_a_layer_are_added(name: str) -> None:
     torch.testing.assert_close(torch.from_numpy(out), expected)
 
 
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
+def test_a_network_computes_in_a_runtime_what_it_does_in_torch(runtime: str) -> None:
+    pytest.importorskip(runtime)
+    net, x = lenet5(shape=(1, 28, 28), classes=2).eval(), torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        out = Runtime(runtime).network(net, x)()
+        torch.testing.assert_close(torch.as_tensor(out if runtime == "torch" else out[0]), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_calls_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls that do not count, then the median of three; each call takes longer than the one before."""
+    now, called = [0.0], []
+
+    def call(name: str) -> Any:
+        def run() -> None:
+            called.append(name)
+            now[0] += len(called)
+
+        return run
+
+    monkeypatch.setattr(Runtime, "clock", property(lambda self: lambda: now[0]))
+    assert Runtime().timed([call("a"), call("b")], 3) == [7e3, 8e3]
+    assert "".join(called) == "ab" * 5
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

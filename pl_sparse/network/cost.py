@@ -26,7 +26,8 @@ class Network:
 
     Attributes:
         units: how many each group has.
-        narrow: a quarter of them, in whole fours: the widths that a network is measured at for `fit`.
+        narrow: a quarter of them, in whole blocks of 16, or of 4 where there are fewer than 32: the widths that a
+            second network is measured at, for `fit`.
 
     Raises:
         ValueError: a group is not made of whole output channels.
@@ -35,7 +36,7 @@ class Network:
     def __init__(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
         self.groups = list(groups)
         self.units = [_units(group) for group in groups]
-        self.narrow = [min(ALIGNED * -(-n // (4 * ALIGNED)), n) for n in self.units]
+        self.narrow = [_quarter(n) for n in self.units]
         self._constant, self._factor = 0.0, 1.0  # of milliseconds
         calls = _calls(model, example)
         outs: dict[int, dict[int, int]] = {}
@@ -75,8 +76,8 @@ class Network:
         """
         self._constant, self._factor = 0.0, 1.0
         full, less = (float(self.cost(kept, "ms", table)) for kept in (self.units, self.narrow))
-        slope = (dense - narrow) / (full - less) if full > less else 0.0
-        self._factor = min(max(slope, 0.0), dense / full)
+        slope = (dense - narrow) / (full - less) if full > less else 1.0
+        self._factor = min(max(slope, 0.0), dense / full if full else 1.0)
         self._constant = dense - self._factor * full
 
     def cost(self, kept: Sequence[Any], unit: str, table: LatencyTable | None = None) -> Any:
@@ -124,6 +125,16 @@ def measured(
     table = LatencyTable(path, runtime=runtime, device=device)
     table.measure(network.layers)
     return table
+
+
+def _quarter(units: int) -> int:
+    """A quarter of some units, in whole blocks as runtimes have them.
+
+    >>> [_quarter(units) for units in (512, 64, 40, 16, 8, 3)]
+    [128, 16, 16, 4, 4, 3]
+    """
+    block = 16 if units >= 32 else ALIGNED
+    return min(block * -(-units // (4 * block)), units)
 
 
 def _units(group: Group) -> int:

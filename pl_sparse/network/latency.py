@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import platform
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,8 +149,29 @@ class LatencyTable:
             if self._name(layer) not in self._rows:
                 self._rows[self._name(layer)] = self._measured(layer)
         if new:
-            write_json(self.file, {"fingerprint": fingerprint(self._runs), "layers": self._rows})
+            self._write()
         return self._rows
+
+    def _write(self) -> None:
+        write_json(self.file, {"fingerprint": fingerprint(self._runs), "layers": self._rows})
+
+    def kept(self, key: str, make: Callable[[Runtime, int], Sequence[float] | None]) -> Sequence[float] | None:
+        """Other milliseconds that are kept beside those of layers.
+
+        Args:
+            key: what they are those of.
+            make: measures them in a runtime, each so often, if they were not; what is None is not kept.
+        """
+
+        def found() -> dict[str, Any]:
+            self._load()
+            if key not in self._rows and (times := make(self._runs, self.repeats)) is not None:
+                self._rows[key] = {"ms": list(times)}
+                self._write()
+            return self._rows
+
+        self._rows = agreed(found)
+        return self._rows.get(key, {}).get("ms")
 
     def predict(self, layer: Layer, inputs: Any, outputs: Any) -> Any:
         """Milliseconds of a layer at a width.
@@ -219,21 +239,12 @@ class LatencyTable:
 
     def _times(self, layer: Layer, ins: Sequence[int], outs: Sequence[int], groups: int) -> list[list[float]]:
         """Milliseconds at each pair of widths, (outs, ins), none less than at a smaller one."""
-        clock, opened, copies = self._runs.clock, self._runs.opened, self._runs.copies
+        opened, copies = self._runs.opened, self._runs.copies
         with torch.inference_mode():
-            pairs = [[_variant(layer, i or o // groups, o) for i in ins] for o in outs]
-            variants = [[[opened(*one, times) for times in copies] for one in line] for line in pairs]
-            # (outs, ins, copies, repeats)
-            times: list[list[list[list[float]]]] = [[[[] for _ in copies] for _ in ins] for _ in outs]
-            for turn in range(self.repeats + 2):  # in turns, so that a disturbance hits all widths alike
-                for i, line in enumerate(variants):
-                    for j, runs in enumerate(line):
-                        for k, run in enumerate(runs):
-                            start = clock()
-                            run()
-                            if turn >= 2:
-                                times[i][j][k].append(1e3 * (clock() - start))
-        ms = [[_alone(copies, [statistics.median(took) for took in cell]) for cell in line] for line in times]
+            pairs = [_variant(layer, i or o // groups, o) for o in outs for i in ins]
+            runs = [opened(*pair, times) for pair in pairs for times in copies]
+            medians = iter(self._runs.timed(runs, self.repeats))
+        ms = [[_alone(copies, [next(medians) for _ in copies]) for _ in ins] for _ in outs]
         for i in range(len(outs)):
             for j in range(len(ins)):
                 ms[i][j] = max(ms[i][j], ms[i - 1][j] if i else 0.0, ms[i][j - 1] if j else 0.0)

@@ -1,10 +1,11 @@
-"""Single layers in the runtime that a network is for: torch, ONNX Runtime, OpenVINO."""
+"""Networks and single layers in the runtime that a network is for: torch, ONNX Runtime, OpenVINO."""
 
 from __future__ import annotations
 
 import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from pl_sparse.core.optional import missing
 from pl_sparse.core.registry import suggestion
+from pl_sparse.network.graph import in_onnx
 from pl_sparse.network.layers import TRANSPOSED
 
 __all__ = ["ELSEWHERE", "RUNTIMES", "SLOWER", "Runtime", "onnx_session", "openvino_request"]
@@ -108,12 +110,48 @@ class Runtime:
         """
         if self.name == "torch":
             return _in_torch(layers.to(self.device), x.to(self.device))
-        graph, array = _graph(layers, x, copies), x.numpy()
+        return self._of_graph(_graph(layers, x, copies), x)
+
+    def network(self, net: nn.Module, x: Tensor) -> Callable[[], Any]:
+        """A call that computes the outputs of a network, and returns when they are there.
+
+        Args:
+            net: in evaluation mode; it may be moved to the device.
+            x: the inputs, a batch.
+
+        Raises:
+            ValueError: torch.export cannot trace it, for another runtime than torch.
+        """
+        if self.name == "torch":
+            return _in_torch(net.to(self.device), x.to(self.device))
+        return self._of_graph(in_onnx(net.cpu(), x.cpu()).model_proto.SerializeToString(), x.cpu())
+
+    def _of_graph(self, graph: bytes, x: Tensor) -> Callable[[], Any]:
+        """A call of an ONNX model."""
+        array = x.numpy()
         if self.name == "onnxruntime":
             session = onnx_session(graph)
-            return lambda: session.run(None, {"x": array})
+            inputs = {session.get_inputs()[0].name: array}
+            return lambda: session.run(None, inputs)
         request = openvino_request(graph)
         return lambda: request.infer({0: array}, share_inputs=True)
+
+    def timed(self, runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+        """The median milliseconds of each call, in turns, so that a disturbance hits all alike.
+
+        Args:
+            runs: what is called.
+            repeats: how often, after two calls that do not count.
+        """
+        clock = self.clock
+        times: list[list[float]] = [[] for _ in runs]
+        for turn in range(repeats + 2):
+            for run, took in zip(runs, times, strict=True):
+                start = clock()
+                run()
+                if turn >= 2:
+                    took.append(1e3 * (clock() - start))
+        return [statistics.median(took) for took in times]
 
 
 def _in_torch(layers: nn.Module, x: Tensor) -> Callable[[], Any]:
