@@ -3,8 +3,8 @@
     python benchmarks/latency.py [--model resnet20] [--widths 10] [--batch 8] [--runtime onnxruntime]
 
 Networks of random widths are made by removing channels, and measured in turns, so that a disturbance hits all of them
-alike. The table knows single layers alone; two networks, the dense one and one with a quarter of all channels, are
-measured in the same turns and say what is between layers (`Network.fit`). The target is a median error of 5 %.
+alike. The table knows single layers alone; two networks, the dense one and a narrower one, are measured
+in the same turns and tell what is between layers from it (`Network.fit`). The target is a median error of 5 %.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ class Network:
 
     Attributes:
         units: how many each group has.
-        narrow: a quarter of them, in whole blocks of 16, or of 4 where there are fewer than 32: the widths that a
-            second network is measured at, for `fit`.
+        narrow: the widths that a second network is measured at, for `fit`: a quarter, a half and all of the units in
+            turn, as pruning leaves widths that differ, in whole blocks of 16, or of 4 where there are fewer than 32.
 
     Raises:
         ValueError: a group is not made of whole output channels.
@@ -36,7 +36,7 @@ class Network:
     def __init__(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
         self.groups = list(groups)
         self.units = [_units(group) for group in groups]
-        self.narrow = [_quarter(n) for n in self.units]
+        self.narrow = [_part(n, (4, 2, 1)[g % 3]) for g, n in enumerate(self.units)]
         self._constant, self._factor = 0.0, 1.0  # of milliseconds
         calls = _calls(model, example)
         outs: dict[int, dict[int, int]] = {}
@@ -127,14 +127,14 @@ def measured(
     return table
 
 
-def _quarter(units: int) -> int:
-    """A quarter of some units, in whole blocks as runtimes have them.
+def _part(units: int, of: int) -> int:
+    """A part of some units, one of so many, in whole blocks as runtimes have them.
 
-    >>> [_quarter(units) for units in (512, 64, 40, 16, 8, 3)]
+    >>> [_part(units, 4) for units in (512, 64, 40, 16, 8, 3)]
     [128, 16, 16, 4, 4, 3]
     """
     block = 16 if units >= 32 else ALIGNED
-    return min(block * -(-units // (4 * block)), units)
+    return min(block * -(-units // (of * block)), units)
 
 
 def _units(group: Group) -> int:
