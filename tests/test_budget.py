@@ -275,22 +275,22 @@ def test_a_narrowed_copy_has_the_first_units_of_each_group() -> None:
             assert left.shape[0] == count
 
 
-def test_a_network_that_cannot_be_measured_is_taken_for_its_layers(tmp_path: Path) -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.small = Small()
+def test_a_network_that_cannot_be_measured_is_taken_for_its_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Runtime, net: nn.Module, x: torch.Tensor) -> Any:
+        raise ValueError("torch.export cannot trace it")
 
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return self.small(x + y)
-
-    net, x = Two(), (torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8))
-    budget = Budget(ms=1e9, table=str(tmp_path / "table.json"))
-    with pytest.warns(UserWarning, match="time between layers.* left out: ValueError: it is measured on networks with"):
-        Pruner("magnitude", "oneshot", Channel(coupled=True), budget, sparsity=0.9).attach(net, x)
-    network, table = budget._measured["network"], budget._measured["table"]
-    layers = sum(float(table.predict(layer, *layer.widths(network.units))) for layer in network.layers)
+    monkeypatch.setattr(Runtime, "network", refuse)
+    budget, path = Budget(ms=1e9, table=str(tmp_path / "table.json")), tmp_path / "table.json"
+    with pytest.warns(UserWarning, match="time between layers.* left out: ValueError: torch.export cannot trace it"):
+        Pruner("magnitude", "oneshot", Channel(coupled=True), budget, sparsity=0.9).attach(
+            Small(), torch.randn(2, 1, 8, 8)
+        )
+    network, made = budget._measured["network"], budget._measured["table"]
+    layers = sum(float(made.predict(layer, *layer.widths(network.units))) for layer in network.layers)
     assert budget.cost(network.units) == pytest.approx(layers)
+    assert not any(key.startswith("network") for key in json.loads(path.read_text())["layers"])  # tried again
 
 
 def test_the_penalty_of_latency_against_finite_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

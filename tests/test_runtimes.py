@@ -140,7 +140,19 @@ def test_a_network_computes_in_a_runtime_what_it_does_in_torch(runtime: str) -> 
     net, x = lenet5(shape=(1, 28, 28), classes=2).eval(), torch.randn(2, 1, 28, 28)
     with torch.no_grad():
         out = Runtime(runtime).network(net, x)()
-        torch.testing.assert_close(torch.as_tensor(out if runtime == "torch" else out[0]), net(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.as_tensor(out[0]), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_of_several_tensors_runs_in_torch_alone() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    pytest.importorskip("onnxruntime")
+    (out,) = Runtime("torch").network(Sum(), {"x": torch.ones(2), "y": torch.ones(2)})()
+    assert out.tolist() == [2, 2]
+    with pytest.raises(ValueError, match="runtime=onnxruntime takes networks with one input tensor, not a dict"):
+        Runtime("onnxruntime").network(Sum(), {"x": torch.ones(2), "y": torch.ones(2)})
 
 
 def test_calls_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:

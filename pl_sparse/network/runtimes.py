@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pl_sparse.core.optional import missing
 from pl_sparse.core.registry import suggestion
 from pl_sparse.network.graph import in_onnx
+from pl_sparse.network.hooks import called
 from pl_sparse.network.layers import TRANSPOSED
 
 __all__ = ["ELSEWHERE", "RUNTIMES", "SLOWER", "Runtime", "onnx_session", "openvino_request"]
@@ -109,22 +110,40 @@ class Runtime:
             copies: how many layers of this kind, with other weights, compute on the inputs, and are added.
         """
         if self.name == "torch":
-            return _in_torch(layers.to(self.device), x.to(self.device))
+            one, inputs = layers.to(self.device), x.to(self.device)
+            return self._in_torch(lambda: one(inputs))
         return self._of_graph(_graph(layers, x, copies), x)
 
-    def network(self, net: nn.Module, x: Tensor) -> Callable[[], Any]:
+    def network(self, net: nn.Module, example: Any) -> Callable[[], Any]:
         """A call that computes the outputs of a network, and returns when they are there.
 
         Args:
             net: in evaluation mode; it may be moved to the device.
-            x: the inputs, a batch.
+            example: inputs of a batch: a tensor, or for torch what else the network is called with, on the device.
 
         Raises:
-            ValueError: torch.export cannot trace it, for another runtime than torch.
+            ValueError: for another runtime than torch, it takes more than one tensor, or torch.export cannot trace it.
         """
+        inputs = example[0] if isinstance(example, (tuple, list)) and len(example) == 1 else example
         if self.name == "torch":
-            return _in_torch(net.to(self.device), x.to(self.device))
-        return self._of_graph(in_onnx(net.cpu(), x.cpu()).model_proto.SerializeToString(), x.cpu())
+            moved = inputs.to(self.device) if isinstance(inputs, Tensor) else inputs
+            there = net.to(self.device)
+            return self._in_torch(lambda: called(there, moved))
+        if not isinstance(inputs, Tensor):
+            raise ValueError(f"runtime={self.name} takes networks with one input tensor, not a {type(inputs).__name__}")
+        return self._of_graph(in_onnx(net.cpu(), inputs.cpu()).model_proto.SerializeToString(), inputs.cpu())
+
+    def _in_torch(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """A call that waits for the device."""
+        if self.device.partition(":")[0] == "cpu":
+            return run
+        backend: Any = torch.get_device_module(self.device)
+
+        def waits() -> None:
+            run()
+            backend.synchronize()
+
+        return waits
 
     def _of_graph(self, graph: bytes, x: Tensor) -> Callable[[], Any]:
         """A call of an ONNX model."""
@@ -152,18 +171,6 @@ class Runtime:
                 if turn >= 2:
                     took.append(1e3 * (clock() - start))
         return [statistics.median(took) for took in times]
-
-
-def _in_torch(layers: nn.Module, x: Tensor) -> Callable[[], Any]:
-    if x.device.type == "cpu":
-        return lambda: layers(x)
-    backend: Any = torch.get_device_module(x.device)
-
-    def run() -> None:
-        layers(x)
-        backend.synchronize()
-
-    return run
 
 
 def onnx_session(model: str | bytes, threads: int | None = None) -> Any:

@@ -36,16 +36,13 @@ def fit(network: Network, model: nn.Module, example: Any, table: LatencyTable) -
     def times(runtime: Runtime, repeats: int) -> list[float] | None:
         found = None
         with nice_to_have("the time between layers, which allocation.ms counts"), torch.no_grad():
-            x = example[0] if isinstance(example, (tuple, list)) and len(example) == 1 else example
-            if not isinstance(x, Tensor):
-                raise ValueError(f"it is measured on networks with one input tensor, not a {type(x).__name__}")
-            nets = [narrowed(model, network.groups, kept, x) for kept in (network.units, network.narrow)]
-            found = runtime.timed([runtime.network(net, x) for net in nets], repeats)
+            nets = [narrowed(model, network.groups, kept, example) for kept in (network.units, network.narrow)]
+            found = runtime.timed([runtime.network(net, example) for net in nets], repeats)
         return found
 
     looks = [(layer.key, layer.positions, layer.outs, layer.ins) for layer in network.layers]
     weights = [tuple(weight.shape) for weight in model.parameters()]
-    digest = hashlib.sha256(repr((type(model).__name__, looks, weights, network.narrow)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((model, looks, weights, network.narrow)).encode()).hexdigest()[:16]
     measured = table.kept(f"network {digest}", times)
     if measured is not None:
         network.fit(table, *measured)
