@@ -3,7 +3,7 @@
     python benchmarks/latency.py [--model resnet20] [--widths 10] [--batch 8] [--runtime onnxruntime]
 
 Networks of random widths are made by removing channels, and measured in turns, so that a disturbance hits all of them
-alike. The table knows single layers alone; two networks, the dense one and a narrower one, are measured
+alike. The table knows single layers alone; four networks, the dense one and narrower ones, are measured
 in the same turns and tell what is between layers from it (`Network.fit`). The target is a median error of 5 %.
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
     structure = Channel(coupled=True)
     nets: list[nn.Module] = [dense]
     network = Network(_groups(structure, dense, x), dense, x)
-    kept = [network.units, network.narrow]
+    kept = list(network.samples)
     for _ in range(arguments.widths):
         by = arguments.multiple
         kept.append([min(by * chance.randint(max(n // 8 // by, 1), -(-n // by)), n) for n in network.units])
@@ -84,9 +84,10 @@ def main() -> None:
     runs = {str(i): opened(net, x, arguments.runtime) for i, net in enumerate(nets)}
     times = latencies(runs, x, float("inf"), arguments.repeats, clock=Runtime(arguments.runtime).clock)
     measured = [statistics.median(times[name]) for name in runs]
-    network.fit(table, *measured[:2])
+    known = len(network.samples)
+    network.fit(table, measured[:known])
     predicted = [float(network.cost(widths, "ms", table)) for widths in kept]
-    errors = [abs(p - m) / m for p, m in zip(predicted, measured, strict=True)][2:]
+    errors = [abs(p - m) / m for p, m in zip(predicted, measured, strict=True)][known:]
     title = f"{arguments.model}, {arguments.runtime}, batch {arguments.batch}, {torch.get_num_threads()} threads"
     shown = Table("widths", "measured ms", "layers ms", "predicted ms", "error", title=title)
     for widths, m, alone, p in zip(kept, measured, layers, predicted, strict=True):

@@ -199,18 +199,47 @@ def test_milliseconds_are_those_of_a_network_measured_at_two_widths(tmp_path: Pa
     def layers(a: Any, b: Any) -> Any:
         return 0.4 + (2 * a + a * b + 9 * b * 2) / 1000
 
-    network.narrow = [1, 3]
-    network.fit(made, 5 + 2 * layers(4, 3), 5 + 2 * layers(1, 3))
+    network.samples = [[4, 3], [1, 3], [2, 2]]
+    network.fit(made, [5 + 2 * layers(*kept) for kept in network.samples])
     for a, b in product(range(1, 5), range(1, 4)):
         assert float(network.cost([a, b], "ms", made)) == pytest.approx(5 + 2 * layers(a, b))
     width = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
     network.cost([width, 3], "ms", made).backward()
     assert width.grad is not None and float(width.grad) == pytest.approx(2 * (1 + 1 + 3) / 1000)
     # noise: fewer channels are never slower, and what is between layers takes no negative time
-    network.fit(made, 5.0, 5.1)
-    assert float(network.cost([1, 1], "ms", made)) == pytest.approx(5.0)
-    network.fit(made, 5.0, 0.0)
-    assert float(network.cost([1, 1], "ms", made)) == pytest.approx(5.0 * layers(1, 1) / layers(4, 3))
+    network.fit(made, [5.0, 5.2, 5.1])
+    assert (
+        float(network.cost([1, 1], "ms", made)) == float(network.cost([4, 3], "ms", made)) == pytest.approx(5.1, 0.01)
+    )
+    network.fit(made, [3 * layers(*kept) ** 2 for kept in network.samples])
+    ratio = float(network.cost([1, 1], "ms", made)) / float(network.cost([4, 3], "ms", made))
+    assert ratio == pytest.approx(layers(1, 1) / layers(4, 3))
+
+
+def test_errors_of_milliseconds_are_relative_and_least(tmp_path: Path) -> None:
+    """Against a search over both numbers."""
+    net, x = Small(), torch.randn(2, 1, 8, 8)
+    network, made = table(net, x, tmp_path / "table.json")
+    network.samples = [[4, 3], [1, 3], [2, 2], [1, 1]]
+    alone = torch.tensor([float(network.cost(kept, "ms", made)) for kept in network.samples])
+    measured = torch.tensor([2.1, 1.9, 1.7, 1.8])
+    network.fit(made, measured.tolist())
+
+    def error(constant: Any, factor: Any) -> Any:
+        return ((constant + factor * alone) / measured - 1).square().sum(-1)
+
+    grid = torch.cartesian_prod(torch.linspace(0, 2, 201), torch.linspace(0, 5, 201))
+    found = error(torch.tensor(network._constant), torch.tensor(network._factor))
+    assert found <= error(grid[:, :1], grid[:, 1:]).min() + 1e-6
+
+
+def test_each_group_is_measured_at_a_quarter_a_half_and_all_of_its_units() -> None:
+    net, x = resnet20(shape=(1, 8, 8), classes=5, width=32), torch.randn(2, 1, 8, 8)
+    groups = [group for group in Channel(coupled=True).groups(find(net, last=False), net, x) if not group.reason]
+    dense, *others = Network(groups, net, x).samples
+    for n, *widths in zip(dense, *others, strict=True):
+        assert sorted(widths) == [max(n // 4, 16), n // 2, n]
+    assert all(len({w / n for w, n in zip(kept, dense, strict=True)}) > 1 for kept in others)
 
 
 class Attends(nn.Module):
@@ -250,7 +279,7 @@ def test_a_budget_of_milliseconds_is_that_of_the_network(
     budget = Budget(ms=1e12, table=str(tmp_path / "table.json"))
     Pruner("magnitude", "oneshot", Channel(coupled=True), budget, sparsity=0.9).attach(net, x)
     network = budget._measured["network"]
-    assert len(calls) == 2 and all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert len(calls) == 4 and all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     if make is Small:  # groups that are too small for a second network
         assert budget.cost(budget.units) == pytest.approx(1e3 * (1000 + 7 * counted(net, x)))
         return
@@ -260,7 +289,8 @@ def test_a_budget_of_milliseconds_is_that_of_the_network(
     again = Budget(ms=1e5, table=str(tmp_path / "table.json"))
     with pytest.raises(ValueError, match="cannot be met"):  # what is between layers stays
         Pruner("magnitude", "oneshot", Channel(coupled=True), again, sparsity=0.9).attach(net, x)
-    assert len(calls) == 2 and again.cost(network.narrow) == budget.cost(network.narrow)
+    kept = network.samples[1]
+    assert len(calls) == 4 and again.cost(kept) == budget.cost(kept)
 
 
 def test_a_narrowed_copy_has_the_first_units_of_each_group() -> None:

@@ -45,8 +45,8 @@ class Budget(Allocation):
 
     Args:
         final: the schedule's final sparsity.
-        ms: milliseconds of the network for one batch of the example's size, by a table of layers and by two networks,
-            the dense one and a narrower one, that are measured in `runtime`.
+        ms: milliseconds of the network for one batch of the example's size, by a table of layers and by four networks,
+            the dense one and narrower ones, that are measured in `runtime`.
         kb: kilobytes (1000 bytes) of weights and biases.
         macs: multiply-accumulates; a number up to 1 is a fraction of the dense network's, a larger one the number per
             sample.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import mul
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ class Network:
 
     Attributes:
         units: how many each group has.
-        narrow: the widths that a second network is measured at, for `fit`: a quarter, a half and all of the units in
-            turn, as pruning leaves widths that differ, in whole blocks of 16, or of 4 where there are fewer than 32.
+        samples: the widths of the networks that are measured for `fit`: the dense one, and three in which groups have a
+            quarter, a half and all of their units in turn, each group once each. Pruning leaves widths that differ.
 
     Raises:
         ValueError: a group is not made of whole output channels.
@@ -36,7 +37,8 @@ class Network:
     def __init__(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
         self.groups = list(groups)
         self.units = [_units(group) for group in groups]
-        self.narrow = [_part(n, (4, 2, 1)[g % 3]) for g, n in enumerate(self.units)]
+        parts = [[_part(n, (4, 2, 1)[(g + turn) % 3]) for g, n in enumerate(self.units)] for turn in range(3)]
+        self.samples = [self.units, *parts]
         self._constant, self._factor = 0.0, 1.0  # of milliseconds
         calls = _calls(model, example)
         outs: dict[int, dict[int, int]] = {}
@@ -62,23 +64,26 @@ class Network:
             twin = sized(module, full_in, full_out, device="meta")
             self.layers.append(Layer(f"{name}.weight", twin, positions, shape, (out, rest_out), (into, rest_in)))
 
-    def fit(self, table: LatencyTable, dense: float, narrow: float) -> None:
+    def fit(self, table: LatencyTable, measured: Sequence[float]) -> None:
         """Make milliseconds those of the network, not of its layers alone: c + f * (sum over layers).
 
         c is what does not depend on widths: attention, norms of tokens, calls. f is how much longer layers take in the
-        network than alone, where caches hold what is their own. Both follow from the network's time at two widths, with
+        network than alone, where caches hold what is their own. Both minimize the squares of relative errors, with
         0 <= f and 0 <= c whatever noise says.
 
         Args:
             table: of the layers.
-            dense: milliseconds of the network with all `units`.
-            narrow: those with `narrow` units, measured in turns with it.
+            measured: milliseconds of networks with the widths of `samples`, in turns.
         """
         self._constant, self._factor = 0.0, 1.0
-        full, less = (float(self.cost(kept, "ms", table)) for kept in (self.units, self.narrow))
-        slope = (dense - narrow) / (full - less) if full > less else 1.0
-        self._factor = min(max(slope, 0.0), dense / full if full else 1.0)
-        self._constant = dense - self._factor * full
+        alone = [float(self.cost(kept, "ms", table)) for kept in self.samples]
+        weights = [1 / whole**2 for whole in measured]
+        x, y = (sum(map(mul, weights, values)) / sum(weights) for values in (alone, measured))
+        spread = sum(w * (a - x) ** 2 for w, a in zip(weights, alone, strict=True))
+        slope = sum(w * (a - x) * (m - y) for w, a, m in zip(weights, alone, measured, strict=True))
+        factor = slope / spread if spread else 1.0
+        self._factor = min(max(factor, 0.0), y / x if x else 1.0)
+        self._constant = y - self._factor * x
 
     def cost(self, kept: Sequence[Any], unit: str, table: LatencyTable | None = None) -> Any:
         """What the network costs with `kept[g]` units left in group g.

@@ -1,4 +1,4 @@
-"""Networks measured at two widths, so that their milliseconds are predicted and not those of their layers alone."""
+"""Networks measured at a few widths, so that their milliseconds are predicted and not those of their layers alone."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["fit", "narrowed"]
 def fit(network: Network, model: nn.Module, example: Any, table: LatencyTable) -> None:
     """Make the milliseconds of `network` those that `model` takes (`Network.fit`).
 
-    The model and a copy with fewer channels are measured in the runtime of the table, once: the table keeps it. Where
-    that is not possible, milliseconds stay the sum over layers, with a warning.
+    The model and three copies with fewer channels are measured in the runtime of the table, once: the table keeps it.
+    Where that is not possible, milliseconds stay the sum over layers, with a warning.
 
     Args:
         network: the layers of `model`.
@@ -36,16 +36,16 @@ def fit(network: Network, model: nn.Module, example: Any, table: LatencyTable) -
     def times(runtime: Runtime, repeats: int) -> list[float] | None:
         found = None
         with nice_to_have("the time between layers, which allocation.ms counts"), torch.no_grad():
-            nets = [narrowed(model, network.groups, kept, example) for kept in (network.units, network.narrow)]
+            nets = [narrowed(model, network.groups, kept, example) for kept in network.samples]
             found = runtime.timed([runtime.network(net, example) for net in nets], repeats)
         return found
 
     looks = [(layer.key, layer.positions, layer.outs, layer.ins) for layer in network.layers]
     weights = [tuple(weight.shape) for weight in model.parameters()]
-    digest = hashlib.sha256(repr((model, looks, weights, network.narrow)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((model, looks, weights, network.samples)).encode()).hexdigest()[:16]
     measured = table.kept(f"network {digest}", times)
     if measured is not None:
-        network.fit(table, *measured)
+        network.fit(table, measured)
 
 
 def narrowed(model: nn.Module, groups: Sequence[Group], kept: Sequence[int], example: Any) -> nn.Module:
