@@ -45,7 +45,8 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=28, help="pixels along a side")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=15, help="of each layer at each width")
+    parser.add_argument("--seconds", type=float, default=10.0, help="that networks are measured for")
     parser.add_argument("--runtime", default="torch", choices=RUNTIMES)
     parser.add_argument("--threads", type=int, help="as many as torch uses, if none are given")
     parser.add_argument("--json", type=Path, help="write the figures there too")
@@ -82,7 +83,7 @@ def main() -> None:
         table.measure(network.layers)
         layers = [float(network.cost(widths, "ms", table)) for widths in kept]
     runs = {str(i): opened(net, x, arguments.runtime) for i, net in enumerate(nets)}
-    times = latencies(runs, x, float("inf"), arguments.repeats, clock=Runtime(arguments.runtime).clock)
+    times = latencies(runs, x, arguments.seconds, 10**6, clock=Runtime(arguments.runtime).clock)
     measured = [statistics.median(times[name]) for name in runs]
     known = len(network.samples)
     network.fit(table, measured[:known])
