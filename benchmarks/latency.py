@@ -62,7 +62,7 @@ def main() -> None:
     x = torch.randn(arguments.batch, 1, arguments.size, arguments.size)
     structure = Channel(coupled=True)
     nets: list[nn.Module] = [dense]
-    network = Network(_groups(structure, dense, x), dense, x)
+    network = Network(_groups(structure, dense, x), dense, x, arguments.multiple)
     kept = list(network.samples)
     for _ in range(arguments.widths):
         by = arguments.multiple

@@ -97,7 +97,7 @@ class Budget(Allocation):
     def start(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
         if example is None or not all(group.consumers for group in groups):
             raise ValueError("allocation=budget needs channels that can be removed: use structure=coupled")
-        network = Network(groups, model, example)
+        network = Network(groups, model, example, self.multiple)
         table = None
         if self.what == "ms":
             table = measured(network, model, self.table, self.runtime, self.device)

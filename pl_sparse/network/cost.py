@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pl_sparse.core.group import Group
 from pl_sparse.network.hooks import called, evaluated, hooked
-from pl_sparse.network.latency import ALIGNED, LatencyTable, Layer, sized
+from pl_sparse.network.latency import LatencyTable, Layer, sized
 from pl_sparse.network.layers import TRANSPOSED, WEIGHTED
 
 __all__ = ["Network", "measured"]
@@ -24,21 +24,24 @@ class Network:
         groups: coupled channels, as `Channel(coupled=True)` finds them.
         model: what they are in.
         example: inputs of one batch; latencies are those of a batch of this size.
+        multiple: pruning leaves widths that are multiples of it, and so are `samples`.
 
     Attributes:
         units: how many each group has.
-        samples: the widths of the networks that are measured for `fit`: the dense one, and three in which groups have a
-            quarter, a half and all of their units in turn, each group once each. Pruning leaves widths that differ.
+        samples: the widths of the networks that are measured for `fit`: the dense one, and three in which groups have
+            0.3, 0.6 and all of their units in turn, each group once each. Pruning leaves widths that differ.
 
     Raises:
         ValueError: a group is not made of whole output channels.
     """
 
-    def __init__(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
+    def __init__(self, groups: Sequence[Group], model: nn.Module, example: Any, multiple: int = 1) -> None:
         self.groups = list(groups)
         self.units = [_units(group) for group in groups]
-        parts = [[_part(n, (4, 2, 1)[(g + turn) % 3]) for g, n in enumerate(self.units)] for turn in range(3)]
-        self.samples = [self.units, *parts]
+        parts = (0.3, 0.6, 1.0)
+        self.samples = [self.units]
+        for turn in range(3):
+            self.samples.append([_part(n, parts[(g + turn) % 3], multiple) for g, n in enumerate(self.units)])
         self._constant, self._factor = 0.0, 1.0  # of milliseconds
         calls = _calls(model, example)
         outs: dict[int, dict[int, int]] = {}
@@ -132,14 +135,13 @@ def measured(
     return table
 
 
-def _part(units: int, of: int) -> int:
-    """A part of some units, one of so many, in whole blocks as runtimes have them.
+def _part(units: int, part: float, multiple: int) -> int:
+    """A part of some units, to the nearest multiple.
 
-    >>> [_part(units, 4) for units in (512, 64, 40, 16, 8, 3)]
-    [128, 16, 16, 4, 4, 3]
+    >>> [_part(units, 0.3, 4) for units in (512, 64, 16, 8, 3)]
+    [152, 20, 4, 4, 3]
     """
-    block = 16 if units >= 32 else ALIGNED
-    return min(block * -(-units // (of * block)), units)
+    return min(multiple * max(round(units * part / multiple), 1), units)
 
 
 def _units(group: Group) -> int:

@@ -23,10 +23,9 @@ from pl_sparse.core.files import write_json
 from pl_sparse.network.layers import CONVS, TRANSPOSED, is_depthwise
 from pl_sparse.network.runtimes import Runtime
 
-__all__ = ["ALIGNED", "LatencyTable", "Layer", "fingerprint", "sized"]
+__all__ = ["LatencyTable", "Layer", "fingerprint", "sized"]
 
-ALIGNED = 4
-"""Channels: what is not a multiple of them ONNX Runtime does not compute by blocks."""
+_ALIGNED = 4  # channels: what is not a multiple of them ONNX Runtime does not compute by blocks
 _FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -189,7 +188,7 @@ class LatencyTable:
         row = self._rows[self._name(layer)]
         times = row["ms"]
         if row.get("blocks"):  # a convolution by blocks of channels; numbers that are learned lie between them
-            if not isinstance(inputs, Tensor) and inputs >= row["blocks"] and inputs % ALIGNED:
+            if not isinstance(inputs, Tensor) and inputs >= row["blocks"] and inputs % _ALIGNED:
                 times = row["unfit"]
             else:
                 inputs = inputs if inputs < row["blocks"] else _whole(inputs, row["blocks"], row["ins"])
