@@ -14,10 +14,13 @@ from pl_sparse import Pruner
 from pl_sparse.allocation import Budget, Units
 from pl_sparse.core.targets import find
 from pl_sparse.export import shrink
-from pl_sparse.network.latency import LatencyTable, Network
+from pl_sparse.network.cost import Network
+from pl_sparse.network.latency import LatencyTable
 from pl_sparse.network.macs import MacCounter, macs
+from pl_sparse.network.runtimes import Runtime
 from pl_sparse.regularizer import Latency
 from pl_sparse.structure import Channel
+from pl_sparse.surgery.timed import narrowed
 from pl_sparse.tasks.models import resnet20
 
 
@@ -186,6 +189,135 @@ def test_latency_is_interpolated_and_differentiable(tmp_path: Path) -> None:
     width = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
     network.cost([width, 3], "ms", made).backward()
     assert width.grad is not None and float(width.grad) == pytest.approx((1 + 1 + 3) / 1000)
+
+
+def test_milliseconds_are_those_of_a_network_measured_at_two_widths(tmp_path: Path) -> None:
+    """A network that takes 5 ms for what is between its layers, and twice as long for them as each takes alone."""
+    net, x = Small(), torch.randn(2, 1, 8, 8)
+    network, made = table(net, x, tmp_path / "table.json")
+
+    def layers(a: Any, b: Any) -> Any:
+        return 0.4 + (2 * a + a * b + 9 * b * 2) / 1000
+
+    network.samples = [[4, 3], [1, 3], [2, 2]]
+    network.fit(made, [5 + 2 * layers(*kept) for kept in network.samples])
+    for a, b in product(range(1, 5), range(1, 4)):
+        assert float(network.cost([a, b], "ms", made)) == pytest.approx(5 + 2 * layers(a, b))
+    width = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
+    network.cost([width, 3], "ms", made).backward()
+    assert width.grad is not None and float(width.grad) == pytest.approx(2 * (1 + 1 + 3) / 1000)
+    # noise: fewer channels are never slower, and what is between layers takes no negative time
+    network.fit(made, [5.0, 5.2, 5.1])
+    assert (
+        float(network.cost([1, 1], "ms", made)) == float(network.cost([4, 3], "ms", made)) == pytest.approx(5.1, 0.01)
+    )
+    network.fit(made, [3 * layers(*kept) ** 2 for kept in network.samples])
+    ratio = float(network.cost([1, 1], "ms", made)) / float(network.cost([4, 3], "ms", made))
+    assert ratio == pytest.approx(layers(1, 1) / layers(4, 3))
+
+
+def test_errors_of_milliseconds_are_relative_and_least(tmp_path: Path) -> None:
+    """Against a search over both numbers."""
+    net, x = Small(), torch.randn(2, 1, 8, 8)
+    network, made = table(net, x, tmp_path / "table.json")
+    network.samples = [[4, 3], [1, 3], [2, 2], [1, 1]]
+    alone = torch.tensor([float(network.cost(kept, "ms", made)) for kept in network.samples])
+    measured = torch.tensor([2.1, 1.9, 1.7, 1.8])
+    network.fit(made, measured.tolist())
+
+    def error(constant: Any, factor: Any) -> Any:
+        return ((constant + factor * alone) / measured - 1).square().sum(-1)
+
+    grid = torch.cartesian_prod(torch.linspace(0, 2, 201), torch.linspace(0, 5, 201))
+    found = error(torch.tensor(network._constant), torch.tensor(network._factor))
+    assert found <= error(grid[:, :1], grid[:, 1:]).min() + 1e-6
+
+
+def test_each_group_is_measured_at_three_widths_that_pruning_may_leave() -> None:
+    net, x = resnet20(shape=(1, 8, 8), classes=5, width=40), torch.randn(2, 1, 8, 8)
+    groups = [group for group in Channel(coupled=True).groups(find(net, last=False), net, x) if not group.reason]
+    dense, *others = Network(groups, net, x, 8).samples
+    widths = {40: [16, 24, 40], 80: [24, 48, 80], 160: [48, 96, 160]}
+    assert [sorted(kept) for kept in zip(*others, strict=True)] == [widths[n] for n in dense]
+    assert all(len({w / n for w, n in zip(kept, dense, strict=True)}) > 1 for kept in others)
+
+
+class Attends(nn.Module):
+    """Tokens that are mixed by attention, then a feed-forward network: only its neurons can be removed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.up, self.down = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("make", [Small, Attends, lambda: resnet20(shape=(1, 8, 8), classes=5, width=8)])
+def test_a_budget_of_milliseconds_is_that_of_the_network(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers alone take a second per multiply-accumulate, the network takes seven times that and 1000 seconds."""
+    net = make().eval()
+    x, now, calls = torch.randn(2, 5, 8) if make is Attends else torch.randn(2, 1, 8, 8), [0.0], []
+
+    def takes(model: nn.Module, x: torch.Tensor, constant: float, factor: float) -> Any:
+        seconds = constant + factor * counted(model, x)
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    def whole(self: Runtime, model: nn.Module, x: torch.Tensor) -> Any:
+        calls.append(model)
+        return takes(model, x, 1000, 7)
+
+    monkeypatch.setattr(Runtime, "opened", lambda self, layers, x, copies=1: takes(layers, x, 0, 1))
+    monkeypatch.setattr(Runtime, "network", whole)
+    monkeypatch.setattr(Runtime, "clock", property(lambda self: lambda: now[0]))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    budget = Budget(ms=1e12, table=str(tmp_path / "table.json"))
+    Pruner("magnitude", "oneshot", Channel(coupled=True), budget, sparsity=0.9).attach(net, x)
+    network = budget._measured["network"]
+    assert len(calls) == 4 and all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    for kept in (network.units, [max(n // 2, 1) for n in network.units], [max(n - 3, 1) for n in network.units]):
+        smaller = narrowed(net, network.groups, kept, x)
+        assert budget.cost(kept) == pytest.approx(1e3 * (1000 + 7 * counted(smaller, x)))
+    again = Budget(ms=1e5, table=str(tmp_path / "table.json"))
+    with pytest.raises(ValueError, match="cannot be met"):  # what is between layers stays
+        Pruner("magnitude", "oneshot", Channel(coupled=True), again, sparsity=0.9).attach(net, x)
+    kept = network.samples[1]
+    assert len(calls) == 4 and again.cost(kept) == budget.cost(kept)
+
+
+def test_a_narrowed_copy_has_the_first_units_of_each_group() -> None:
+    net, x = resnet20(shape=(1, 8, 8), classes=5, width=8).eval(), torch.randn(2, 1, 8, 8)
+    groups = [group for group in Channel(coupled=True).groups(find(net, last=False), net, x) if not group.reason]
+    kept = [n // 2 for n in Network(groups, net, x).units]
+    smaller = narrowed(net, groups, kept, x)
+    for group, count in zip(groups, kept, strict=True):
+        for param, _ in (*group.members, *group.companions):
+            left = smaller.get_parameter(param.name)
+            torch.testing.assert_close(left, param.weight[tuple(map(slice, left.shape))])
+            assert left.shape[0] == count
+
+
+def test_a_network_that_cannot_be_measured_is_taken_for_its_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Runtime, net: nn.Module, x: torch.Tensor) -> Any:
+        raise ValueError("torch.export cannot trace it")
+
+    monkeypatch.setattr(Runtime, "network", refuse)
+    budget, path = Budget(ms=1e9, table=str(tmp_path / "table.json")), tmp_path / "table.json"
+    with pytest.warns(UserWarning, match="time between layers.* left out: ValueError: torch.export cannot trace it"):
+        Pruner("magnitude", "oneshot", Channel(coupled=True), budget, sparsity=0.9).attach(
+            Small(), torch.randn(2, 1, 8, 8)
+        )
+    network, made = budget._measured["network"], budget._measured["table"]
+    layers = sum(float(made.predict(layer, *layer.widths(network.units))) for layer in network.layers)
+    assert budget.cost(network.units) == pytest.approx(layers)
+    assert not any(key.startswith("network") for key in json.loads(path.read_text())["layers"])  # tried again
 
 
 def test_the_penalty_of_latency_against_finite_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

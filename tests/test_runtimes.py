@@ -20,7 +20,8 @@ from pl_sparse.core import optional
 from pl_sparse.core.targets import find
 from pl_sparse.export.hardware import Hardware
 from pl_sparse.network import runtimes
-from pl_sparse.network.latency import LatencyTable, Network
+from pl_sparse.network.cost import Network
+from pl_sparse.network.latency import LatencyTable
 from pl_sparse.network.runtimes import Runtime, openvino_request
 from pl_sparse.regularizer import Latency
 from pl_sparse.structure import Channel
@@ -131,6 +132,43 @@ def test_copies_of_a_layer_are_added(name: str) -> None:
         expected = (6 * (once - bias) + (3 * bias + 3 if layer.bias is not None else 0)).relu()
     (out,) = Runtime("onnxruntime").opened(nn.Sequential(layer, nn.ReLU()), x, 3)()
     torch.testing.assert_close(torch.from_numpy(out), expected)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
+def test_a_network_computes_in_a_runtime_what_it_does_in_torch(runtime: str) -> None:
+    pytest.importorskip(runtime)
+    net, x = lenet5(shape=(1, 28, 28), classes=2).eval(), torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        out = Runtime(runtime).network(net, x)()
+        torch.testing.assert_close(torch.as_tensor(out[0]), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_of_several_tensors_runs_in_torch_alone() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    pytest.importorskip("onnxruntime")
+    (out,) = Runtime("torch").network(Sum(), {"x": torch.ones(2), "y": torch.ones(2)})()
+    assert out.tolist() == [2, 2]
+    with pytest.raises(ValueError, match="runtime=onnxruntime takes networks with one input tensor, not a dict"):
+        Runtime("onnxruntime").network(Sum(), {"x": torch.ones(2), "y": torch.ones(2)})
+
+
+def test_calls_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls that do not count, then the median of three; each call takes longer than the one before."""
+    now, called = [0.0], []
+
+    def call(name: str) -> Any:
+        def run() -> None:
+            called.append(name)
+            now[0] += len(called)
+
+        return run
+
+    monkeypatch.setattr(Runtime, "clock", property(lambda self: lambda: now[0]))
+    assert Runtime().timed([call("a"), call("b")], 3) == [7e3, 8e3]
+    assert "".join(called) == "ab" * 5
 
 
 @pytest.mark.parametrize(

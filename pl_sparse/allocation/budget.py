@@ -14,8 +14,9 @@ from pl_sparse.allocation.measured import losses
 from pl_sparse.allocation.units import Units
 from pl_sparse.core.group import Group
 from pl_sparse.core.registry import register
-from pl_sparse.network.latency import Network, measured
+from pl_sparse.network.cost import Network, measured
 from pl_sparse.network.runtimes import Runtime
+from pl_sparse.surgery.timed import fit
 
 __all__ = ["Budget"]
 
@@ -44,7 +45,8 @@ class Budget(Allocation):
 
     Args:
         final: the schedule's final sparsity.
-        ms: milliseconds for one batch of the example's size, by a table of layers that is measured in `runtime`.
+        ms: milliseconds of the network for one batch of the example's size, by a table of layers and by four networks,
+            the dense one and narrower ones, that are measured in `runtime`.
         kb: kilobytes (1000 bytes) of weights and biases.
         macs: multiply-accumulates; a number up to 1 is a fraction of the dense network's, a larger one the number per
             sample.
@@ -95,10 +97,11 @@ class Budget(Allocation):
     def start(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
         if example is None or not all(group.consumers for group in groups):
             raise ValueError("allocation=budget needs channels that can be removed: use structure=coupled")
-        network = Network(groups, model, example)
+        network = Network(groups, model, example, self.multiple)
         table = None
         if self.what == "ms":
             table = measured(network, model, self.table, self.runtime, self.device)
+            fit(network, model, example, table)
         self._measured.update(network=network, table=table, worth=[1.0] * len(groups))
         if self.sensitivity is not None:
             self._measured["worth"] = _worth(groups, self.sensitivity)

@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Executable, Traced, quiet, require
-from pl_sparse.network.graph import traced
+from pl_sparse.export.format import Executable, Traced, require
+from pl_sparse.network.graph import quiet, traced
 
 __all__ = ["CoreML", "read_coreml"]
 

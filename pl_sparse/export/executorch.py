@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.export.format import Executable, Traced, compared, quiet, require
-from pl_sparse.network.graph import traced
+from pl_sparse.export.format import Executable, Traced, compared, require
+from pl_sparse.network.graph import quiet, traced
 
 __all__ = ["ExecuTorch"]
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import io
-import logging
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +17,7 @@ from pl_sparse.core.upstream import overridden
 from pl_sparse.network.graph import traceable
 from pl_sparse.structure import Structure
 
-__all__ = ["Executable", "Export", "Traced", "compared", "forwarding", "quiet", "require"]
+__all__ = ["Executable", "Export", "Traced", "compared", "forwarding", "require"]
 
 Executable = Callable[[Tensor], Tensor]
 """A loaded model that can be called: from inputs (batch, *shape) to outputs."""
@@ -171,19 +168,3 @@ def compared(run: Executable, net: nn.Module, example: Tensor, tolerance: float,
             f"tolerance={tolerance:g}"
         )
     return f"outputs of {where} differ from torch's by at most {error:.1e} of the largest"
-
-
-@contextmanager
-def quiet(*loggers: str) -> Iterator[None]:
-    """Within the block nothing is printed or warned of, and these loggers say errors alone."""
-    logged = [logging.getLogger(name) for name in loggers]
-    levels = [logger.level for logger in logged]
-    for logger in logged:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(logged, levels, strict=True):
-            logger.setLevel(level)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
 from pl_sparse.core.optional import missing
-from pl_sparse.export.format import Executable, Traced, compared, quiet, require
-from pl_sparse.network.graph import traced
+from pl_sparse.export.format import Executable, Traced, compared, require
+from pl_sparse.network.graph import in_onnx
 from pl_sparse.network.runtimes import onnx_session
 from pl_sparse.structure import Structure
 
@@ -31,14 +31,7 @@ def save_onnx(net: nn.Module, example: Tensor, path: Path) -> None:
         ImportError: onnx or onnxscript is missing.
     """
     require("onnx", "export", "onnx", "onnxscript")
-    program = traced(net, example)
-    with quiet("torch.onnx", "onnxscript", "onnx_ir"):
-        onnx = torch.onnx.export(program, dynamo=True, input_names=["input"], output_names=["output"], verbose=False)
-    assert onnx is not None
-    for node in onnx.model.graph:  # where each node came from: a third of a small file
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
+    onnx = in_onnx(net, example)
     with replacing(path) as temporary:
         onnx.save(temporary)
 

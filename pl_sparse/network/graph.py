@@ -1,14 +1,19 @@
-"""Graphs of models, by torch.export."""
+"""Graphs of models, by torch.export, and in ONNX."""
 
 from __future__ import annotations
 
 import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["traceable", "traced"]
+__all__ = ["in_onnx", "quiet", "traceable", "traced"]
 
 
 def traceable(net: nn.Module, example: Tensor, largest: int | None = None) -> str | None:
@@ -60,3 +65,41 @@ def traced(net: nn.Module, example: Tensor, largest: int | None = None) -> torch
             f"torch.export cannot trace {type(net).__name__} for {batches} ({reason}). What usually helps: "
             "x.shape[0] in place of len(x) or int(...), and no branch that depends on values"
         ) from error
+
+
+def in_onnx(net: nn.Module, example: Tensor) -> Any:
+    """A model in ONNX (a `torch.onnx.ONNXProgram`), for batches of any size; its input is called "input", its output
+    "output".
+
+    Args:
+        net: the model in eval mode.
+        example: inputs of some samples.
+
+    Raises:
+        ValueError: torch.export cannot trace the model.
+    """
+    program = traced(net, example)
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"):
+        onnx = torch.onnx.export(program, dynamo=True, input_names=["input"], output_names=["output"], verbose=False)
+    assert onnx is not None
+    for node in onnx.model.graph:  # where each node came from: a third of a small file
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    return onnx
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Within the block nothing is printed or warned of, and these loggers say errors alone."""
+    logged = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in logged]
+    for logger in logged:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(logged, levels, strict=True):
+            logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""How long layers take in a runtime at each width, and what a network costs with some of its channels gone.
+"""How long layers take in a runtime at each width.
 
 A layer's latency is measured at a few numbers of inputs and outputs and interpolated between them. The numbers are kept
 in a file under a fingerprint of machine, runtime, threads and versions, so that they are measured once.
@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import platform
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,10 @@ from torch import Tensor, nn
 
 from pl_sparse.core.agreement import agreed
 from pl_sparse.core.files import write_json
-from pl_sparse.core.group import Group
-from pl_sparse.network.hooks import called, evaluated, hooked
-from pl_sparse.network.layers import CONVS, TRANSPOSED, WEIGHTED, is_depthwise
+from pl_sparse.network.layers import CONVS, TRANSPOSED, is_depthwise
 from pl_sparse.network.runtimes import Runtime
 
-__all__ = ["LatencyTable", "Layer", "Network", "fingerprint", "measured"]
+__all__ = ["LatencyTable", "Layer", "fingerprint", "sized"]
 
 _ALIGNED = 4  # channels: what is not a multiple of them ONNX Runtime does not compute by blocks
 _FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
@@ -97,99 +94,6 @@ class Layer:
         return " ".join(map(str, parts))
 
 
-class Network:
-    """The layers of a model whose channels are pruned, and what they cost.
-
-    Args:
-        groups: coupled channels, as `Channel(coupled=True)` finds them.
-        model: what they are in.
-        example: inputs of one batch; latencies are those of a batch of this size.
-
-    Raises:
-        ValueError: a group is not made of whole output channels.
-    """
-
-    def __init__(self, groups: Sequence[Group], model: nn.Module, example: Any) -> None:
-        self.groups = list(groups)
-        self.units = [_units(group) for group in groups]
-        calls = _calls(model, example)
-        outs: dict[int, dict[int, int]] = {}
-        ins: dict[int, dict[int, int]] = {}
-        for g, group in enumerate(groups):
-            for param, layout in group.members:
-                rows = layout.outputs_per_unit
-                outs.setdefault(id(param.module), {})[g] = rows
-            for param, units in group.consumers:
-                groups_of = getattr(param.module, "groups", 1)
-                ins.setdefault(id(param.module), {})[g] = int((units == 0).sum()) * groups_of
-        self.layers = []
-        for name, module in model.named_modules():
-            if module not in calls:
-                continue
-            shape, positions = calls[module]
-            out, into = outs.get(id(module), {}), ins.get(id(module), {})
-            linear = isinstance(module, nn.Linear)
-            full_out = int(getattr(module, "out_features" if linear else "out_channels"))
-            full_in = int(getattr(module, "in_features" if linear else "in_channels"))
-            rest_out = full_out - sum(count * self.units[g] for g, count in out.items())
-            rest_in = full_in - sum(count * self.units[g] for g, count in into.items())
-            twin = _sized(module, full_in, full_out, device="meta")
-            self.layers.append(Layer(f"{name}.weight", twin, positions, shape, (out, rest_out), (into, rest_in)))
-
-    def cost(self, kept: Sequence[Any], unit: str, table: LatencyTable | None = None) -> Any:
-        """What the network costs with `kept[g]` units left in group g.
-
-        Args:
-            kept: numbers, or scalars that the cost is differentiated by.
-            unit: "macs" (of a sample), "kb" (of 1000 bytes, weights and biases in 4 bytes each), or "ms" (of a batch).
-            table: of latencies, for "ms".
-
-        Returns:
-            A number, or a scalar tensor where `kept` has some.
-        """
-        total: Any = 0.0
-        for layer in self.layers:
-            inputs, outputs = layer.widths(kept)
-            if unit == "ms":
-                assert table is not None
-                total = total + table.predict(layer, inputs, outputs)
-                continue
-            kernel = layer.module.weight[0, 0].numel()
-            groups = 1 if isinstance(layer.module, nn.Linear) else layer.module.groups
-            weights = outputs * kernel if layer.depthwise else inputs * outputs * kernel / groups
-            if unit == "macs":
-                total = total + weights * layer.positions
-            else:
-                total = total + 0.004 * (weights + (outputs if layer.module.bias is not None else 0))
-        return total
-
-
-def _units(group: Group) -> int:
-    """How many units a group has."""
-    param, layout = group.members[0]
-    return layout.shape_of(param.former)[0]
-
-
-def _calls(model: nn.Module, example: Any) -> dict[nn.Module, tuple[tuple[int, ...], float]]:
-    """The input shape of each layer that is called, and the positions of a sample that it is used at."""
-    calls: dict[nn.Module, tuple[tuple[int, ...], float]] = {}
-
-    def note(module: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        if isinstance(module, TRANSPOSED):  # each weight is used once per input
-            positions = x.numel() / module.in_channels / len(out)
-        else:
-            positions = (
-                out.numel() / (out.shape[-1] if isinstance(module, nn.Linear) else module.out_channels) / len(out)
-            )
-        calls[module] = tuple(x.shape), positions + calls.get(module, ((), 0.0))[1]
-
-    layers = [module for module in model.modules() if isinstance(module, WEIGHTED)]
-    with hooked(layers, post=note), evaluated(model), torch.no_grad():
-        called(model, example)
-    return calls
-
-
 @dataclass
 class LatencyTable:
     """Milliseconds of layers by width, measured when first asked for.
@@ -244,8 +148,29 @@ class LatencyTable:
             if self._name(layer) not in self._rows:
                 self._rows[self._name(layer)] = self._measured(layer)
         if new:
-            write_json(self.file, {"fingerprint": fingerprint(self._runs), "layers": self._rows})
+            self._write()
         return self._rows
+
+    def _write(self) -> None:
+        write_json(self.file, {"fingerprint": fingerprint(self._runs), "layers": self._rows})
+
+    def kept(self, key: str, make: Callable[[Runtime, int], Sequence[float] | None]) -> Sequence[float] | None:
+        """Other milliseconds that are kept beside those of layers.
+
+        Args:
+            key: what they are those of.
+            make: measures them in a runtime, each so often, if they were not; what is None is not kept.
+        """
+
+        def found() -> dict[str, Any]:
+            self._load()
+            if key not in self._rows and (times := make(self._runs, self.repeats)) is not None:
+                self._rows[key] = {"ms": list(times)}
+                self._write()
+            return self._rows
+
+        self._rows = agreed(found)
+        return self._rows.get(key, {}).get("ms")
 
     def predict(self, layer: Layer, inputs: Any, outputs: Any) -> Any:
         """Milliseconds of a layer at a width.
@@ -313,43 +238,16 @@ class LatencyTable:
 
     def _times(self, layer: Layer, ins: Sequence[int], outs: Sequence[int], groups: int) -> list[list[float]]:
         """Milliseconds at each pair of widths, (outs, ins), none less than at a smaller one."""
-        clock, opened, copies = self._runs.clock, self._runs.opened, self._runs.copies
+        opened, copies = self._runs.opened, self._runs.copies
         with torch.inference_mode():
-            sized = [[_variant(layer, i or o // groups, o) for i in ins] for o in outs]
-            variants = [[[opened(*one, times) for times in copies] for one in line] for line in sized]
-            # (outs, ins, copies, repeats)
-            times: list[list[list[list[float]]]] = [[[[] for _ in copies] for _ in ins] for _ in outs]
-            for turn in range(self.repeats + 2):  # in turns, so that a disturbance hits all widths alike
-                for i, line in enumerate(variants):
-                    for j, runs in enumerate(line):
-                        for k, run in enumerate(runs):
-                            start = clock()
-                            run()
-                            if turn >= 2:
-                                times[i][j][k].append(1e3 * (clock() - start))
-        ms = [[_alone(copies, [statistics.median(took) for took in cell]) for cell in line] for line in times]
+            pairs = [_variant(layer, i or o // groups, o) for o in outs for i in ins]
+            runs = [opened(*pair, times) for pair in pairs for times in copies]
+            medians = iter(self._runs.timed(runs, self.repeats))
+        ms = [[_alone(copies, [next(medians) for _ in copies]) for _ in ins] for _ in outs]
         for i in range(len(outs)):
             for j in range(len(ins)):
                 ms[i][j] = max(ms[i][j], ms[i - 1][j] if i else 0.0, ms[i][j - 1] if j else 0.0)
         return ms
-
-
-def measured(
-    network: Network, model: nn.Module, path: str | None, runtime: str | None, device: str | None
-) -> LatencyTable:
-    """A table of all layers of a network.
-
-    Args:
-        network: the layers of `model`.
-        model: on the device that trains.
-        path, runtime: as in `LatencyTable`.
-        device: the device of torch; None for the one that `model` is on.
-    """
-    if device is None and runtime in (None, "torch"):
-        device = str(next(model.parameters()).device)
-    table = LatencyTable(path, runtime=runtime, device=device)
-    table.measure(network.layers)
-    return table
 
 
 def _variant(layer: Layer, inputs: int, outputs: int) -> tuple[nn.Sequential, Tensor]:
@@ -357,12 +255,12 @@ def _variant(layer: Layer, inputs: int, outputs: int) -> tuple[nn.Sequential, Te
     module = layer.module
     shape = list(layer.shape)
     shape[-1 if isinstance(module, nn.Linear) else 1] = inputs
-    sized = _sized(module, inputs, outputs)
-    norm: list[nn.Module] = [nn.BatchNorm2d(outputs)] if module.bias is None and isinstance(sized, nn.Conv2d) else []
-    return nn.Sequential(sized, *norm, nn.ReLU(inplace=True)).eval(), torch.randn(shape)
+    one = sized(module, inputs, outputs)
+    norm: list[nn.Module] = [nn.BatchNorm2d(outputs)] if module.bias is None and isinstance(one, nn.Conv2d) else []
+    return nn.Sequential(one, *norm, nn.ReLU(inplace=True)).eval(), torch.randn(shape)
 
 
-def _sized(module: Any, inputs: int, outputs: int, device: str | None = None) -> nn.Module:
+def sized(module: Any, inputs: int, outputs: int, device: str | None = None) -> nn.Module:
     """A layer of the same kind with other widths."""
     bias = module.bias is not None
     if isinstance(module, nn.Linear):

@@ -1,10 +1,11 @@
-"""Single layers in the runtime that a network is for: torch, ONNX Runtime, OpenVINO."""
+"""Networks and single layers in the runtime that a network is for: torch, ONNX Runtime, OpenVINO."""
 
 from __future__ import annotations
 
 import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from pl_sparse.core.optional import missing
 from pl_sparse.core.registry import suggestion
+from pl_sparse.network.graph import in_onnx
+from pl_sparse.network.hooks import called
 from pl_sparse.network.layers import TRANSPOSED
 
 __all__ = ["ELSEWHERE", "RUNTIMES", "SLOWER", "Runtime", "onnx_session", "openvino_request"]
@@ -107,25 +110,67 @@ class Runtime:
             copies: how many layers of this kind, with other weights, compute on the inputs, and are added.
         """
         if self.name == "torch":
-            return _in_torch(layers.to(self.device), x.to(self.device))
-        graph, array = _graph(layers, x, copies), x.numpy()
+            one, inputs = layers.to(self.device), x.to(self.device)
+            return self._in_torch(lambda: one(inputs))
+        return self._of_graph(_graph(layers, x, copies), x)
+
+    def network(self, net: nn.Module, example: Any) -> Callable[[], Any]:
+        """A call that computes the outputs of a network, and returns when they are there.
+
+        Args:
+            net: in evaluation mode; it may be moved to the device.
+            example: inputs of a batch: a tensor, or for torch what else the network is called with, on the device.
+
+        Raises:
+            ValueError: for another runtime than torch, it takes more than one tensor, or torch.export cannot trace it.
+        """
+        inputs = example[0] if isinstance(example, (tuple, list)) and len(example) == 1 else example
+        if self.name == "torch":
+            moved = inputs.to(self.device) if isinstance(inputs, Tensor) else inputs
+            there = net.to(self.device)
+            return self._in_torch(lambda: called(there, moved))
+        if not isinstance(inputs, Tensor):
+            raise ValueError(f"runtime={self.name} takes networks with one input tensor, not a {type(inputs).__name__}")
+        return self._of_graph(in_onnx(net.cpu(), inputs.cpu()).model_proto.SerializeToString(), inputs.cpu())
+
+    def _in_torch(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """A call that waits for the device."""
+        if self.device.partition(":")[0] == "cpu":
+            return run
+        backend: Any = torch.get_device_module(self.device)
+
+        def waits() -> None:
+            run()
+            backend.synchronize()
+
+        return waits
+
+    def _of_graph(self, graph: bytes, x: Tensor) -> Callable[[], Any]:
+        """A call of an ONNX model."""
+        array = x.numpy()
         if self.name == "onnxruntime":
             session = onnx_session(graph)
-            return lambda: session.run(None, {"x": array})
+            inputs = {session.get_inputs()[0].name: array}
+            return lambda: session.run(None, inputs)
         request = openvino_request(graph)
         return lambda: request.infer({0: array}, share_inputs=True)
 
+    def timed(self, runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+        """The median milliseconds of each call, in turns, so that a disturbance hits all alike.
 
-def _in_torch(layers: nn.Module, x: Tensor) -> Callable[[], Any]:
-    if x.device.type == "cpu":
-        return lambda: layers(x)
-    backend: Any = torch.get_device_module(x.device)
-
-    def run() -> None:
-        layers(x)
-        backend.synchronize()
-
-    return run
+        Args:
+            runs: what is called.
+            repeats: how often, after two calls that do not count.
+        """
+        clock = self.clock
+        times: list[list[float]] = [[] for _ in runs]
+        for turn in range(repeats + 2):
+            for run, took in zip(runs, times, strict=True):
+                start = clock()
+                run()
+                if turn >= 2:
+                    took.append(1e3 * (clock() - start))
+        return [statistics.median(took) for took in times]
 
 
 def onnx_session(model: str | bytes, threads: int | None = None) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pl_sparse.core.group import Group
 from pl_sparse.core.parameter import MaskedParameter
 from pl_sparse.core.registry import register
-from pl_sparse.network.latency import Network, measured
+from pl_sparse.network.cost import Network, measured
 from pl_sparse.network.runtimes import Runtime
 from pl_sparse.regularizer.base import Regularizer, members
 from pl_sparse.structure import Channel
@@ -23,7 +23,7 @@ __all__ = ["Latency"]
 @register
 @dataclass(frozen=True, kw_only=True)
 class Latency(Regularizer):
-    """strength * E[latency] / latency of the dense network, for coupled channels.
+    """strength * E[latency] / latency of the dense network, both sums over layers, for coupled channels.
 
     A channel counts as present to the degree q = |w|^2 / (|w|^2 + softness * m), |w|^2 the mean square of its weights
     and m that of its group when the penalty begins. The expected width of a group is the sum of its q, and the latency
