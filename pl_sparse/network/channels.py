@@ -269,9 +269,15 @@ def _lines(units: Units, model: nn.Module) -> _Lines:
     for end, slots in units.ports.items():
         layer = model.get_submodule(end.path)
         for part in held(layer, end) if end.tensor or sides(layer) else ():
-            line = {index: slot for place, slot in slots.items() for index in part.indices([place])}
-            lines[id(getattr(layer, part.name)), part.dim].append(line)
+            if (tensor := _own(layer, part.name)) is not None:
+                line = {index: slot for place, slot in slots.items() for index in part.indices([place])}
+                lines[id(tensor), part.dim].append(line)
     return lines
+
+
+def _own(layer: nn.Module, name: str) -> Any:
+    """A tensor that a layer holds; None for one that it computes, which may write to others (`spectral_norm`)."""
+    return layer._parameters.get(name, layer._buffers.get(name, vars(layer).get(name)))
 
 
 def _join_lines(units: Units, first: Mapping[int, int], rest: Iterable[Mapping[int, int]]) -> None:
@@ -288,7 +294,8 @@ def _block_crossed(units: Units, model: nn.Module) -> None:
     for end, slots in sorted(units.ports.items(), key=lambda port: bool(port[0].tensor)):
         layer = model.get_submodule(end.path)
         for part in held(layer, end) if end.side in ("out", "shift") and (end.tensor or sides(layer)) else ():
-            if along.setdefault(id(getattr(layer, part.name)), part.dim) != part.dim:
+            tensor = _own(layer, part.name)
+            if tensor is not None and along.setdefault(id(tensor), part.dim) != part.dim:
                 name = f"{end.path}.{part.name}".lstrip(".")
                 units.block(slots.values(), f"channels come out of {name} along its other dimension, too")
 
