@@ -220,7 +220,9 @@ def test_what_layers_lose_decides_where_channels_go(tmp_path: Path, monkeypatch:
 @pytest.mark.slow
 def test_integers_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pl_sparse.app.slim._SECONDS", 0.1)
-    _, result = pl_sparse.slim(trained(), Digits(), 1.2, int8=True, epochs=3, folder=tmp_path, sensitive=False)
+    # the time of so small a network hardly depends on its channels, which is refused elsewhere
+    monkeypatch.setattr("pl_sparse.callbacks.cost_target._SPARED", float("inf"))
+    _, result = pl_sparse.slim(trained(), Digits(), 1.1, int8=True, epochs=3, folder=tmp_path, sensitive=False)
     costs = result.exports
     assert set(costs) == {"onnx", "onnx_int8"} and costs["onnx_int8"]["bytes"] < 0.6 * costs["onnx"]["bytes"]
     assert costs["onnx_int8"]["test/acc_exported"] == pytest.approx(costs["onnx"]["test/acc_exported"], abs=0.03)
