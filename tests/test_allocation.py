@@ -219,7 +219,7 @@ def test_millions_of_units_are_shared_at_once(monkeypatch: pytest.MonkeyPatch) -
     assert counts == [2_000_000, 1_000_000] and len(passes) < 1000
 
 
-@pytest.mark.parametrize("kind", ["normal", "equal", "rounded", "zeros", "pruned", "infinite", "copies"])
+@pytest.mark.parametrize("kind", ["normal", "equal", "rounded", "zeros", "pruned", "infinite", "copies", "double"])
 def test_lamp_counts_are_those_of_one_threshold_over_its_scores(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tensor is sorted once, and what its curve leaves open is looked at again."""
     scores = [torch.randn(size).abs() * scale for size, scale in ((700, 1.0), (3, 9.0), (2000, 0.1), (1, 1.0))]
@@ -235,6 +235,8 @@ def test_lamp_counts_are_those_of_one_threshold_over_its_scores(kind: str, monke
         scores[0][::50] = float("inf")
     elif kind == "copies":
         scores = [scores[0], scores[0].flip(0), scores[0] * 2]
+    elif kind == "double":
+        scores = [score.double() for score in scores]
     total = sum(map(len, scores))
     for every in (1, 7, 256):
         monkeypatch.setattr(ranked, "_EVERY", every)
