@@ -399,10 +399,14 @@ def test_activations_of_any_size_are_simulated_as_they_are_converted(size: float
     assert 0 < float((simulated - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
 
 
+@pytest.mark.parametrize("behind", ["Conv2d", "Linear"])
 @pytest.mark.parametrize("padding", [0, 1])
-def test_averages_of_windows_that_end_outside_are_those_of_torch(padding: int, tmp_path: Path) -> None:
+def test_averages_of_windows_that_end_outside_are_those_of_torch(padding: int, behind: str, tmp_path: Path) -> None:
     """ONNX Runtime's 8-bit kernel divides them by the whole window."""
     torch.manual_seed(0)
     pool = nn.AvgPool2d(3, 2, padding, ceil_mode=True)
-    net, x = _of(nn.Conv2d(3, 8, 1), nn.SiLU(), pool, nn.Conv2d(8, 4, 1)), torch.randn(4, 3, 6, 6)
+    last: list[nn.Module] = [nn.Conv2d(8, 4, 1)]
+    if behind == "Linear":
+        pool, last = nn.AvgPool2d(32, ceil_mode=True, padding=padding), [nn.Flatten(), nn.Linear(8, 4)]
+    net, x = _of(nn.Conv2d(3, 8, 1), nn.SiLU(), pool, *last), torch.randn(4, 3, 6, 6)
     ONNXInt8(tolerance=0.05).write(_trained(net, x), x, tmp_path / ONNXInt8.file)

@@ -185,7 +185,9 @@ class _Curve:
 
 
 def _squares(scores: Tensor) -> Tensor:
-    return scores.to(torch.float64, copy=True).square_().clamp_max_(1e200)  # infinite scores have a rank among others too
+    return (
+        scores.to(torch.float64, copy=True).square_().clamp_max_(1e200)
+    )  # infinite scores have a rank among others too
 
 
 def _shares(squared: Tensor, total: Tensor) -> Tensor:

@@ -250,3 +250,6 @@ def _leave_averages(model: torch.fx.GraphModule) -> None:
             ceil_mode, count_include_pad = [*node.args, *(None, 0, False, True)[len(node.args) - 2 :]][4:6]
             if ceil_mode and count_include_pad:
                 node.meta.pop(_KEY, None)
+                source = node.args[0].meta.get(_KEY)
+                if source is not None and len(node.args[0].users) == 1:  # what comes of integers is taken for integers
+                    source.output_qspec = None
