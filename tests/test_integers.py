@@ -410,3 +410,42 @@ def test_averages_of_windows_that_end_outside_are_those_of_torch(padding: int, b
         pool, last = nn.AvgPool2d(32, ceil_mode=True, padding=padding), [nn.Flatten(), nn.Linear(8, 4)]
     net, x = _of(nn.Conv2d(3, 8, 1), nn.SiLU(), pool, *last), torch.randn(4, 3, 6, 6)
     ONNXInt8(tolerance=0.05).write(_trained(net, x), x, tmp_path / ONNXInt8.file)
+
+
+class Rescaled(nn.Module):
+    """Writes to a weight when it is called, as RWKV of Hugging Face does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.one.weight.mul_(1.0)
+        out: Tensor = self.two(self.one(x).relu())
+        return out
+
+
+def test_a_network_that_writes_to_its_weights_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match=r"Rescaled writes to its weight .*one\.weight when it is called"):
+        Int8().prepare(Rescaled(), torch.randn(4, 8))
+
+
+class TiedAutoencoder(nn.Module):
+    """An autoencoder whose decoder is the encoder's weight, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.encoder(x).relu(), self.encoder.weight.t())
+
+
+def test_integers_of_a_weight_that_is_read_transposed_have_its_shape() -> None:
+    net, x = TiedAutoencoder(), torch.randn(4, 8)
+    quantization = Int8()
+    quantization.prepare(net, x)
+    net(x)
+    found = integers(quantization.convert(), net)
+    assert {name: value.shape for name, value in found.items()} == {"encoder.weight": net.encoder.weight.shape}

@@ -33,5 +33,6 @@ def integers(converted: nn.Module, net: nn.Module) -> dict[str, Tensor]:
         for user in users:
             if "matrix" in user.meta:
                 name = names[id(net.get_parameter(user.meta["matrix"]))]
-                by_layer[name] = value.t() if user.meta.get("turned") else value
+                turned = user.meta.get("turned") or value.shape != net.get_parameter(name).shape
+                by_layer[name] = value.t() if turned and value.dim() == 2 else value
     return by_layer

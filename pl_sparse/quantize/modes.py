@@ -106,6 +106,7 @@ def trained_graph(net: nn.Module, example: Tensor) -> tuple[torch.fx.GraphModule
         except ValueError as error:
             graph, why = None, str(error)
         if graph is not None and why is None:
+            _refuse_writing(name, graph)
             return graph, None
         evaluating = _plain(net.eval(), example)
         if graph is not None and pytree.tree_structure(graph(example[:2])) != pytree.tree_structure(wanted):
@@ -116,10 +117,25 @@ def trained_graph(net: nn.Module, example: Tensor) -> tuple[torch.fx.GraphModule
         left = _otherwise(evaluating, net, example[:2], wanted)
     if left is not None:
         raise ValueError(f"{name} cannot be quantized as it evaluates: {left}")
+    _refuse_writing(name, evaluating)
     return evaluating, (
         f"{name} trains as it evaluates while integers are simulated, with dropout and norms as they are in training: "
         f"{why}"
     )
+
+
+def _refuse_writing(name: str, graph: torch.fx.GraphModule) -> None:
+    """Raise a ValueError if a graph writes to a parameter, which fails in a training."""
+    parameters = dict(graph.named_parameters())
+    for node in graph.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for argument, value in zip(schema.arguments, node.args, strict=False) if schema is not None else ():
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, torch.fx.Node) and str(value.target) in parameters:
+                raise ValueError(
+                    f"{name} writes to its weight {value.target} when it is called, which fails in a training: "
+                    "quantize a network that leaves its weights alone, or leave quantization out"
+                )
 
 
 def _plain(net: nn.Module, example: Tensor) -> torch.fx.GraphModule:

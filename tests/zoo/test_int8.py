@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ REFUSALS = (
     r"\w+ (?P<why>cannot be called with one tensor), a batch's first",
     r"\w+ (?P<why>returns other things in training than in evaluation)",
     r"\w+ (?P<why>has no layer that is quantized)",
+    r"\w+ (?P<why>writes to its weight) ",
 )
 
 
@@ -116,7 +118,8 @@ def test_it_trains_for_integers(one: Architecture, tmp_path: Path, record_proper
         row["note"] = f"{type(error).__name__}, in floating point too"
     else:
         held, size = stored(file)
-        zeros = sorted(int((values == 0).sum()) for values in found.values())
-        assert sorted(int((matrix == 0).sum()) for matrix in held) == zeros
+        zeros = Counter(int((values == 0).sum()) for values in found.values())
+        stand = Counter(int((matrix == 0).sum()) for matrix in held)  # one that is read twice stands there twice
+        assert stand >= zeros and stand.keys() == zeros.keys()
         row["bytes"] = sum(4 * value.numel() for value in [*net.parameters(), *net.buffers()]), size
     record_property("int8", row)
