@@ -415,20 +415,21 @@ def test_averages_of_windows_that_end_outside_are_those_of_torch(padding: int, b
 class Rescaled(nn.Module):
     """Writes to a weight when it is called, as RWKV of Hugging Face does."""
 
-    def __init__(self) -> None:
+    def __init__(self, viewed: bool) -> None:
         super().__init__()
-        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.one, self.two, self.viewed = nn.Linear(8, 8), nn.Linear(8, 4), viewed
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            self.one.weight.mul_(1.0)
+            (self.one.weight.view(-1) if self.viewed else self.one.weight).mul_(1.0)
         out: Tensor = self.two(self.one(x).relu())
         return out
 
 
-def test_a_network_that_writes_to_its_weights_is_refused_before_training() -> None:
+@pytest.mark.parametrize("viewed", [False, True])
+def test_a_network_that_writes_to_its_weights_is_refused_before_training(viewed: bool) -> None:
     with pytest.raises(ValueError, match=r"Rescaled writes to its weight .*one\.weight when it is called"):
-        Int8().prepare(Rescaled(), torch.randn(4, 8))
+        Int8().prepare(Rescaled(viewed), torch.randn(4, 8))
 
 
 class TiedAutoencoder(nn.Module):

@@ -44,7 +44,7 @@ def choose(units: Units, allocation: Allocation, level: float, overrides: Sequen
         if ranks is not None and free_choice and len(set(shared.weights)) == 1 and not any(shared.leasts(level)):
             # Units of one size: one threshold over all of them is the rule, and no counts are needed.
             keep = kept(level, sum(shared.sizes))
-            if ranks is shared and (parts := Parts.of(shared)) is not None:
+            if ranks is shared and (parts := Parts.of(units, free)) is not None:
                 parts.keep(keep)
             else:
                 for i, chosen in zip(free, threshold(ranks, keep).masks(ranks), strict=True):
@@ -52,12 +52,12 @@ def choose(units: Units, allocation: Allocation, level: float, overrides: Sequen
         else:
             counts |= dict(zip(free, allocation.keep(shared.groups, shared, level), strict=True))
     for i, count in sorted(counts.items()):
-        alone = units.among([i])
-        if (parts := Parts.of(alone)) is not None:
+        if (parts := Parts.of(units, [i])) is not None:
             parts.keep(count)
         elif units.runs(i) is None:
             units.assign(i, units.structure.select(units[i], count))
         else:
+            alone = units.among([i])
             units.assign(i, next(threshold(alone, count).masks(alone)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -42,13 +42,15 @@ class Parts(LazyScores):
         self.devices = units.devices
 
     @classmethod
-    def of(cls, units: Units) -> Parts | None:
-        """The parts of units; None where no process shares them, or scores are made of more than single weights."""
-        params = [param for group in units.groups for param, _ in group.members]
+    def of(cls, units: Units, indices: Sequence[int]) -> Parts | None:
+        """The parts of some groups' units; None where no process shares them, or scores are made of more than single
+        weights."""
+        groups = [units.groups[index] for index in indices]
+        params = [param for group in groups for param, _ in group.members]
         if not any(isinstance(param, ShardedParameter) for param in params):
             return None
-        single = type(units.structure) is Unstructured and units.pointwise and len(params) == len(units.groups)
-        if not single or any(group.companions or units.unit_scores(group) is not None for group in units.groups):
+        single = type(units.structure) is Unstructured and units.pointwise and len(params) == len(groups)
+        if not single or any(group.companions or units.unit_scores(group) is not None for group in groups):
             return None
         fit = all(
             param.cut is None
@@ -57,7 +59,7 @@ class Parts(LazyScores):
             and (is_held_by_all(param.weight) if isinstance(param, ShardedParameter) else param.is_flat)
             for param in params
         )
-        return cls(units) if fit else None
+        return cls(units.among(indices)) if fit else None
 
     @property
     def sizes(self) -> list[int]:  # type: ignore[override]

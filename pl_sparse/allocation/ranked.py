@@ -185,9 +185,8 @@ class _Curve:
 
 
 def _squares(scores: Tensor) -> Tensor:
-    return (
-        scores.to(torch.float64, copy=True).square_().clamp_max_(1e200)
-    )  # infinite scores have a rank among others too
+    squares = scores.to(torch.float64, copy=True).square_()
+    return squares.clamp_max_(1e200)  # infinite scores have a rank among others too
 
 
 def _shares(squared: Tensor, total: Tensor) -> Tensor:

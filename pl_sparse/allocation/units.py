@@ -208,10 +208,8 @@ class Units(LazyScores):
         pruned = [index for index, group in enumerate(self.groups) if group.pruned]
         counted = [index for index in pruned if not self._is_shared(index)]  # of the others the masks are not gathered
         left = dict(zip(counted, count_each(self.alive(index) for index in counted), strict=True))
-        return [
-            size if index not in pruned else left[index] if index in left else self.groups[index].members[0][0].kept
-            for index, size in enumerate(self.sizes)
-        ]
+        left |= {index: self.groups[index].members[0][0].kept for index in pruned if index not in left}
+        return [left.get(index, size) for index, size in enumerate(self.sizes)]
 
     def _is_shared(self, index: int) -> bool:
         """Whether processes share the one weight of a group, each element of which is a unit."""

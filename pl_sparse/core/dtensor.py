@@ -153,16 +153,5 @@ def total(part: Tensor, like: Tensor) -> Tensor:
         part: what this process holds.
         like: a shared tensor of the same shape, which says who holds what.
     """
-    if not is_sharded(like):
-        return torch.count_nonzero(part) if part.dtype == torch.bool else part.sum()
-    spec: Any = like
-    shared = _dtensor().from_local(
-        part.long() if part.dtype == torch.bool else part,
-        spec.device_mesh,
-        spec.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
-    result: Tensor = shared.sum().full_tensor()
-    return result
+    number = torch.count_nonzero(part) if part.dtype == torch.bool else part.sum()
+    return total_of_parts(number, like) if is_sharded(like) else number

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["floats", "made_of", "mark", "reaching"]
+__all__ = ["floats", "made_of", "mark", "reaching", "written"]
 
 _KEY = "quantization_annotation"
 _PRODUCT = re.compile(r"(_?conv\w*|linear|\w*matmul|\w*mm|einsum|bilinear|lstm|gru|rnn_\w+)$")
@@ -38,15 +38,16 @@ def reaching(graph: torch.fx.GraphModule) -> set[torch.fx.Node]:
             if (node := waiting.pop()) not in found:
                 found.add(node)
                 waiting.extend(node.all_input_nodes)
-        waiting = [node for node in nodes if node not in found and any(one in found for one in _written(node))]
+        waiting = [node for node in nodes if node not in found and any(one in found for one in written(node))]
     return found
 
 
-def _written(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """What an operation in place writes to: its argument, and what that is a view of."""
+def written(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """What an operation in place writes to: arguments, and what they are views of."""
     found: list[torch.fx.Node] = []
-    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-        source: Any = node.args[0] if node.args else None
+    schema = node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+    for argument, value in zip(schema.arguments, node.args, strict=False) if schema is not None else ():
+        source: Any = value if argument.alias_info is not None and argument.alias_info.is_write else None
         while isinstance(source, torch.fx.Node):
             found.append(source)
             source = source.args[0] if source.args and _is_view(source) else None

@@ -14,6 +14,7 @@ from pl_sparse.core.upstream import path_of
 from pl_sparse.network.channels import short
 from pl_sparse.network.graph import traced
 from pl_sparse.quantize.folding import NORM
+from pl_sparse.quantize.matrices import written
 
 __all__ = ["Modes", "trained_graph"]
 
@@ -128,12 +129,10 @@ def _refuse_writing(name: str, graph: torch.fx.GraphModule) -> None:
     """Raise a ValueError if a graph writes to a parameter, which fails in a training."""
     parameters = dict(graph.named_parameters())
     for node in graph.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        for argument, value in zip(schema.arguments, node.args, strict=False) if schema is not None else ():
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, torch.fx.Node) and str(value.target) in parameters:
+        for one in written(node):
+            if one.target in parameters:
                 raise ValueError(
-                    f"{name} writes to its weight {value.target} when it is called, which fails in a training: "
+                    f"{name} writes to its weight {one.target} when it is called, which fails in a training: "
                     "quantize a network that leaves its weights alone, or leave quantization out"
                 )
 
