@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from pl_sparse import Pruner
+from pl_sparse.core import topk
 from pl_sparse.core.files import write_json
 from pl_sparse.schedule import Constant, Cubic
 
@@ -111,6 +114,24 @@ class Bench:
             work()
         self.wait()
         return (time.perf_counter() - start) / times
+
+    def memory(self, highest: bool = False) -> int:
+        """Bytes that tensors take on a GPU; or the most since they were last asked for."""
+        if self.device.type != "cuda":
+            return 0
+        if highest:
+            return torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    def graphed(self, work: Callable[[], Any], times: int) -> float:
+        """Of one call within a CUDA graph of many."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(times):
+                work()
+        graph.replay()
+        return self.seconds(graph.replay, 5) / times
 
     def training(self, make: Callable[[bool], tuple[nn.Module, Tensor]], way: str, compiled: Any = None) -> Training:
         torch.manual_seed(0)
@@ -199,11 +220,9 @@ def update(bench: Bench) -> dict[str, Any]:
             pruner.attach(net)
             pruner._clock.fit(10)
             gc.collect()
-            if bench.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() if bench.device.type == "cuda" else 0
+            before = bench.memory()
             times = [bench.seconds(partial(masks, pruner), 1) for _ in range(2 if bench.tiny else 4)]
-            peak = torch.cuda.max_memory_allocated() - before if bench.device.type == "cuda" else 0
+            peak = bench.memory(highest=True) - before
             once = bench.seconds(partial(passed, net), 2)
             found[f"{millions:g} M, {name}"] = {
                 "first": times[0],
@@ -213,6 +232,32 @@ def update(bench: Bench) -> dict[str, Any]:
                 "kept": pruner.kept / pruner.numel,
             }
             del net, pruner
+    return found
+
+
+def pieces(bench: Bench) -> dict[str, Any]:
+    """Seconds of an update and its peak memory over the weights', by how many scores are made at once."""
+    found: dict[str, Any] = {}
+    usual = topk._RUN
+    try:
+        for millions in [0.02] if bench.tiny else [10, 85, 1000]:
+            width = 64 if bench.tiny else 3072
+            with bench.device:
+                layers = max(round(millions * 1e6 / width**2), 1)
+                net = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+            for allocation, power in product(("global", "uniform"), (20, 22, 24, 26)):
+                topk._RUN = 1 << power
+                pruner = Pruner(schedule=Constant(final=0.9, every=1, end=1.0), allocation=allocation)
+                pruner.attach(net)
+                pruner._clock.fit(10)
+                before = bench.memory()
+                seconds = min(bench.seconds(partial(masks, pruner), 1) for _ in range(2 if bench.tiny else 4))
+                memory = (bench.memory(highest=True) - before) / sum(4 * weight.numel() for weight in net.parameters())
+                row = found.setdefault(f"{millions:g} M, {allocation}", {})
+                row[f"2^{power}"] = {"seconds": seconds, "memory": memory}
+            del net, pruner
+    finally:
+        topk._RUN = usual
     return found
 
 
@@ -229,18 +274,29 @@ def passed(net: nn.Module) -> None:
         weight.detach().abs()
 
 
+def halved(weight: Tensor, library: str = "cuSPARSELt", fused: bool = False) -> Tensor:
+    """A weight with the two largest of each four, in the format of sparse tensor cores.
+
+    Products come out transposed in memory; `fused` has the library write them in the usual order.
+    """
+    from torch.sparse import semi_structured
+
+    kept = weight.abs().unflatten(1, (-1, 4)).topk(2, -1).indices
+    mask = torch.zeros_like(weight).unflatten(1, (-1, 4)).scatter_(-1, kept, 1).flatten(1)
+    kind: Any = getattr(semi_structured, f"SparseSemiStructuredTensor{library.upper()}")
+    base: Any = semi_structured.SparseSemiStructuredTensor
+    usual = base._FUSE_TRANSPOSE
+    try:
+        base._FUSE_TRANSPOSE = fused
+        return cast("Tensor", kind.from_dense(weight * mask))
+    finally:
+        base._FUSE_TRANSPOSE = usual
+
+
 def inference(bench: Bench) -> dict[str, Any]:
-    """2:4 against dense linear layers in half precision, by shape and batch."""
-
-    def halved(weight: Tensor) -> Tensor:
-        from torch.sparse import to_sparse_semi_structured
-
-        kept = weight.abs().unflatten(1, (-1, 4)).topk(2, -1).indices
-        mask = torch.zeros_like(weight).unflatten(1, (-1, 4)).scatter_(-1, kept, 1).flatten(1)
-        sparse: Tensor = to_sparse_semi_structured(weight * mask)
-        return sparse
-
-    return products(bench, "2:4", halved)
+    """2:4 against dense linear layers in half precision, by shape, batch and library."""
+    makers = {library: partial(halved, library=library) for library in ("cuSPARSELt", "CUTLASS")}
+    return products(bench, makers) | {f"{k}, with a bias": row for k, row in products(bench, makers, bias=True).items()}
 
 
 def blocks(bench: Bench) -> dict[str, Any]:
@@ -251,24 +307,80 @@ def blocks(bench: Bench) -> dict[str, Any]:
         kept[0, 0] = True
         return (weight * kept.repeat_interleave(64, 0).repeat_interleave(64, 1)).to_sparse_bsr((64, 64))
 
-    return products(bench, "blocks", blocked)
+    return products(bench, {"blocks": blocked})
 
 
-def products(bench: Bench, name: str, made: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Seconds of linear layers in half precision, dense and, on a GPU, with sparse weights made of theirs."""
+def products(bench: Bench, makers: dict[str, Callable[[Tensor], Tensor]], bias: bool = False) -> dict[str, Any]:
+    """Seconds of linear layers in half precision, dense and, on a GPU, with sparse weights made of theirs.
+
+    Each is timed twice: as calls from Python, and in a CUDA graph, where the host's share is gone.
+    """
     found: dict[str, Any] = {}
     for out, inputs in [(64, 64)] if bench.tiny else SHAPES:
         for rows in (64,) if bench.tiny else (128, 1024, 8192):
             weight = torch.randn(out, inputs, device=bench.device, dtype=torch.float16)
             x = torch.randn(rows, inputs, device=bench.device, dtype=torch.float16)
-            row = {}
-            weights = {"dense": weight} | ({name: made(weight)} if bench.device.type == "cuda" else {})
-            for key, factor in weights.items():
-                F.linear(x, factor)  # the first call starts the library
-                row[key] = bench.seconds(lambda w=factor, x=x: F.linear(x, w), 3 if bench.tiny else 50)
-            if name in row:
-                row["faster"] = row["dense"] / row[name]
+            added = torch.randn(out, device=bench.device, dtype=torch.float16) if bias else None
+            row: dict[str, Any] = {}
+            sparse = makers if bench.device.type == "cuda" else {}
+            for kind, made in {"dense": lambda weight: weight, **sparse}.items():
+                try:
+                    factor = made(weight)
+                    work = partial(F.linear, x, factor, added)
+                    work()  # the first call starts the library
+                    row[kind] = {"calls": bench.seconds(work, 3 if bench.tiny else 50)}
+                    if bench.device.type == "cuda":
+                        row[kind]["graph"] = bench.graphed(work, 20)
+                except RuntimeError as error:  # a library that does not take the shape, or the card
+                    row.setdefault(kind, {})["failed"] = str(error)[:200]
             found[f"{out}x{inputs}, {rows} rows"] = row
+    return found
+
+
+class Block(nn.Module):
+    """A transformer's block; fewer heads or hidden units are what `shrink` leaves of one."""
+
+    def __init__(self, width: int, heads: int, size: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * heads * size), nn.Linear(heads * size, width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        hidden: Tensor = self.down(F.gelu(self.up(self.norms[1](x))))
+        return x + hidden
+
+
+def networks(bench: Bench) -> dict[str, Any]:
+    """A forward pass of transformers in half precision: dense, half of heads and hidden units gone, 2:4."""
+    found: dict[str, Any] = {}
+    sizes = {  # width, heads, size of one, hidden, blocks, batch, tokens
+        "BERT-base, 1 x 128": (768, 12, 64, 3072, 12, 1, 128),
+        "BERT-base, 32 x 128": (768, 12, 64, 3072, 12, 32, 128),
+        "width 4096, 4 x 2048": (4096, 32, 128, 11008, 4, 4, 2048),
+    }
+    for name, (width, heads, size, hidden, depth, batch, tokens) in sizes.items():
+        if bench.tiny:
+            width, heads, size, hidden, depth, batch, tokens = 64, 2, 32, 128, 1, 2, 8
+        row: dict[str, Any] = {}
+        for kind in ("dense", "half", "2:4", "2:4 fused")[: 4 if bench.device.type == "cuda" else 2]:
+            share = 2 if kind == "half" else 1
+            net = nn.Sequential(*(Block(width, heads // share, size, hidden // share) for _ in range(depth)))
+            net = net.to(bench.device, torch.float16).eval().requires_grad_(False)
+            for layer in net.modules():
+                if kind.startswith("2:4") and isinstance(layer, nn.Linear):
+                    layer.weight = nn.Parameter(halved(layer.weight, fused=kind.endswith("fused")), False)
+            x = torch.randn(batch, tokens, width, device=bench.device, dtype=torch.float16)
+            work = partial(net, x)
+            with torch.no_grad():
+                work()
+                row[kind] = {"calls": bench.seconds(work, 10)}
+                if bench.device.type == "cuda":
+                    row[kind]["graph"] = bench.graphed(work, 1)
+        found[name] = row
     return found
 
 
@@ -380,12 +492,12 @@ def compiled(bench: Bench) -> dict[str, Any]:
         first = graphs[0]
         if training.pruner is not None:
             training.update()
-        ms = 1e3 * bench.seconds(training.step, bench.steps)
+        ms = 1e3 * statistics.median(bench.seconds(training.step, bench.steps) for _ in range(bench.rounds))
         found[way] = {"ms": ms, "graphs": first, "graphs after an update": graphs[0]}
     return found
 
 
-PARTS = (step, update, inference, blocks, syncs, fsdp, semi_structured, compiled)
+PARTS = (step, update, pieces, inference, blocks, networks, syncs, fsdp, semi_structured, compiled)
 
 
 def main() -> None:
@@ -393,7 +505,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
     parser.add_argument("--minutes", type=float, default=9.0, help="no part begins that is likely to end later")
-    parser.add_argument("--only", nargs="+", choices=[part.__name__ for part in PARTS], help="these parts alone")
+    parser.add_argument(
+        "--only", nargs="+", choices=[part.__name__ for part in PARTS], help="these parts; the file keeps its others"
+    )
     parser.add_argument("--json", type=Path, help="by default docs/data/gpu-CARD.json")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -402,6 +516,11 @@ def main() -> None:
     path = arguments.json or DATA / f"gpu-{name.replace(' ', '-').replace('/', '-')}.json"
     os.makedirs(path.parent, exist_ok=True)
     figures: dict[str, Any] = {"card": name, "torch": torch.__version__, "tiny": arguments.tiny, "failed": {}}
+    if arguments.only and path.exists():
+        before = json.loads(path.read_text())
+        figures = (
+            before if figures.items() >= {key: before[key] for key in ("card", "torch", "tiny")}.items() else figures
+        )
     bench, start = Bench(arguments.device, arguments.tiny), time.monotonic()
     for part in PARTS:
         if arguments.only and part.__name__ not in arguments.only:
@@ -410,6 +529,7 @@ def main() -> None:
             figures["failed"][part.__name__] = "no time was left"
             continue
         began = time.monotonic()
+        figures["failed"].pop(part.__name__, None)
         try:
             figures[part.__name__] = part(bench)
         except Exception as error:  # of a part, whatever it is: the others are measured

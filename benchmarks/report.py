@@ -146,6 +146,14 @@ def plan() -> str:
     return table(("7 B weights on 64 GPUs, float32", ""), rows)
 
 
+WAYS = ("calls", "graph")  # from Python, and within a CUDA graph
+
+
+def _faster(row: dict[str, Any], kind: str) -> list[str]:
+    """How much faster than dense it is in calls, and in a graph."""
+    return [f"{row['dense'][way] / row[kind][way]:.2f}x" if way in row.get(kind, {}) else "" for way in WAYS]
+
+
 def gpu() -> str:
     found = sorted(path for path in DATA.glob("gpu-*.json") if not json.loads(path.read_text())["tiny"])
     if not found:
@@ -178,10 +186,29 @@ def gpu() -> str:
         ]  # the profiler waits once itself
         parts.append(table(("the host waits, BERT-base", "tensors", "in a step", "in an update"), waits))
         rows = [
-            (name, *(f"{1e3 * row[key]:.3f}" for key in ("dense", "2:4")), f"{row['faster']:.2f}x")
+            (name, *(f"{row[power]['seconds']:.4f} ({row[power]['memory']:.2f})" for power in row))
+            for name, row in figures.get("pieces", {}).items()
+        ]
+        powers = next(iter(figures.get("pieces", {}).values()), {})
+        parts.append(table(("scores made at once: seconds (extra memory / weights)", *powers), rows))
+        blocks = figures.get("blocks", {})
+        rows = [
+            (
+                name,
+                *(f"{1e3 * row['dense'][way]:.3f}" for way in WAYS),
+                *_faster(row, "cuSPARSELt"),
+                *_faster(blocks.get(name, {}), "blocks"),
+            )
             for name, row in figures.get("inference", {}).items()
         ]
-        parts.append(table(("2:4, half precision (out x in)", "dense ms", "2:4 ms", "faster"), rows))
+        head = [f"{kind}, {way}" for kind in ("dense ms", "2:4 faster", "blocks faster") for way in ("calls", "graph")]
+        parts.append(table(("half precision (out x in)", *head), rows))
+        rows = [
+            (name, *(f"{1e3 * row['dense'][way]:.2f}" for way in WAYS), *_faster(row, "half"), *_faster(row, "2:4"))
+            for name, row in figures.get("networks", {}).items()
+        ]
+        head = [f"{kind}, {way}" for kind in ("dense ms", "half faster", "2:4 faster") for way in ("calls", "graph")]
+        parts.append(table(("a forward pass, half precision", *head), rows))
         shard, fast = figures.get("fsdp", {}), figures.get("compiled", {})
         rows = [(f"FSDP2, one process, {way}", f"{shard[way]:.1f}") for way in ("dense", "hard") if way in shard]
         rows += [(f"torch.compile, {way}", f"{row['ms']:.1f}") for way, row in fast.items()]

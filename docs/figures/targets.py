@@ -18,7 +18,9 @@ ROWS = {  # how a row of the page's first table begins: its name here, and a sta
     "LiteRT (": ("LiteRT, x86", (NO, "1.00x"), (NO, ""), (NO, ""), GONE),
     "LiteRT, XNNPACK, ARM": ("LiteRT, ARM", (MAYBE, "1x1 convolutions"), None, None, GONE),
     "TensorRT": ("TensorRT, Ampere and later", None, (MAYBE, "2:4"), None, GONE),
-    "torch 2.11 2:4": ("torch, cuSPARSELt, H100", None, (YES, "1.43x large"), None, GONE),
+    "torch 2.11 2:4": ("torch, cuSPARSELt, H200", None, (YES, "1.51x large"), None, GONE),
+    "torch 2.11 BSR": ("torch, BSR, H200", None, None, (YES, "3.27x large"), GONE),
+    "torch 2.11, half of heads": ("torch, dense, H200", None, None, None, (YES, "1.92x")),
     "Microcontrollers": ("microcontrollers", (NO, ""), (NO, ""), (NO, ""), GONE),
 }
 PLACES = (0.0, 1.0, 1.95, 2.55)  # where the columns begin

@@ -23,7 +23,7 @@ from torch import Tensor
 
 _CHUNK = 1 << 21  # few large pieces: each is work for all threads, who wait for each other after it
 RUN = 1 << 17  # scores that stay in the cache with what is made of them
-_RUN = 1 << 22  # the same on other devices, where each piece costs a few launches
+_RUN = 1 << 24  # the same on other devices, where each piece costs a few launches
 SORTED = 1 << 22  # scores of one tensor that are sorted on another device: that needs 24 bytes for each
 _SAMPLE = 1 << 18
 _STRIDE = 61  # at least: what is sampled more densely is found by as many misses of the cache as all scores
