@@ -117,15 +117,26 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         wanted = [report for report in calls if test in report.nodeid]
         if path is None or not wanted:
             continue
-        rows = [dict(report.user_properties)[kind] for report in wanted if kind in dict(report.user_properties)]
-        if len(rows) < len(wanted):
-            missing = len(wanted) - len(rows)
-            terminalreporter.write_line(f"{path} is left as it is: {missing} modules failed or were skipped")
+        rows, earlier = _kept(config.cache, kind, wanted)
+        if not rows or len(rows) < rows[0]["of"]:
+            terminalreporter.write_line(f"{path} is left as it is: {len(rows)} modules passed, in this run or before")
             continue
         rows.sort(key=lambda row: row["index"])
         lines = [columns, ["---"] * len(columns), *(line for row in rows for line in cells(row))]
         path.write_text(head + "".join("| " + " | ".join(line) + " |\n" for line in lines))
-        terminalreporter.write_line(f"{path}: {len(rows)} modules")
+        terminalreporter.write_line(f"{path}: {len(rows)} modules, {earlier} of them in earlier runs")
+
+
+def _kept(cache: Any, kind: str, reports: list[Any]) -> tuple[list[dict[str, Any]], int]:
+    """The rows of all that passed, with those of earlier runs, and how many these are; `--cache-clear` forgets them."""
+    place = f"zoo/{kind}"
+    kept = cache.get(place, {})
+    rows = {report.nodeid: dict(report.user_properties).get(kind) for report in reports}
+    kept = {name: row for name, row in (kept | rows).items() if row is not None}
+    count = next((row["of"] for row in rows.values() if row is not None), None)
+    kept = {name: row for name, row in kept.items() if count in (None, row["of"])}  # of the same list of modules
+    cache.set(place, kept)
+    return list(kept.values()), len(kept.keys() - rows.keys())
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

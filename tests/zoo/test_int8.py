@@ -76,7 +76,8 @@ def test_it_trains_for_integers(one: Architecture, tmp_path: Path, record_proper
         case.made(case.module)
     net, draw = of_one_tensor(case)
     batches = [draw() for _ in range(BATCHES)]
-    row = {"index": everything().index(one), "module": one.name, "package": f"{one.package} {version(one.package)}"}
+    row = {"index": everything().index(one), "of": len(everything()), "module": one.name}
+    row["package"] = f"{one.package} {version(one.package)}"
     sparsity, quantize, told, refused = train(net, batches, tmp_path)
     if refused is not None:
         known = next((match for pattern in REFUSALS if (match := re.match(pattern, refused))), None)

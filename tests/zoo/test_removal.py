@@ -110,6 +110,7 @@ def test_half_of_it_leaves_and_outputs_stay(one: Architecture, record_property: 
         "removal",
         {
             "index": everything().index(one),
+            "of": len(everything()),
             "module": one.name,
             "package": f"{one.package} {version(one.package)}",
             "removable": removable,

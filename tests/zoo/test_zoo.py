@@ -186,6 +186,7 @@ def test_a_module_of_another(entry: Entry, tmp_path: Path, record_property: Any)
         "zoo",
         {
             "index": ENTRIES.index(entry),
+            "of": len(ENTRIES),
             "module": entry.name,
             "package": f"{entry.package} {version(entry.package)}",
             "axes": f"{entry.options['scorer']}, {structure}, {entry.options['allocation']}, "
