@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pl_sparse import Pruner
@@ -22,6 +22,7 @@ from pl_sparse.network.attention import Attention, Unknown, attentions, feed_for
 from pl_sparse.schedule import OneShot
 from pl_sparse.scorer import Movement, Taylor
 from pl_sparse.structure import Head
+from pl_sparse.surgery.trial import changed_by
 from pl_sparse.tasks.models import vit_tiny
 
 # transformers imports torchao where it is installed, which has such strings in its source.
@@ -360,6 +361,31 @@ def test_hybrid_needs_transformers_and_whole_blocks() -> None:
         Pruner("magnitude", "oneshot", "hybrid", sparsity=0.5).attach(nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"qkv.weight of shape 48x16 is not made of blocks of 5x4: .*exclude"):
         Pruner("magnitude", "oneshot", "hybrid5x4", sparsity=0.5).attach(Fused())
+
+
+class Cut(nn.Module):
+    """Grouped attention whose queries are the first rows of one layer, at places that are written into the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).tensor_split((8, 12), -1)
+        q, k, v = (part.unflatten(-1, (-1, 2)).transpose(1, 2) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def test_a_trial_never_computes_attention_without_heads() -> None:
+    """A torch before 2.13 divides by their number: the process ended, without an error."""
+
+    def fewer(model: nn.Module) -> None:
+        model.get_submodule("qkv").weight = nn.Parameter(torch.randn(8, 8))
+        model.get_submodule("qkv").bias = nn.Parameter(torch.randn(8))
+
+    errors: list[Exception] = []
+    assert changed_by(Cut(), torch.randn(2, 3, 8), fewer, errors) == float("inf")
+    assert [str(error) for error in errors] == ["attention gets a tensor of shape (2, 0, 3, 2)"]
 
 
 REMOVABLE = ("BERT", "RoBERTa", "DistilBERT", "ViT", "Llama", "Mistral", "Qwen3, heads wider than the model", "T5")
