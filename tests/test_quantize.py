@@ -55,7 +55,12 @@ class Module(LightningModule):
 
 
 def fit(
-    folder: Path, module: LightningModule, quantization: Quantization, ckpt: str | None = None, **options: Any
+    folder: Path,
+    module: LightningModule,
+    quantization: Quantization,
+    ckpt: str | None = None,
+    precision: Any = "32-true",
+    **options: Any,
 ) -> tuple[Sparsity, Quantize]:
     x, y = data()
     sparsity = Sparsity(sparsity=0.75, schedule="cubic", allocation="uniform", report=False)
@@ -65,6 +70,7 @@ def fit(
     trainer = Trainer(
         max_epochs=8,
         accelerator="cpu",
+        precision=precision,
         callbacks=[sparsity, quantize, RandomState(), best, saving],
         logger=False,
         enable_progress_bar=False,
@@ -205,6 +211,25 @@ def test_what_cannot_be_quantized_is_told_before_training(tmp_path: Path) -> Non
         fit(tmp_path, Module(), Int4Weight(group=48))
     with pytest.raises(ValueError, match="begin must be before the end of training"):
         fit(tmp_path, Module(), Int8(), begin=0.8, freeze=0.2)
+
+
+def test_integers_compute_what_was_simulated_in_mixed_precision(tmp_path: Path) -> None:
+    """The simulation is float32 there too: bfloat16 was refused by an operation of torch, in the middle of training."""
+    module = Module()
+    _, quantize = fit(tmp_path, module, Int8(), precision="bf16-mixed")
+    x, _ = data()
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            simulated = module.eval().net(x.bfloat16().float())
+        made = quantize.quantization.convert()(x.bfloat16().float())
+    assert simulated.dtype == torch.float32
+    assert float((simulated - made).abs().max()) < 1e-5 * float(simulated.abs().max())
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", "bfloat16"), ("64-true", "float64")])
+def test_weights_that_are_not_float32_are_refused(precision: str, dtype: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"simulates integers in float32, and 0.weight is torch.{dtype}: train in"):
+        fit(tmp_path, Module(), Int8(), precision=precision)
 
 
 def test_a_norm_that_is_called_twice_is_folded_twice() -> None:

@@ -22,13 +22,16 @@ from pl_sparse.quantize.x86 import x86_quantizer
 
 __all__ = ["Int8", "post_training"]
 
+_OTHERS = (torch.float16, torch.bfloat16, torch.float64)
+
 
 class Int8(Quantization):
     """8-bit weights, symmetric in [-127, 127] with a scale for each output channel, and 8-bit activations, affine with
     one scale per tensor; a BatchNorm after a convolution is folded into it.
 
     q = clamp(round(w / s), -127, 127) with s = max |w| / 127 of the channel: w = 0 gives q = 0. The ranges of
-    activations are moving averages over training batches. torchao's PT2E flow finds the layers.
+    activations are moving averages over training batches. torchao's PT2E flow finds the layers. All is
+    computed in float32, in mixed precision too.
 
     Source: Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference,
     2017, arXiv:1712.05877, section 3. Here weights have one scale per channel.
@@ -45,6 +48,13 @@ class Int8(Quantization):
         self._example: Tensor | None = None
 
     def prepare(self, net: nn.Module, example: Tensor) -> None:
+        others = {name: weight.dtype for name, weight in net.named_parameters() if weight.dtype in _OTHERS}
+        if others:
+            name, dtype = next(iter(others.items()))
+            raise ValueError(
+                f"quantization=int8 simulates integers in float32, and {name} is {dtype}: train in precision=32-true "
+                "or a mixed one, whose weights are float32"
+            )
         with quiet_torchao(), torch.random.fork_rng(devices=[]):  # its patterns are traced with random inputs
             from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
@@ -83,7 +93,9 @@ class Int8(Quantization):
         assert self._net is not None and self._graph is not None
         self._switch(self._net.training if self.learning is None else self.learning)
         try:
-            return self._graph(*args)
+            # In half precision a product of an integer and a scale is another number than the one after conversion.
+            with torch.autocast(args[0].device.type, enabled=False):
+                return self._graph(*(_single(value) for value in args))
         except AssertionError as error:  # of observers, which say nothing of training
             if all(bool(weight.isfinite().all()) for weight in self._net.parameters()):
                 raise
@@ -157,6 +169,11 @@ class Int8(Quantization):
             else:
                 del versioned[name]
         self._graph.load_state_dict(versioned, strict=False)
+
+
+def _single(value: Any) -> Any:
+    """A tensor of a lower precision in float32, as autocast may have left it; anything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.dtype in _OTHERS else value
 
 
 def _ranges(graph: nn.Module) -> dict[str, Tensor]:
