@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from pl_sparse.app import cli, evaluate
 from pl_sparse.core.optional import library
+from pl_sparse.export import from_pretrained
 from pl_sparse.results.direction import direction
 from pl_sparse.tasks.classifier import Classifier
 from pl_sparse.tasks.data import Digits, HuggingFace, Torchvision
@@ -74,7 +75,7 @@ def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_the_module_of_the_page_trains_by_the_commands_of_the_pages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """docs/own.md has `mymod.py` whole; other pages use it."""
     page = (ROOT / "docs" / "own.md").read_text()
@@ -87,7 +88,7 @@ def test_the_module_of_the_page_trains_by_the_commands_of_the_pages(
     assert [len(found) for found in lines] == [1, 1, 1]
     for number, (line,) in enumerate(lines):
         words = [word for word in shlex.split(line)[1:] if word != "export_measure=true"]
-        assert called(monkeypatch, *words, *SHORT, f"hydra.run.dir=run{number}") == 0
+        assert called(monkeypatch, *words, *SHORT, f"hydra.run.dir=run{number}") == 0, capsys.readouterr().err
         assert json.loads((tmp_path / f"run{number}" / "metrics.json").read_text())["sparsity"] > 0.4
     assert (tmp_path / "run2" / "model.onnx").is_file()
 
@@ -279,11 +280,14 @@ def test_a_project_of_one_s_own(tmp_path: Path) -> None:
         ("torchvision", lambda: Torchvision(name="CIFAR10", root="x")),
         ("datasets", lambda: HuggingFace(name="x")),
         ("transformers", lambda: huggingface(name="x", classes=2)),
+        ("transformers", lambda: from_pretrained("x")),
+        ("transformers", lambda: importlib.import_module("pl_sparse.integrations.hugging_face")),
     ],
 )
 def test_an_extra_that_is_missing_is_named(library: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    monkeypatch.delitem(sys.modules, "pl_sparse.integrations.hugging_face", raising=False)
     with pytest.raises(ImportError, match=rf"pip install 'pl_sparse\[{library}\]'"):
         make()
 
