@@ -24,8 +24,10 @@ from torch.utils.data import DataLoader
 
 from pl_sparse.app import cli, evaluate
 from pl_sparse.core.optional import library
-from pl_sparse.export import from_pretrained
+from pl_sparse.export import ONNXInt8, OpenVINOInt8, from_pretrained
+from pl_sparse.quantize import Int4Weight, Int8
 from pl_sparse.results.direction import direction
+from pl_sparse.structure import Unstructured
 from pl_sparse.tasks.classifier import Classifier
 from pl_sparse.tasks.data import Digits, HuggingFace, Torchvision
 from pl_sparse.tasks.pretrained import huggingface, timm_model
@@ -424,6 +426,21 @@ def test_a_library_made_for_another_torch_is_named(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match=r"cannot be imported: operator nms does not exist\n.*torch is \d"):
         library("broken_library", "data=x", "torchvision")
+
+
+def test_integers_are_refused_where_torchao_is_made_for_another_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchao.py").write_text("import torch\ntorch.utils._pytree.register_nothing")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchao", raising=False)
+    words = "quantization needs the library torchao, which cannot be imported: .*register_nothing'\n.*torch is "
+    net, x = nn.Sequential(nn.Linear(4, 2)), torch.zeros(2, 4)
+    for quantization in (Int8(), Int4Weight(2)):
+        with pytest.raises(ImportError, match=words):
+            quantization.prepare(net, x)
+    for export in (ONNXInt8(), OpenVINOInt8()):
+        assert re.match(words, str(export.refusal(net, x, Unstructured(), 0.5)))
 
 
 def test_a_vision_model_of_hugging_face_from_a_folder(tmp_path: Path) -> None:
