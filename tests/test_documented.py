@@ -301,14 +301,18 @@ def test_a_training_does_what_the_page_says(
     ],
 )
 def test_a_command_that_looks_at_runs(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    finished: Path,
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     words = [PLACES.sub(str(folder), word) for word in command.words[1:]]
     if words[0] == "bench":
         words += ["--seconds", "0.01", "--to", "csr"]
-    assert call(monkeypatch, words) == 0
+    assert call(monkeypatch, words) == 0, capsys.readouterr().err
     files = {
         "pareto": "pareto.html",
         "show": "masks.png",

@@ -185,6 +185,9 @@ def test_what_is_missing_is_named_with_its_extra(
     with pytest.raises(ImportError, match=rf"pl_sparse\[{export}\]"):
         kinds: dict[str, Any] = {"coreml": CoreML, "openvino": OpenVINO, "executorch": ExecuTorch}
         kinds[export]().write(nn.Linear(2, 2), torch.zeros(2, 2), tmp_path / "m")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"pl_sparse\[{export}\]"):
+        read_coreml(tmp_path / "m") if export == "coreml" else kinds[export]().open(tmp_path / "m", nn.Linear(2, 2))
 
 
 def test_weights_that_are_not_two_of_four_are_named(tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ def test_metrics_model_and_other_formats_are_there_and_the_code_is_3(
     monkeypatch.setattr(sys, "argv", ["train.py", *SHORT, "export=[csr,safetensors]", f"hydra.run.dir={tmp_path}"])
     with pytest.raises(SystemExit) as end:
         main()
-    assert end.value.code == 3
-    reason = "no such operator" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     said = capsys.readouterr()
+    assert end.value.code == 3, said.err
+    reason = "no such operator" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     assert said.err.splitlines()[-2:] == [f"error: export=csr: {reason}", f"what else the run made is in {tmp_path}"]
     assert f"export=csr failed: {reason}" in said.out
     metrics = json.loads((tmp_path / "metrics.json").read_text())

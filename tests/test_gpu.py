@@ -33,6 +33,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=on_gpu)]
     [pytest.param(part, marks=[pytest.mark.slow] * (part.__name__ == "step"), id=part.__name__) for part in gpu.PARTS],
 )
 def test_the_benchmark_runs_at_tiny_sizes(part: Any, device: str) -> None:
+    if part is gpu.fsdp and device == "cpu" and torch.__version__ < (2, 7):
+        pytest.skip("FSDP2 runs on CPUs from torch 2.7 on")
     found = part(gpu.Bench(device, tiny=True))
     assert found
     if part is gpu.update:

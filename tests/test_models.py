@@ -43,6 +43,14 @@ def test_what_does_not_fit_is_said() -> None:
         models.vit_tiny(shape=(1, 8, 8), classes=10, patch=3)
     with pytest.raises(ValueError, match="dim=10 is not divisible by heads=4"):
         models.vit_tiny(shape=(1, 8, 8), classes=10, dim=10)
+    for name, options in (
+        ("resnet20", "width"),
+        ("mlp1d", "hidden"),
+        *(("vit_tiny", n) for n in ("dim", "heads", "patch")),
+    ):
+        for size in (0, -1):
+            with pytest.raises(ValueError, match=f"^{options}={size} must be 1 or more"):
+                getattr(models, name)(shape=(1, 8, 8), classes=10, **{options: size})
     for model in (models.conv4, models.lenet5):
         with pytest.raises(ValueError, match="at least 4 x 4"):
             model(shape=(1, 3, 3), classes=10)

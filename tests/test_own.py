@@ -24,7 +24,10 @@ from torch.utils.data import DataLoader
 
 from pl_sparse.app import cli, evaluate
 from pl_sparse.core.optional import library
+from pl_sparse.export import ONNXInt8, OpenVINOInt8, from_pretrained
+from pl_sparse.quantize import Int4Weight, Int8
 from pl_sparse.results.direction import direction
+from pl_sparse.structure import Unstructured
 from pl_sparse.tasks.classifier import Classifier
 from pl_sparse.tasks.data import Digits, HuggingFace, Torchvision
 from pl_sparse.tasks.pretrained import huggingface, timm_model
@@ -74,7 +77,7 @@ def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_the_module_of_the_page_trains_by_the_commands_of_the_pages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """docs/own.md has `mymod.py` whole; other pages use it."""
     page = (ROOT / "docs" / "own.md").read_text()
@@ -87,7 +90,7 @@ def test_the_module_of_the_page_trains_by_the_commands_of_the_pages(
     assert [len(found) for found in lines] == [1, 1, 1]
     for number, (line,) in enumerate(lines):
         words = [word for word in shlex.split(line)[1:] if word != "export_measure=true"]
-        assert called(monkeypatch, *words, *SHORT, f"hydra.run.dir=run{number}") == 0
+        assert called(monkeypatch, *words, *SHORT, f"hydra.run.dir=run{number}") == 0, capsys.readouterr().err
         assert json.loads((tmp_path / f"run{number}" / "metrics.json").read_text())["sparsity"] > 0.4
     assert (tmp_path / "run2" / "model.onnx").is_file()
 
@@ -279,11 +282,14 @@ def test_a_project_of_one_s_own(tmp_path: Path) -> None:
         ("torchvision", lambda: Torchvision(name="CIFAR10", root="x")),
         ("datasets", lambda: HuggingFace(name="x")),
         ("transformers", lambda: huggingface(name="x", classes=2)),
+        ("transformers", lambda: from_pretrained("x")),
+        ("transformers", lambda: importlib.import_module("pl_sparse.integrations.hugging_face")),
     ],
 )
 def test_an_extra_that_is_missing_is_named(library: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    monkeypatch.delitem(sys.modules, "pl_sparse.integrations.hugging_face", raising=False)
     with pytest.raises(ImportError, match=rf"pip install 'pl_sparse\[{library}\]'"):
         make()
 
@@ -420,6 +426,21 @@ def test_a_library_made_for_another_torch_is_named(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match=r"cannot be imported: operator nms does not exist\n.*torch is \d"):
         library("broken_library", "data=x", "torchvision")
+
+
+def test_integers_are_refused_where_torchao_is_made_for_another_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchao.py").write_text("import torch\ntorch.utils._pytree.register_nothing")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchao", raising=False)
+    words = "quantization needs the library torchao, which cannot be imported: .*register_nothing'\n.*torch is "
+    net, x = nn.Sequential(nn.Linear(4, 2)), torch.zeros(2, 4)
+    for quantization in (Int8(), Int4Weight(2)):
+        with pytest.raises(ImportError, match=words):
+            quantization.prepare(net, x)
+    for export in (ONNXInt8(), OpenVINOInt8()):
+        assert re.match(words, str(export.refusal(net, x, Unstructured(), 0.5)))
 
 
 def test_a_vision_model_of_hugging_face_from_a_folder(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from test_properties import METHODS
 
 from pl_sparse.callbacks.strategies import refuse_strategy
 
 HERE = Path(__file__).parent
+fsdp2_on_cpus = pytest.mark.skipif(torch.__version__ < (2, 7), reason="FSDP2 runs on CPUs from torch 2.7 on")
 CALIBRATED = {"force", "grasp", "iterative_snip", "obert", "snip", "synflow"}
 OF_WHOLE_TENSORS = {"sste"}  # its masking scales by a sum over the tensor
 BY_INPUTS = {
@@ -51,6 +53,7 @@ def run(kind: str, settings: dict[str, Any], processes: int = 2) -> dict[str, st
 QUICK = ("gmp", "movement", "rigl", "snip", "srste", "topkast")
 
 
+@fsdp2_on_cpus
 @pytest.mark.parametrize("methods", [QUICK, pytest.param([*METHODS, *LEARNED], marks=pytest.mark.slow)])
 def test_methods_are_those_of_one_process_and_resume_on_either(methods: list[str]) -> None:
     results = run("fsdp", {name: LEARNED.get(name) for name in methods if name not in ("slimming", "group_lasso")})
@@ -69,6 +72,7 @@ def test_histograms_choose_the_masks_of_one_process(kind: str, processes: int) -
     assert run(kind, {}, processes) == {}
 
 
+@fsdp2_on_cpus
 def test_layers_inputs_of_all_processes_make_the_masks_of_one() -> None:
     """Each process calibrates on a batch of its own: masks are equal, weights that SparseGPT moves to 1e-6."""
     assert run("own", BY_INPUTS) == dict.fromkeys(BY_INPUTS, "")
@@ -81,6 +85,7 @@ def test_every_method_of_two_replicas_is_that_of_one() -> None:
     assert results == dict.fromkeys(methods, "")
 
 
+@fsdp2_on_cpus
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp", "hsdp"])
 def test_every_structure_and_allocation(kind: str) -> None:
@@ -193,6 +198,7 @@ if __name__ == "__main__":
 """
 
 
+@fsdp2_on_cpus
 def test_lightning_shares_weights(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(LIGHTNING)

@@ -63,6 +63,7 @@ def test_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         with suppress(SystemExit):  # where the file is slower than asked for
             cli.main()
     out, error = capsys.readouterr()
+    assert (folder / "slim.json").is_file(), error
     summary = json.loads((folder / "slim.json").read_text())
     assert bool(summary["misses"]) == (summary["speedup"] < 1.3) == ("and 1.3x was asked for" in error)
     before, after = summary["before"], summary["after"]

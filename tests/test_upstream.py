@@ -294,8 +294,11 @@ def test_calls_of_one_module_are_told_apart() -> None:
     upstream.tell_calls_apart(graph)
     nodes = [node for node in graph.graph.nodes if node.target is torch.ops.aten.relu.default]
     assert len({upstream.path_of(node) for node in nodes}) == 1 and "@" not in str(upstream.path_of(nodes[1]))
-    found = get_source_partitions(graph.graph, [nn.ReLU])[nn.ReLU]
-    assert [part.output_nodes for part in found] == [[node] for node in nodes]
+    found = get_source_partitions(graph.graph, [nn.ReLU])
+    apart = {nn.ReLU: [[node] for node in nodes]}
+    assert {kind: [part.output_nodes for part in parts] for kind, parts in found.items()} == (
+        apart if torch.__version__ >= (2, 12) else {}  # earlier ones join nothing: they look for no modules by path
+    )
 
 
 def test_integers_of_torchao() -> None:

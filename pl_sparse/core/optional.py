@@ -41,14 +41,15 @@ def library(name: str, who: str, extra: str) -> Any:
     Raises:
         ImportError: it is not installed, or made for another version of what it stands on.
     """
+    package = name.partition(".")[0]
     try:
         return import_module(name)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{who} needs the library {extra}: pip install 'pl_sparse[{extra}]'") from error
-    except Exception as error:  # compiled for another torch: a RuntimeError or an OSError
+    except Exception as error:  # made for another torch: an AttributeError, a RuntimeError, an OSError
+        if find_spec(package) is None:
+            raise ImportError(f"{who} needs the library {package}: pip install 'pl_sparse[{extra}]'") from error
         torch = getattr(sys.modules.get("torch"), "__version__", "none")
         raise ImportError(
-            f"{who} needs the library {extra}, which cannot be imported: {beginning(error)}\n"
+            f"{who} needs the library {package}, which cannot be imported: {beginning(error)}\n"
             f"  install versions that match; torch is {torch}"
         ) from error
 

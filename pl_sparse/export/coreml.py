@@ -139,6 +139,7 @@ def read_coreml(path: Path) -> tuple[list[str], dict[str, np.ndarray[Any, Any]]]
     Raises:
         ImportError: coremltools is missing.
     """
+    require("coreml", CoreML.extra, *CoreML.packages)
     with tempfile.TemporaryDirectory() as folder, _silent():
         with zipfile.ZipFile(path) as archive:
             archive.extractall(folder)

@@ -62,6 +62,7 @@ class ExecuTorch(Traced):
             temporary.write_bytes(lowered.buffer)
 
     def open(self, path: Path, net: nn.Module) -> Executable:
+        require("executorch", self.extra, *self.packages)
         with quiet("executorch"):
             from executorch.runtime import Runtime
 

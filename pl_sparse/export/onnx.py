@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.core.optional import missing
 from pl_sparse.export.format import Executable, Traced, compared, require
 from pl_sparse.network.graph import in_onnx
 from pl_sparse.network.runtimes import onnx_session
+from pl_sparse.quantize.base import torchao_refusal
 from pl_sparse.structure import Structure
 
 __all__ = ["ONNX", "ONNXInt8", "open_onnx", "save_onnx"]
@@ -110,4 +110,4 @@ class ONNXInt8(ONNX):
         super().__init__(tolerance)
 
     def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
-        return missing("quantize", "torchao") or super().refusal(net, example, structure, sparsity)
+        return torchao_refusal() or super().refusal(net, example, structure, sparsity)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing
-from pl_sparse.core.optional import missing
 from pl_sparse.export.format import Executable, Traced, compared, require
 from pl_sparse.export.onnx import save_onnx
 from pl_sparse.network.runtimes import openvino_request
+from pl_sparse.quantize.base import torchao_refusal
 from pl_sparse.structure import Structure
 
 __all__ = ["OpenVINO", "OpenVINOInt8", "open_openvino", "save_openvino"]
@@ -144,7 +144,7 @@ class OpenVINOInt8(OpenVINO):
         super().__init__(tolerance, decompression)
 
     def refusal(self, net: nn.Module, example: Tensor | None, structure: Structure, sparsity: float) -> str | None:
-        return missing("quantize", "torchao") or super().refusal(net, example, structure, sparsity)
+        return torchao_refusal() or super().refusal(net, example, structure, sparsity)
 
     def write(self, net: nn.Module, example: Tensor, path: Path) -> list[str]:
         notes = super().write(net, example, path)

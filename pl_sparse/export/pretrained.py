@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_sparse.core.files import replacing, write_text
-from pl_sparse.core.optional import missing
+from pl_sparse.core.optional import library, missing
 from pl_sparse.export.card import CARD, Card, typed
 from pl_sparse.export.format import Executable, Export
 from pl_sparse.network.attention import HEAD_COUNTS
@@ -105,8 +105,7 @@ def from_pretrained(name: str | os.PathLike[str]) -> Any:
         FileNotFoundError: there is no such folder, and the hub has none of this name.
         ValueError: the folder is damaged, or its class is not one of transformers.
     """
-    import transformers
-
+    transformers = library("transformers", "from_pretrained", "transformers")
     folder = Path(name)
     if not folder.is_dir():
         folder = _downloaded(str(name))

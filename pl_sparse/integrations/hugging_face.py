@@ -10,11 +10,17 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pl_sparse.core.files import replacing
 from pl_sparse.network.probe import Probe
 from pl_sparse.pruner import Pruner, PrunerOptions
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "SparsityCallback needs the library transformers: pip install 'pl_sparse[transformers]'"
+    ) from error
 
 __all__ = ["STATE_FILE", "SparsityCallback"]
 

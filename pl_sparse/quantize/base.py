@@ -12,7 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Quantization", "quiet_torchao", "same_random_numbers"]
+from pl_sparse.core.optional import library
+
+__all__ = ["Quantization", "quiet_torchao", "same_random_numbers", "torchao_refusal"]
 
 
 class Quantization(ABC):
@@ -75,7 +77,7 @@ def quiet_torchao() -> Iterator[None]:
     """Without what torchao and torch say of themselves.
 
     Raises:
-        ImportError: torchao is missing; the message names the extra.
+        ImportError: torchao is missing, or made for another torch; the message names the extra.
     """
     names = ("torchao", "torch.utils._pytree")
     levels = [logging.getLogger(name).level for name in names]
@@ -84,14 +86,20 @@ def quiet_torchao() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            try:
-                import torchao  # noqa: F401
-            except ImportError as error:
-                raise ImportError("quantization needs torchao: pip install 'pl_sparse[quantize]'") from error
+            library("torchao", "quantization", "quantize")
             yield
     finally:
         for name, level in zip(names, levels, strict=True):
             logging.getLogger(name).setLevel(level)
+
+
+def torchao_refusal() -> str | None:
+    """Why there are no integers here: torchao is missing, or made for another torch. None: there are."""
+    try:
+        with quiet_torchao():
+            return None
+    except ImportError as error:
+        return str(error)
 
 
 @contextlib.contextmanager

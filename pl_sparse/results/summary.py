@@ -188,9 +188,12 @@ def summarize(pruner: Pruner, model: nn.Module, counted: Macs | None = None, pre
 
 
 def _nonzero(weight: nn.Parameter) -> int:
-    """How many elements are not zero: all of them, where the tensor of another library cannot tell."""
+    """How many elements are not zero: all, where a sparse layout or the tensor of another library cannot tell."""
+    if weight.layout is not torch.strided:
+        return weight.numel()
     try:
-        return int(total(local(weight) != 0, weight) if is_sharded(weight) else torch.count_nonzero(weight))
+        nonzero = local(weight) != 0  # torch counts no float8, and compares it
+        return int(total(nonzero, weight) if is_sharded(weight) else torch.count_nonzero(nonzero))
     except NotImplementedError:
         return weight.numel()
 

@@ -20,6 +20,13 @@ def _image(shape: Sequence[int], model: str) -> tuple[int, int, int]:
     return int(shape[0]), int(shape[1]), int(shape[2])
 
 
+def _refuse_none(**sizes: int) -> None:
+    """Refuse sizes of a model that leave it without weights."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be 1 or more")
+
+
 def _initialized(net: nn.Sequential, init: str | None) -> nn.Sequential:
     """Weights drawn anew: "glorot" is uniform with variance 2 / (inputs + outputs), biases 0; None leaves torch's own.
 
@@ -162,6 +169,7 @@ def resnet20(*, shape: Sequence[int], classes: int, width: int = 16) -> nn.Seque
         width: the channels of the first stage.
     """
     channels, _, _ = _image(shape, "resnet20")
+    _refuse_none(width=width)
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         conv1=nn.Conv2d(channels, width, 3, padding=1, bias=False), bn1=nn.BatchNorm2d(width), relu=nn.ReLU()
     )
@@ -238,10 +246,11 @@ def vit_tiny(
         dropout: the probability of dropout in each block, in [0, 1).
 
     Raises:
-        ValueError: the image is not made of whole patches, or `dim` not of whole heads.
+        ValueError: the image is not made of whole patches, or `dim` not of whole heads, or there are none of them.
     """
     image = _image(shape, "vit_tiny")
     patch = max(image[1] // 4, 1) if patch is None else patch
+    _refuse_none(dim=dim, heads=heads, patch=patch)
     if image[1] % patch or image[2] % patch:
         raise ValueError(f"patch={patch} does not divide images of {image[1]} x {image[2]} pixels")
     if dim % heads:
@@ -276,4 +285,5 @@ def mlp1d(*, shape: Sequence[int], classes: int, hidden: int = 500, residual: bo
         hidden: the units of each hidden layer.
         residual: whether the second layer has the shortcut.
     """
+    _refuse_none(hidden=hidden)
     return _MLP1D(math.prod(shape), classes, hidden, residual)
