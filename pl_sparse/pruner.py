@@ -33,7 +33,7 @@ from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import Part
 from pl_sparse.core.masked_model import MaskedModel
 from pl_sparse.core.optimizers import begin_anew, clear_state, leaves_zeros, pace, skip_step
-from pl_sparse.core.parameter import MaskedParameter, kept_each, zero_pruned
+from pl_sparse.core.parameter import MaskedBuffer, MaskedParameter, kept_each, zero_pruned
 from pl_sparse.core.places import Places
 from pl_sparse.core.registry import Axis, build, name_of
 from pl_sparse.core.sharded import refuse_shared, whole
@@ -258,7 +258,7 @@ class Pruner(MaskedModel):
         earlier, self._places = self._places, Places(self._model)
         assert earlier is not None
         added = any(weight.dim() > 1 and weight not in earlier for weight in self._model.parameters())
-        if not added and all(param.weight in self._places for param in self.masked):
+        if not added and all(p.weight in self._places for p in self.masked if not isinstance(p, MaskedBuffer)):
             return []  # a submodule went somewhere else, or was compiled
         before = {param.name: param.weight for param in self.masked}
         self._bind_again(example)
@@ -904,7 +904,8 @@ class Pruner(MaskedModel):
     def refuse_unfollowed(self) -> bool:
         moved = super().refuse_unfollowed()
         if moved and self._model is not None:
-            there = {plain_name(name): weight.shape for name, weight in self._model.named_parameters()}
+            held = (*self._model.named_parameters(), *self._model.named_buffers())
+            there = {plain_name(name): tensor.shape for name, tensor in held}
             _refuse_lost([p.name for p in self.masked if p.pruned and there.get(p.name) != p.shape])
         return moved
 

@@ -32,6 +32,7 @@ from pl_sparse.network.runtimes import Runtime
 from pl_sparse.pruner import Pruner
 from pl_sparse.scorer import Magnitude
 from pl_sparse.structure import Channel
+from pl_sparse.surgery.plan import named_tensors
 from pl_sparse.surgery.shrink import shrink
 
 __all__ = ["CostTarget", "opened"]
@@ -234,8 +235,9 @@ class CostTarget(Callback):
         """How many times less than the dense network, or than asked for, it costs without the channels masked now."""
         masks = {param.name: param.mask for param in pruner.masked if param.pruned}
         dense, smaller = copy.deepcopy(module).eval(), copy.deepcopy(module).eval()
+        tensors = named_tensors(smaller)
         for name, mask in masks.items():
-            smaller.get_parameter(name).mul_(mask)
+            tensors[name].mul_(mask)
         shrink(smaller, example, masks)
         if self.what == "size":
             return stored_bytes(dense) / stored_bytes(smaller)

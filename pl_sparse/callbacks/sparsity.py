@@ -435,7 +435,7 @@ class Sparsity(Callback):
         averages = list(averaged_models(trainer))
         masks = {param.name: param for param in self.pruner.masked if param.pruned} if averages else {}
         for average in averages:
-            for name, weight in average.named_parameters():
+            for name, weight in (*average.named_parameters(), *average.named_buffers()):
                 param = masks.get(name) or masks.get(name.removeprefix("module."))
                 if param is not None:
                     local(weight).mul_(param.mask.to(weight.device))

@@ -16,6 +16,7 @@ from pl_sparse.core.layouts import Plain, Whole
 from pl_sparse.core.topk import count_each, counted
 
 __all__ = [
+    "MaskedBuffer",
     "MaskedParameter",
     "checksum",
     "in_pieces",
@@ -252,6 +253,24 @@ class MaskedParameter:
         state = {key: value for key, value in tensors.items() if key.startswith("state.")}
         self.state = {key.removeprefix("state."): value.clone() for key, value in state.items()}
         self.to_weight()
+
+
+class MaskedBuffer(MaskedParameter):
+    """A buffer that is masked along with weights, such as the bias of a frozen norm. Its module may replace it."""
+
+    @property
+    def weight(self) -> Any:
+        return self.module.get_buffer(self.name.rpartition(".")[2])
+
+    @weight.setter
+    def weight(self, weight: Tensor) -> None:
+        return  # the module holds it
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor) -> None:
+        if self.latent is not None:  # statistics are written to while they are kept
+            self.latent.copy_(torch.where(self.mask, self.weight, self.latent))
+        super().set_mask(mask)
 
 
 def kept_each(params: Sequence[MaskedParameter]) -> list[int]:

@@ -232,6 +232,7 @@ def _block_ports(units: Units, model: nn.Module, tied: bool) -> None:
             uses[id(parameter)] += 1
     for _, parameter in () if tied else model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] += 1
+    _block_buffers(units, model)
     lines = _lines(units, model)
     joined = _join_tied(units, lines, uses) if tied else set()
     for key, (first, *rest) in lines.items():  # of one layer: a weight that its code also reads transposed
@@ -257,6 +258,21 @@ def _block_ports(units: Units, model: nn.Module, tied: bool) -> None:
         else:
             continue
         units.block(slots.values(), reason)
+
+
+def _block_buffers(units: Units, model: nn.Module) -> None:
+    """Block the units that a buffer is added to which a checkpoint would not have as it is masked, or not alone."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            owners[id(buffer)].append(f"{path}.{name}".lstrip("."))
+    for end, slots in units.ports.items():
+        layer = model.get_submodule(end.path)
+        names = owners.get(id(layer._buffers.get(end.tensor)), []) if end.side == "shift" else []
+        if names and end.tensor not in layer.state_dict(keep_vars=True):
+            units.block(slots.values(), f"{names[0]}, a buffer that checkpoints do not have, is added to its channels")
+        elif len(names) > 1:  # each gets one of its own when the model is moved
+            units.block(slots.values(), f"{names[0]} and {names[1]}, one buffer, are added to its channels")
 
 
 _Lines = dict[tuple[int, int], list[dict[int, int]]]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.network.layers import End
 from pl_sparse.network.origins import Origins, varies
 from pl_sparse.network.units import Units
 
@@ -159,17 +160,20 @@ class Call:
         found = self._origins.along(tensor, dim % tensor.dim()) if self.is_constant(tensor) else None
         if found is None:
             return None
-        ends = []
+        ends: dict[End, list[int]] = {}
+        scaling = set()
         for root, axis, line in found:
             owner = self._origins.owner(root)
             assert owner is not None
             path, _, name = owner
-            slots = self.units.port(path, side, line, name, axis)
-            if side == "shift" and not isinstance(root, nn.Parameter):
-                self.units.block(slots, f"{name}, a buffer of {path or 'the model'}, is added to its channels")
-            ends.append(slots)
-        self.join(*ends)
-        return ends[0]
+            ends[End(path, side, name, axis)] = line
+            if not isinstance(root, nn.Parameter) and End(path, "scale", name, axis) in self.units.ports:
+                scaling.add(End(path, side, name, axis))
+        if side == "shift" and len(scaling) < len(ends):  # of `bias - mean * scale` bias and mean alone are masked
+            ends = {end: line for end, line in ends.items() if end not in scaling}
+        slots = [self.units.port(end.path, end.side, line, end.tensor, end.dim) for end, line in ends.items()]
+        self.join(*slots)
+        return slots[0]
 
     def again(self, tensors: dict[int, Tensor], operation: Any = None) -> Any:
         """Call the operation with other tensors.

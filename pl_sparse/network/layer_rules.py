@@ -112,6 +112,13 @@ def channel_norm(call: Call) -> Track | None:
         return None
     mine = (call.owner(call[name]) for name in ("weight", "running_mean"))
     path, layer = next((owner for owner in mine if owner is not None), (call.path, call.module))
+    if track.dim == 1 and not isinstance(layer, CHANNEL_NORMS):
+        own = (("running_var", "scale"), ("weight", "scale"), ("running_mean", "shift"), ("bias", "shift"))
+        slots = [call.claim(call[name], 0, side) for name, side in own if call[name] is not None]
+        known = [each for each in slots if each is not None]
+        if len(known) == len(slots):
+            call.join(track.slots, *known)
+            return track
     if track.dim != 1 or not isinstance(layer, CHANNEL_NORMS):
         call.need(track, path, layer)
         return None

@@ -57,7 +57,7 @@ def elementwise(call: Call) -> Track | None:
             joined.append(track.slots)
         else:
             call.keep(track, f"{call.name} repeats its only channel")
-    for tensor in tensors:
+    for tensor in sorted(tensors, key=lambda tensor: _side(call, tensor)):  # what scales comes first
         place = dim - out.dim() + tensor.dim()
         if (
             (call.track(tensor) is None or id(tensor) in across)
@@ -81,8 +81,8 @@ def elementwise(call: Call) -> Track | None:
 
 def _side(call: Call, tensor: Tensor) -> str:
     """What a parameter or buffer is to the channels that it is joined with."""
-    divides = "div" in call.name and tensor is not call.tensors()[0]
-    return "scale" if divides or call.name.startswith("aten.mul") else "shift"
+    later = ("div" in call.name or "addc" in call.name) and tensor is not call.tensors()[0]
+    return "scale" if later or call.name.startswith("aten.mul") else "shift"
 
 
 # Elements moved

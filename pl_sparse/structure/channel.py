@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import Along, InputsFirst, Layout, Plain, Rows, Unoriented
-from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parameter import MaskedBuffer, MaskedParameter
 from pl_sparse.core.parametrized import behind, is_computed
 from pl_sparse.core.registry import register
 from pl_sparse.network.layers import TABLES, Held, held
@@ -138,12 +138,14 @@ def _group(
         module: Any = modules.get(port.path)
         if module is None or port.side == "scale":  # the outputs of the model; what scales is harmless: zero stays zero
             continue
-        tensors = dict(module.named_parameters(recurse=False))
+        tensors: dict[str, Any] = dict(module.named_parameters(recurse=False))
+        if port.side == "shift":
+            tensors |= dict(module.named_buffers(recurse=False))
         if is_computed(module):
             tensors["weight"] = behind(module, "weight")
         for each in held(module, port.end):
             tensor, name = tensors.get(each.name), f"{port.path}.{each.name}".lstrip(".")
-            if tensor is None:  # a buffer
+            if tensor is None:  # a buffer that is not added
                 continue
             param = by_weight.get(id(tensor))
             if port.side == "in":
@@ -159,7 +161,8 @@ def _group(
                 group.reason = f"its channels are joined with those of {port.path or 'the model'}, which is not pruned"
             elif not isinstance(module, nn.PReLU):  # a slope is harmless, too
                 mask = torch.ones_like(tensor, dtype=torch.bool, requires_grad=False)
-                companion = companions.setdefault(name, MaskedParameter(name, module, tensor, mask))
+                kind = MaskedParameter if isinstance(tensor, nn.Parameter) else MaskedBuffer
+                companion = companions.setdefault(name, kind(name, module, tensor, mask))
                 group.companions += ((companion, _units_as_rows(companion, each, port.places)),)
     return group if group.members else None
 

@@ -29,6 +29,8 @@ def is_silent(model: nn.Module, coupling: Coupling, unit: int) -> bool:
             index = torch.tensor(each.indices(places), device=tensors[each.name].device)
             if shifts and bool(tensors[each.name].index_select(each.dim, index).any()):
                 return False
+        if port.tensor:
+            continue
         mean = getattr(module, "running_mean", None)  # a norm subtracts it from the zeros, and scales that
         if mean is not None and bool(mean[places].any()) and (module.weight is None or module.weight[places].any()):
             return False

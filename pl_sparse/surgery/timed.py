@@ -15,6 +15,7 @@ from pl_sparse.core.optional import nice_to_have
 from pl_sparse.network.cost import Network
 from pl_sparse.network.latency import LatencyTable
 from pl_sparse.network.runtimes import Runtime
+from pl_sparse.surgery.plan import named_tensors
 from pl_sparse.surgery.shrink import shrink
 
 __all__ = ["fit", "narrowed"]
@@ -65,8 +66,9 @@ def narrowed(model: nn.Module, groups: Sequence[Group], kept: Sequence[int], exa
     if all(bool(mask.all()) for mask in masks.values()):
         return smaller
     with torch.no_grad():
+        tensors = named_tensors(smaller)
         for name, mask in masks.items():
-            smaller.get_parameter(name).mul_(mask)
+            tensors[name].mul_(mask)
     if left := shrink(smaller, example, masks).left:
         raise ValueError(f"channels of {', '.join(left)} cannot be removed")
     return smaller

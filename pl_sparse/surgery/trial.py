@@ -163,8 +163,11 @@ def _randomize(model: nn.Module, weights: RandomWeights) -> None:
         if tensor.is_floating_point() and tensor.dim() > 1 and isinstance(tensor, nn.Parameter) and tensor.numel():
             weights.randomize(tensor)
         elif tensor.is_floating_point():
+            positive = not isinstance(tensor, nn.Parameter) and bool((tensor >= 0).all())  # as variances are
             fan = tensor.numel() // len(tensor) if tensor.dim() > 1 and tensor.numel() else 4
             tensor.data = torch.randn_like(tensor) * fan**-0.5
+            if positive:
+                tensor.data = tensor.abs() + 0.5
     for module in model.modules():
         if isinstance(module, CHANNEL_NORMS) and isinstance(module.running_var, Tensor):
             module.running_var.data = module.running_var.abs() + 0.5
@@ -184,7 +187,7 @@ def _silence(module: nn.Module, port: Port, channels: Sequence[int], weights: Ra
     tensors = own_tensors(module)
     for each in held(module, port.end):
         tensor = tensors[each.name]
-        if isinstance(tensor, nn.Parameter):
+        if isinstance(tensor, nn.Parameter) or port.side == "shift":
             indices = each.indices(channels)
             if not weights.silence(tensor, each.dim, indices):
                 index = torch.tensor(indices, device=tensor.device)
