@@ -28,7 +28,8 @@ BATCHES = 4
 QUICK = ("GPT-2", "GRU", "LSTM with projections")
 REFUSALS = (
     r"torch\.export cannot trace \w+ for batches of any size \((?P<why>.*)\)\. What",
-    r"(?P<why>quantization traces networks with one input tensor, and a training batch is a \w+ that does not begin)",
+    r"(?P<why>quantization traces networks with one input tensor, and a training batch is a \w+ that does not begin "
+    r"with a tensor)",
     r"\w+ (?P<why>cannot be called with one tensor), a batch's first",
     r"\w+ (?P<why>returns other things in training than in evaluation)",
     r"\w+ (?P<why>has no layer that is quantized)",
