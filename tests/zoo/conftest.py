@@ -73,8 +73,8 @@ a few run in `make test`. Of each is asserted:
 *simulated* is the largest difference of outputs from those in floating point, *converted* that of the converted network
 from the simulated one, *ONNX Runtime* that of the file from the converted network, all relative to the largest output.
 Random networks amplify a value that is rounded to the next integer: a millionth of noise in the inputs changes the
-outputs of some by a quarter. *bytes* are 4 per number of the network, and of all that the file holds. [Targets](targets.md)
-has small networks by their kinds of layers.
+outputs of some by a quarter. *bytes* are 4 per number of the network, and of all that the file holds.
+[Targets](targets.md) has small networks by their kinds of layers.
 
 """
 INT8_COLUMNS = (
