@@ -32,6 +32,20 @@ def test_a_random_weight_is_the_same_wherever_it_is_read_and_no_channel_is_anoth
         assert torch.equal(layer.weight * 1, expected[:, 1:5])
 
 
+@pytest.mark.parametrize("shape", [(8, 16, 1, 1), (64, 32, 3, 3), (16, 1, 3, 3), (7, 300), (4, 4, 1, 5, 1)])
+def test_no_more_random_numbers_are_drawn_than_a_weight_has(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *sizes, **more: drawn.append(sizes[0]) or randn(*sizes, **more))
+    weight, weights = nn.Parameter(torch.ones(shape)), RandomWeights()
+    weights.randomize(weight)
+    assert drawn[0] <= weight.numel()
+    with weights, torch.no_grad():
+        assert (torch.corrcoef((weight * 1).flatten(1)) - torch.eye(shape[0])).abs().max() < 0.99
+
+
 def test_attaching_holds_no_copy_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of the model under trial has more memory than its largest; one is made at a time."""
     net = nn.Sequential(nn.Linear(64, 256), *[nn.Linear(256, 256) for _ in range(8)], nn.Linear(256, 5))

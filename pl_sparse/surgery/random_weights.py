@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from pl_sparse.core.cut import Cut
 from pl_sparse.core.upstream import DispatchMode, replace_data
@@ -40,8 +40,8 @@ class _Recipe:
 class RandomWeights(DispatchMode):
     """Within the block tensors that were given random values have them wherever an operation reads them.
 
-    Element (i, j, ...) of a tensor is number `_STEP` i + j + ... of a random line, so that no channel is that of
-    another. In between the tensor itself has the shape alone.
+    Element (i, j) of a tensor is number `_STEP` i + j of a random line, which is no longer than the tensor, so that no
+    channel is that of another. In between the tensor itself has the shape alone.
     """
 
     def __init__(self) -> None:
@@ -49,17 +49,19 @@ class RandomWeights(DispatchMode):
         self._recipes: dict[int, _Recipe] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def made(tensor: Tensor) -> Tensor:
-            recipe = self._recipes.get(id(tensor))
-            return tensor if recipe is None else recipe.make()
+        return func(*map(self._made, args), **{key: self._made(value) for key, value in (kwargs or {}).items()})
 
-        args, kwargs = tree_map_only(Tensor, made, (args, kwargs or {}))
-        return func(*args, **kwargs)
+    def _made(self, value: Any) -> Any:
+        """An argument of an operation, with the tensors that it reads."""
+        if isinstance(value, Tensor):
+            recipe = self._recipes.get(id(value))
+            return value if recipe is None else recipe.make()
+        return [*map(self._made, value)] if isinstance(value, (list, tuple)) else value
 
     def randomize(self, tensor: Tensor) -> None:
         """Give a tensor random values, from torch's own generator, at which no channel is zero by chance."""
-        steps = [_STEP ** (tensor.dim() - 1 - dim) if dim < tensor.dim() - 1 else 1 for dim in range(tensor.dim())]
-        steps = [min(step, 4096) for step in steps]
+        later = [[size for size in tensor.shape[dim + 1 :] if size > 1] for dim in range(tensor.dim())]
+        steps = [min(_STEP ** len(sizes), 4096, math.prod(sizes)) for sizes in later]
         length = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, steps, strict=True))
         fan = tensor[0].numel()
         line = torch.randn(length, dtype=tensor.dtype, device=tensor.device) * fan**-0.5

@@ -111,8 +111,8 @@ def _fails(model: nn.Module, example: Any, removable: Sequence[Coupling]) -> str
     """
     drawn = random.Random(0)
     removed = [(each, sorted(drawn.sample(range(each.units), each.units - _left(each.units)))) for each in removable]
-    with _trial(model), RandomWeights() as weights:
-        _randomize(model, weights)
+    with _trial(model):
+        weights = _randomized(model)
         for coupling, units in removed:
             for port in coupling.ports:
                 places = [place for unit in units for place in port.places[unit]]
@@ -120,7 +120,9 @@ def _fails(model: nn.Module, example: Any, removable: Sequence[Coupling]) -> str
         errors: list[Exception] = []
         try:
             plan = RemovalPlan.of(model, removed)
-            if changed_by(model, example, partial(plan.apply, take=weights.cut), errors) <= _TOLERANCE:
+            with weights:
+                gap = changed_by(model, example, partial(plan.apply, take=weights.cut), errors)
+            if gap <= _TOLERANCE:
                 return None
         except Exception as error:  # of a layer that is other than it looks
             return f"{_FAILED} ({short(error)})"
@@ -142,12 +144,13 @@ def heads_hold(
         heads: those that go, by layer.
         errors: gets the error of a model that cannot be called without them.
     """
-    with _trial(model), RandomWeights() as weights:
-        _randomize(model, weights)
+    with _trial(model):
+        weights = _randomized(model)
         for attention, gone in heads:
             *_, (output, dim, places) = head_indices(attention, gone)
             weights.silence(output.get_parameter("weight"), dim, sorted(places))
-        return changed_by(model, example, partial(plan.apply, take=weights.cut), errors) <= _TOLERANCE
+        with weights:
+            return changed_by(model, example, partial(plan.apply, take=weights.cut), errors) <= _TOLERANCE
 
 
 def _left(units: int) -> int:
@@ -156,8 +159,9 @@ def _left(units: int) -> int:
     return next(n for n in range(most, 0, -1) if all(n % divisor for divisor in range(2, math.isqrt(n) + 1)))
 
 
-def _randomize(model: nn.Module, weights: RandomWeights) -> None:
-    """Give all tensors random values, always the same ones, at which no channel is zero by chance."""
+def _randomized(model: nn.Module) -> RandomWeights:
+    """All tensors get random values, always the same ones, at which no channel is zero by chance."""
+    weights = RandomWeights()
     torch.manual_seed(0)
     for tensor in named_tensors(model).values():
         if tensor.is_floating_point() and tensor.dim() > 1 and isinstance(tensor, nn.Parameter) and tensor.numel():
@@ -171,6 +175,7 @@ def _randomize(model: nn.Module, weights: RandomWeights) -> None:
     for module in model.modules():
         if isinstance(module, CHANNEL_NORMS) and isinstance(module.running_var, Tensor):
             module.running_var.data = module.running_var.abs() + 0.5
+    return weights
 
 
 def _silence(module: nn.Module, port: Port, channels: Sequence[int], weights: RandomWeights) -> None:
