@@ -21,6 +21,7 @@ from pl_sparse.core.upstream import averaged_models
 from pl_sparse.export import load_shrunk, save_shrunk, shrink
 from pl_sparse.schedule import Linear
 from pl_sparse.structure import Channel
+from pl_sparse.surgery.timed import narrowed
 from pl_sparse.surgery.trial import couplings
 
 EPS = 1e-5
@@ -347,6 +348,31 @@ def test_averaged_weights_are_masked_with_their_buffers() -> None:
 
     fit(EMAWeightAveraging(decay=0.9), Look())
     assert seen == [True] * 4
+
+
+def test_a_narrower_copy_has_narrower_buffers() -> None:
+    net, x = made(folded).eval(), images()
+    pruner = Pruner("magnitude", "oneshot", Channel(coupled=True), "uniform", sparsity=0.5)
+    pruner.attach(net, x)
+    smaller = narrowed(net, pruner.groups, [3] * len(pruner.groups), x)
+    assert smaller.norm_a.running_mean.shape == (3,) and net.norm_a.running_mean.shape == (12,)
+
+
+def test_masks_follow_buffers_that_are_replaced_and_a_layer_that_is() -> None:
+    net, x = made(folded), images()
+    pruner = trained(net, x)
+    net.double()  # gives each module other buffers
+    net.fc = nn.Linear(8, 2).double()
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    with torch.no_grad():
+        net.norm_a.bias += 1
+    net(x.double()).square().mean().backward()
+    pruner.find_again(x.double())
+    pruner.before_step(3, 6, optimizer)
+    optimizer.step()
+    pruner.after_step(optimizer)
+    pruner.apply()
+    assert int((net.norm_a.bias == 0).sum()) == 6 and net.norm_a.bias.dtype == torch.float64
 
 
 class Bare(nn.Module):
