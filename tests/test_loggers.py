@@ -18,6 +18,8 @@ from lightning.pytorch.loggers import CSVLogger
 from test_app import config
 
 from pl_sparse import Sparsity
+from pl_sparse.app import main
+from pl_sparse.app.settings import ConfigError
 from pl_sparse.app.training import train
 from pl_sparse.callbacks import Track
 from pl_sparse.schedule import Linear
@@ -72,6 +74,25 @@ def test_overlap_and_density_are_those_of_the_masks(tmp_path: Path, every: int) 
         before = after
     assert all(torch.equal(before[name], mask) for name, mask in masks.after[-1].items())  # the last update is logged
     assert len(found["train/loss_step"]) == trainer.global_step // every
+
+
+def test_a_logger_by_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are in the folder that Hydra makes for the run."""
+    monkeypatch.chdir(tmp_path)
+    short = ["data.limit=64", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
+    monkeypatch.setattr("sys.argv", ["train.py", "logger=csv", *short])
+    main()
+    (table,) = tmp_path.glob("outputs/*/*/csv/metrics.csv")
+    assert "final/test/acc" in columns(table)
+
+
+@pytest.mark.parametrize("library", ["wandb", "mlflow", "tensorboard"])
+def test_a_library_that_is_missing_is_named(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pl_sparse.core.optional.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=rf"^logger\.{library}: it needs {library}: pip install 'pl_sparse\[{library}\]'$"
+    ):
+        train(config(tmp_path, f"logger={library}"))
 
 
 KEYS = {"sparsity", "mask/overlap", "density/net.fc1.weight", "train/loss", "train/loss_step", "val/acc", "test/acc"}

@@ -20,7 +20,7 @@ from pl_sparse.app.finished import load_run
 from pl_sparse.app.instantiate import network
 from pl_sparse.app.sensitivity import main, sensitivity
 from pl_sparse.app.training import train
-from pl_sparse.structure import Channel
+from pl_sparse.structure import Channel, Layer, Structure
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,13 @@ def test_an_allocation_loses_the_same_everywhere(tmp_path: Path) -> None:
     assert pruner.sparsity == pytest.approx(0.35, abs=1 / 1200)
     sparsities = [1 - param.kept / param.numel for param in pruner.params]
     assert sparsities == pytest.approx([0.6, 0.3, 0.15], abs=0.005)
+
+
+@pytest.mark.parametrize("structure", [Channel(coupled=True), Layer()])
+def test_a_structure_that_joins_layers_is_refused(structure: Structure, dense: Path, tmp_path: Path) -> None:
+    module, data, _ = load_run(dense)
+    with pytest.raises(ValueError, match=r"^the structure of the run joins layers, .*: train with structure=channel"):
+        sensitivity(module, data, structure, (0.5,), 1, "val/acc", tmp_path)
 
 
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,7 +173,11 @@ def _check(seen: Seen, cfg: DictConfig, typed: list[str]) -> None:
     if seen.multirun or seen.name != "train":
         return  # what is wrong with a run of a sweep ends that run alone
     try:
-        check(without_leftovers(current_targets(cfg), [str(override.input_line) for override in seen.overrides]))
+        cfg = without_leftovers(current_targets(cfg), [str(override.input_line) for override in seen.overrides])
+        if "output_dir" in cfg and cfg.output_dir is None:
+            OmegaConf.set_struct(cfg, False)
+            cfg.output_dir = "outputs"  # the folder within it is known to Hydra alone
+        check(cfg)
     except OmegaConfBaseException:
         return  # an interpolation of what Hydra knows alone
 

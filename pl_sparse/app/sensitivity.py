@@ -145,8 +145,8 @@ def sensitivity(
     key = metric_of(whole, objective)
     if structure.needs_example:
         raise ConfigError(
-            f"structure={structure.label} joins channels of several layers, and sensitivity prunes one layer at a "
-            "time: use structure=channel or unstructured"
+            "the structure of the run joins layers, and sensitivity prunes one layer at a time: train with "
+            "structure=channel or unstructured"
         )
     outputs: Collection[str] = ()
     if inputs and structure.removes_outputs:  # copies are no tensors of inference mode, which have no graph

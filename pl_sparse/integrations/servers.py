@@ -1,4 +1,4 @@
-"""Whether the server of a logger answers, found out in seconds and before training."""
+"""Whether a logger has its library and its server answers, found out in seconds and before training."""
 
 from __future__ import annotations
 
@@ -9,21 +9,33 @@ from collections.abc import Mapping
 from threading import Thread
 from typing import Any
 
+from pl_sparse.core.optional import missing
+
 __all__ = ["obstacle"]
+
+_LIBRARIES = {
+    "MLFlowLogger": ("mlflow",),
+    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
+    "WandbLogger": ("wandb",),
+}
+"""Of which a logger needs one; the first has the name of the extra."""
 
 
 def obstacle(logger: Mapping[str, Any], seconds: float = 8.0) -> str | None:
-    """Why a logger cannot reach its server; None if it can, or has none.
+    """Why a logger cannot log: its library is missing, or its server does not answer. None if it can.
 
     Args:
         logger: its settings, with `_target_`.
         seconds: to wait for an answer, names looked up included.
     """
-    url = _url(logger)
+    kind = str(logger.get("_target_", "")).rpartition(".")[2]
+    lacking = [missing(name, name) for name in _LIBRARIES.get(kind, ())]
+    if lacking and None not in lacking:
+        return lacking[0]
+    url = _url(kind, logger)
     reason = None if url is None else _unreachable(url, seconds)
     if reason is None:
         return None
-    kind = str(logger["_target_"]).rpartition(".")[2]
     wandb = kind == "WandbLogger"
     remedy = (
         "mode=offline keeps the run here, for wandb sync" if wandb else "tracking_uri=sqlite:///FILE needs no server"
@@ -31,8 +43,7 @@ def obstacle(logger: Mapping[str, Any], seconds: float = 8.0) -> str | None:
     return f"{kind} cannot reach {url}: {reason}. {remedy}"
 
 
-def _url(logger: Mapping[str, Any]) -> str | None:
-    kind = str(logger.get("_target_", "")).rpartition(".")[2]
+def _url(kind: str, logger: Mapping[str, Any]) -> str | None:
     if kind == "WandbLogger" and logger.get("mode") in (None, "online") and not logger.get("offline"):
         if logger.get("mode") is None and os.environ.get("WANDB_MODE", "online") != "online":
             return None
