@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pl_sparse.core.targets import Targets
     from pl_sparse.pruner import Pruner
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Pruner", "Sparsity", "Targets", "__version__", "register", "slim"]
 
 _HOMES = {
