@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset
 
 from pl_sparse.core.optional import nice_to_have
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parametrized import is_computed
 from pl_sparse.core.sharded import whole
 from pl_sparse.core.upstream import compiled
+from pl_sparse.network.computed import ComputedWeights
 from pl_sparse.network.macs import MacCounter, Macs, macs
 from pl_sparse.pruner import Pruner
 
@@ -29,6 +33,7 @@ class MacCount:
     def __init__(self) -> None:
         self._over = False
         self._counter: _Counter | None = None
+        self._computed: ComputedWeights | None = None
         self._positions: dict[str, float] = {}
         self._other = 0.0
         self._restored: tuple[dict[str, float], float] = {}, 0.0
@@ -38,18 +43,37 @@ class MacCount:
         """Whether there is a count, of this process or of an earlier one."""
         return bool(self._positions or self._restored[0])
 
-    def start(self, module: nn.Module) -> None:
-        """Before a batch: watch the module's layers, if nothing has been counted yet."""
+    def start(self, module: nn.Module, params: Sequence[MaskedParameter] = ()) -> None:
+        """Before a batch: watch the module's layers, if nothing has been counted yet.
+
+        Args:
+            module: the one that is trained.
+            params: those that are pruned; what is computed of them is followed.
+        """
         if self._over or self._counter is not None:
             return
         if compiled(module):
             self._over = True
             return
-        counter = _Counter(module)
+        weights = {param.name: param.weight for param in params if not is_computed(param.module)}
+        self._computed = ComputedWeights(weights, module) if weights else None
+        counter = _Counter(module, self._computed)
         self._over = True  # unless the counter starts
         with nice_to_have("the count of MACs"):
             counter.__enter__()
             self._counter, self._over = counter, False
+
+    def refuse_lost(self) -> None:
+        """Refuse weights that the batch does not multiply with, but what is computed of them, which has no zeros.
+
+        Raises:
+            ValueError: there are such weights.
+        """
+        if self._computed is not None and (names := self._computed.lost()):
+            raise ValueError(
+                f"{', '.join(names[:5])}{', ...' if names[5:] else ''}: the model multiplies with weights that it "
+                f"computes from them, where their zeros are no zeros. Leave them dense: exclude={names}"
+            )
 
     def finish(self, batch: Any, loader: Any, index: int) -> None:
         """After the batch: the uses per sample.
@@ -78,6 +102,7 @@ class MacCount:
 
     def release(self) -> None:
         """Stop watching."""
+        self._computed = None
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
             self._counter = None
@@ -118,8 +143,8 @@ def _uncounted(counter: MacCounter) -> Iterator[None]:
 class _Counter(MacCounter):
     """A counter that lets the forward pass go on where it cannot count; the first such failure is kept."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, watch: TorchFunctionMode | None = None) -> None:
+        super().__init__(model, watch)
         self.failure: Exception | None = None
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -266,7 +266,7 @@ class Sparsity(Callback):
         judge(self.pruner, trainer, pl_module, batch)
         with together(trainer):
             self.pruner.before_forward()
-        self._macs.start(pl_module)
+        self._macs.start(pl_module, self.pruner.params)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -292,6 +292,7 @@ class Sparsity(Callback):
             self._before_step(trainer, optimizer)
 
     def _before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        self._macs.refuse_lost()
         if self._hooks is not None and not self._hooks.follows(optimizer):
             self._hooks.follow(trainer, optimizer)  # one that was made or replaced in this batch
         if self._timekeeper is None and self.pruner.weights_of(optimizer):
@@ -320,6 +321,7 @@ class Sparsity(Callback):
         self._keep_time(trainer)
         if self.pruner.num_updates != self._seen:
             self.look(trainer)
+        self._macs.refuse_lost()
         self._macs.finish(batch, trainer.train_dataloader, batch_idx)
         judge(self.pruner, trainer, pl_module, batch)
 

@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 from pl_sparse.core.parametrized import tried, twin_of
 
-__all__ = ["used"]
+__all__ = ["PRODUCTS", "memory", "used"]
 
-_PRODUCTS = frozenset(
+PRODUCTS = frozenset(
     (
         *("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"),
         *(f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)),
@@ -125,7 +125,7 @@ class _Products(TorchFunctionMode):
         super().__init__()
         self.zeros = weight == 0
         self.inputs = inputs
-        self.others = {_memory(other) for other in others} - {None}
+        self.others = {memory(other) for other in others} - {None}
         self.found: Tensor | None = None
         self.most = 0
 
@@ -133,11 +133,11 @@ class _Products(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if getattr(func, "__name__", "") in _PRODUCTS:
+        if getattr(func, "__name__", "") in PRODUCTS:
             for factor in (*args, *kwargs.values()):
                 if not isinstance(factor, Tensor) or any(factor is x for x in self.inputs):
                     continue
-                if _memory(factor) in self.others:
+                if memory(factor) in self.others:
                     continue
                 turned = (factor, factor.mT) if factor.dim() == 2 else (factor,)
                 fitting = [value.detach().clone() for value in turned if value.shape == self.zeros.shape]
@@ -186,6 +186,7 @@ def _rescaled(module: nn.Module) -> bool:
         return False
 
 
-def _memory(tensor: Tensor) -> int | None:
-    """Where the numbers of a tensor, and of its views, are; None for a class of its own."""
-    return tensor.untyped_storage().data_ptr() if type(tensor) in (Tensor, nn.Parameter) else None
+def memory(tensor: Tensor) -> int | None:
+    """Where the numbers of a tensor, and of its views, are; None for a class of its own, and a sparse layout."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return tensor.untyped_storage().data_ptr() if plain else None

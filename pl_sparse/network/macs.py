@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
@@ -39,6 +40,10 @@ class MacCounter:
     look up and count as 0. Weights used otherwise outside such a module, or that are parametrized, are not seen.
     Transposed convolutions count the products that padding crops away.
 
+    Args:
+        model: that is called within the block.
+        watch: a mode that its calls are made in, too.
+
     Attributes:
         positions: uses of each weight element, by parameter name; several calls add up, and a tied parameter has
             its first name in `model.named_parameters()`.
@@ -54,8 +59,9 @@ class MacCounter:
     _open: ClassVar[int] = 0
     _fastpath: ClassVar[bool] = True  # before the first was opened
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, watch: TorchFunctionMode | None = None) -> None:
         self.model = model
+        self._watch: AbstractContextManager[Any] = watch or nullcontext()
         self.positions: dict[str, float] = {}
         self.other = 0.0
         self._names: dict[int, str] = {}
@@ -97,6 +103,7 @@ class MacCounter:
         """Forward pre-hook: within a call of the model matrix products are seen."""
         if not self._depth:
             self._products.__enter__()  # type: ignore[no-untyped-call]
+            self._watch.__enter__()
         self._depth += 1
         for name, parameter in module._parameters.items():  # FSDP has gathered ones there by now
             if parameter is not None:
@@ -108,6 +115,7 @@ class MacCounter:
         self._whole -= isinstance(module, _COUNTED) or keeps_inputs_first(module)
         self._depth -= 1
         if not self._depth:
+            self._watch.__exit__(None, None, None)
             self._products.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _count_product(self, operands: tuple[Tensor, ...], products: float) -> None:

@@ -1,0 +1,157 @@
+"""Weights that a model computes others from before it multiplies inputs: whether their zeros are zeros of those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pl_sparse.core.parametrized import tried
+from pl_sparse.core.used import PRODUCTS, memory
+from pl_sparse.network.hooks import tensors
+
+__all__ = ["ComputedWeights"]
+
+_RANDOM = ("rand", "normal", "bernoulli", "poisson", "multinomial")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A function of parameters alone, and which of its outputs a tensor is."""
+
+    function: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    index: int | None
+    output: Tensor  # as long as it is held no other tensor has its identity
+
+
+class ComputedWeights(TorchFunctionMode):
+    """Within the block follows what is computed of parameters alone, up to products with inputs.
+
+    A weight that a layer computes itself is known from a trial of the layer. This sees weights that other code reads:
+    of a convolution that is not called, standardised by the module above it.
+
+    Args:
+        weights: those that are asked for, by name.
+        model: that is called within the block.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+        super().__init__()
+        self._weights = dict(weights)
+        self._parameters = {memory(parameter) for parameter in model.parameters()} - {None}
+        self._names = {memory(weight): name for name, weight in weights.items()}
+        self._calls: dict[int, _Call] = {}
+        self._sources: dict[int, frozenset[str]] = {}
+        self._factors: dict[str, list[Tensor]] = {}
+        self._plain: set[str] = set()  # that meet inputs as they are
+        self._ended = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self._ended:
+            try:
+                self._follow(func, args, kwargs or {}, out)
+            except Exception:  # of a kind of tensor without memory: nothing is known, and the model goes on
+                self._ended = True
+        return out
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Note what a call has to do with weights."""
+        name, given = getattr(func, "__name__", ""), [*tensors((args, kwargs))]
+        if not given or any(word in name for word in _RANDOM):
+            return
+        if not all(id(tensor) in self._calls or memory(tensor) in self._parameters for tensor in given):
+            self._met(given, name in PRODUCTS)
+        elif name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__")):
+            self._forget(memory(given[0]))
+        else:
+            self._plain |= {self._names[memory(t)] for t in given if name in PRODUCTS and memory(t) in self._names}
+            sources = frozenset[str]().union(*map(self._sources_of, given))
+            for index, tensor in self._outputs(out):
+                if any(tensor is each for each in given):  # as `contiguous` of what is
+                    continue
+                self._calls[id(tensor)] = _Call(func, args, kwargs, index, tensor)
+                self._sources[id(tensor)] = sources
+
+    def _met(self, given: list[Tensor], product: bool) -> None:
+        """Note which weights, and what of them, an operation on inputs takes."""
+        for tensor in given:
+            if memory(tensor) in self._names:
+                self._plain.add(self._names[memory(tensor)])
+            elif product:
+                for name in self._sources.get(id(tensor), ()):
+                    self._factors.setdefault(name, []).append(tensor)
+
+    def _sources_of(self, tensor: Tensor) -> frozenset[str]:
+        if memory(tensor) in self._names:
+            return frozenset((self._names[memory(tensor)],))
+        return self._sources.get(id(tensor), frozenset())
+
+    def _forget(self, written: int | None) -> None:
+        """A tensor that is written to is another than the one that was computed."""
+        for key in [key for key, call in self._calls.items() if memory(call.output) == written]:
+            del self._calls[key], self._sources[key]
+
+    @staticmethod
+    def _outputs(out: Any) -> Iterator[tuple[int | None, Tensor]]:
+        if isinstance(out, Tensor):
+            yield None, out
+        elif isinstance(out, (tuple, list)):
+            yield from ((index, tensor) for index, tensor in enumerate(out) if isinstance(tensor, Tensor))
+
+    def lost(self) -> list[str]:
+        """The weights whose zeros are no zeros of what multiplies inputs, in the order of the model.
+
+        Of a weight that meets inputs as it is, or only what has another size than it, nothing is said.
+        """
+        return [
+            name
+            for name, weight in self._weights.items()
+            if not self._ended
+            and name not in self._plain
+            and (made := [one for factor in self._factors.get(name, ()) for one in _turned(factor, weight)])
+            and all(self._loses(weight, factor, turn) for factor, turn in made)
+        ]
+
+    def _loses(self, weight: nn.Parameter, factor: Tensor, turn: bool) -> bool:
+        def trial() -> tuple[Tensor, Callable[[], Any]]:
+            twin = weight.detach().clone()
+            return twin, partial(compute, twin)
+
+        def compute(twin: Tensor) -> Tensor:
+            values: dict[int, Any] = {}
+            made: Tensor = self._again(factor, memory(weight), twin, values)
+            return made.mT if turn else made
+
+        reason, _ = tried(weight, trial)
+        return reason is not None and reason.startswith("its zeros")
+
+    def _again(self, value: Any, read: int | None, twin: Tensor, values: dict[int, Any]) -> Any:
+        """What a value is if a weight, known by its memory, is its twin."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._again(each, read, twin, values) for each in value)
+        if not isinstance(value, Tensor):
+            return value
+        call = self._calls.get(id(value))
+        if call is None:
+            return twin if memory(value) == read else value.detach()
+        if id(value) not in values:
+            args = self._again(tuple(call.args), read, twin, values)
+            kwargs = {key: self._again(each, read, twin, values) for key, each in call.kwargs.items()}
+            out = call.function(*args, **kwargs)
+            values[id(value)] = out if call.index is None else out[call.index]
+        return values[id(value)]
+
+
+def _turned(factor: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, bool]]:
+    """A factor of the shape of a weight, and whether it is transposed for that; of a square one both."""
+    if factor.shape == weight.shape:
+        yield factor, False
+    if factor.dim() == 2 and factor.mT.shape == weight.shape:
+        yield factor, True
