@@ -89,6 +89,15 @@ def test_weights_whose_zeros_stay(use: Use) -> None:
     assert lost(use) == []
 
 
+def test_weights_that_share_their_memory_are_told_apart() -> None:
+    net = Net(lambda net, x: F.linear(F.linear(x, standardised(net.layer.weight)), net.other))
+    both = torch.randn(2, 6, 6)
+    net.layer.weight, net.other = nn.Parameter(both[0]), nn.Parameter(both[1])
+    with ComputedWeights({"layer.weight": net.layer.weight, "other": net.other}, net) as computed:
+        net(torch.randn(4, 6))
+    assert computed.lost() == ["layer.weight"]
+
+
 class Module(LightningModule):
     def __init__(self) -> None:
         super().__init__()

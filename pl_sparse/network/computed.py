@@ -44,8 +44,8 @@ class ComputedWeights(TorchFunctionMode):
     def __init__(self, weights: Mapping[str, nn.Parameter], model: nn.Module) -> None:
         super().__init__()
         self._weights = dict(weights)
-        self._parameters = {memory(parameter) for parameter in model.parameters()} - {None}
-        self._names = {memory(weight): name for name, weight in weights.items()}
+        self._parameters = {_place(parameter) for parameter in model.parameters()} - {None}
+        self._names = {_place(weight): name for name, weight in weights.items()}
         self._calls: dict[int, _Call] = {}
         self._sources: dict[int, frozenset[str]] = {}
         self._factors: dict[str, list[Tensor]] = {}
@@ -66,12 +66,12 @@ class ComputedWeights(TorchFunctionMode):
         name, given = getattr(func, "__name__", ""), [*tensors((args, kwargs))]
         if not given or any(word in name for word in _RANDOM):
             return
-        if not all(id(tensor) in self._calls or memory(tensor) in self._parameters for tensor in given):
+        if not all(id(tensor) in self._calls or _place(tensor) in self._parameters for tensor in given):
             self._met(given, name in PRODUCTS)
         elif name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__")):
             self._forget(memory(given[0]))
         else:
-            self._plain |= {self._names[memory(t)] for t in given if name in PRODUCTS and memory(t) in self._names}
+            self._plain |= {self._names[_place(t)] for t in given if name in PRODUCTS and _place(t) in self._names}
             sources = frozenset[str]().union(*map(self._sources_of, given))
             for index, tensor in self._outputs(out):
                 if any(tensor is each for each in given):  # as `contiguous` of what is
@@ -82,15 +82,15 @@ class ComputedWeights(TorchFunctionMode):
     def _met(self, given: list[Tensor], product: bool) -> None:
         """Note which weights, and what of them, an operation on inputs takes."""
         for tensor in given:
-            if memory(tensor) in self._names:
-                self._plain.add(self._names[memory(tensor)])
+            if _place(tensor) in self._names:
+                self._plain.add(self._names[_place(tensor)])
             elif product:
                 for name in self._sources.get(id(tensor), ()):
                     self._factors.setdefault(name, []).append(tensor)
 
     def _sources_of(self, tensor: Tensor) -> frozenset[str]:
-        if memory(tensor) in self._names:
-            return frozenset((self._names[memory(tensor)],))
+        if _place(tensor) in self._names:
+            return frozenset((self._names[_place(tensor)],))
         return self._sources.get(id(tensor), frozenset())
 
     def _forget(self, written: int | None) -> None:
@@ -126,27 +126,32 @@ class ComputedWeights(TorchFunctionMode):
 
         def compute(twin: Tensor) -> Tensor:
             values: dict[int, Any] = {}
-            made: Tensor = self._again(factor, memory(weight), twin, values)
+            made: Tensor = self._again(factor, _place(weight), twin, values)
             return made.mT if turn else made
 
         reason, _ = tried(weight, trial)
         return reason is not None and reason.startswith("its zeros")
 
     def _again(self, value: Any, read: int | None, twin: Tensor, values: dict[int, Any]) -> Any:
-        """What a value is if a weight, known by its memory, is its twin."""
+        """What a value is if a weight, known by its place, is its twin."""
         if isinstance(value, (tuple, list)):
             return type(value)(self._again(each, read, twin, values) for each in value)
         if not isinstance(value, Tensor):
             return value
         call = self._calls.get(id(value))
         if call is None:
-            return twin if memory(value) == read else value.detach()
+            return twin if _place(value) == read else value.detach()
         if id(value) not in values:
             args = self._again(tuple(call.args), read, twin, values)
             kwargs = {key: self._again(each, read, twin, values) for key, each in call.kwargs.items()}
             out = call.function(*args, **kwargs)
             values[id(value)] = out if call.index is None else out[call.index]
         return values[id(value)]
+
+
+def _place(tensor: Tensor) -> int | None:
+    """Where the first number of a tensor is: several weights may share their memory, as those of a recurrent layer."""
+    return None if memory(tensor) is None else tensor.data_ptr()
 
 
 def _turned(factor: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, bool]]:
