@@ -7,10 +7,10 @@ COLUMNS = ("single weights", "2:4, n:m", "blocks", "channels, heads\ntaken out")
 NO, MAYBE, YES = "no", "documented", "measured"
 GONE = (MAYBE, "smaller")  # a smaller dense model, in every runtime
 ROWS = {  # how a row of the page's first table begins: its name here, and a state with a text for each column
-    "ONNX Runtime": ("ONNX Runtime, CPU", (NO, "1.00x"), (NO, ""), (NO, ""), (YES, "3.03x")),
-    "torch, CSR": ("torch, CSR, CPU", (YES, "3.9x at 95 %"), None, None, (YES, "2.07x")),
-    "OpenVINO 2026.4.1, float": ("OpenVINO, float", (NO, "0.99x"), (NO, ""), (NO, ""), (YES, "2.69x")),
-    "OpenVINO 2026.4.1, 8 bits": ("OpenVINO, 8 bits", (NO, "0.97x"), (NO, ""), (NO, ""), (YES, "1.89x")),
+    "ONNX Runtime": ("ONNX Runtime, CPU", (NO, "1.00x"), (NO, ""), (NO, ""), (YES, "3.09x")),
+    "torch, CSR": ("torch, CSR, CPU", (YES, "3.9x at 95 %"), None, None, (YES, "2.14x")),
+    "OpenVINO 2026.4.1, float": ("OpenVINO, float", (NO, "0.99x"), (NO, ""), (NO, ""), (YES, "3.00x")),
+    "OpenVINO 2026.4.1, 8 bits": ("OpenVINO, 8 bits", (NO, "0.97x"), (NO, ""), (NO, ""), (YES, "1.99x")),
     "OpenVINO, 8 bits, with AMX": ("OpenVINO, 8 bits, AMX", (MAYBE, "reads fewer bytes"), None, None, GONE),
     "Core ML, Neural Engine": ("Core ML, Neural Engine", (MAYBE, "from 75 %"), None, (MAYBE, ""), GONE),
     "Core ML, CPU": ("Core ML, newer CPUs", None, (MAYBE, "m a factor of 16"), None, GONE),
