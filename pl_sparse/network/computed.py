@@ -45,7 +45,7 @@ class ComputedWeights(TorchFunctionMode):
         super().__init__()
         self._weights = dict(weights)
         self._parameters = {_place(parameter) for parameter in model.parameters()} - {None}
-        self._names = {_place(weight): name for name, weight in weights.items()}
+        self._names = {place: name for name, weight in weights.items() if (place := _place(weight)) is not None}
         self._calls: dict[int, _Call] = {}
         self._sources: dict[int, frozenset[str]] = {}
         self._factors: dict[str, list[Tensor]] = {}
@@ -71,7 +71,8 @@ class ComputedWeights(TorchFunctionMode):
         elif name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__")):
             self._forget(memory(given[0]))
         else:
-            self._plain |= {self._names[_place(t)] for t in given if name in PRODUCTS and _place(t) in self._names}
+            if name in PRODUCTS:
+                self._plain.update(*map(self._named, given))
             sources = frozenset[str]().union(*map(self._sources_of, given))
             for index, tensor in self._outputs(out):
                 if any(tensor is each for each in given):  # as `contiguous` of what is
@@ -82,16 +83,18 @@ class ComputedWeights(TorchFunctionMode):
     def _met(self, given: list[Tensor], product: bool) -> None:
         """Note which weights, and what of them, an operation on inputs takes."""
         for tensor in given:
-            if _place(tensor) in self._names:
-                self._plain.add(self._names[_place(tensor)])
-            elif product:
+            self._plain |= self._named(tensor)
+            if product:
                 for name in self._sources.get(id(tensor), ()):
                     self._factors.setdefault(name, []).append(tensor)
 
+    def _named(self, tensor: Tensor) -> frozenset[str]:
+        """The weight that a tensor is, or a view of."""
+        place = _place(tensor)
+        return frozenset((self._names[place],)) if place in self._names else frozenset()
+
     def _sources_of(self, tensor: Tensor) -> frozenset[str]:
-        if _place(tensor) in self._names:
-            return frozenset((self._names[_place(tensor)],))
-        return self._sources.get(id(tensor), frozenset())
+        return self._named(tensor) or self._sources.get(id(tensor), frozenset())
 
     def _forget(self, written: int | None) -> None:
         """A tensor that is written to is another than the one that was computed."""
