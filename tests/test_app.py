@@ -299,10 +299,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("scorer=movment", "there is no such scorer. Did you mean 'movement'"),
+        pytest.param("scorer=movment", "there is no such scorer. Did you mean 'movement'", marks=pytest.mark.slow),
         ("method=gmpp", "there is no such method. Did you mean 'gmp'"),
         ("sparsty=0.5", "sparsty is not a setting. Did you mean 'sparsity'"),
-        ("structure.m=4", "structure.m is not a setting"),
+        pytest.param("structure.m=4", "structure.m is not a setting", marks=pytest.mark.slow),
         ("export=[onnx,csrr]", "there is no such export. Did you mean 'csr'"),
     ],
 )

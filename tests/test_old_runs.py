@@ -47,7 +47,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
     cli.main()
 
 
-@pytest.mark.parametrize("name", ["learned", "coupled"])
+@pytest.mark.parametrize("name", [pytest.param("learned", marks=pytest.mark.slow), "coupled"])
 def test_a_finished_run_is_shown_compared_exported_and_measured(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
