@@ -49,6 +49,13 @@ def in_place(net: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def written_later(net: nn.Module, x: Tensor) -> Tensor:
+    weight = net.layer.weight.detach() * net.gain.detach()
+    out = x @ weight.t()
+    weight.fill_(1)
+    return out
+
+
 LOSING: dict[str, Use] = {
     "standardised": lambda net, x: F.linear(x, standardised(net.layer.weight)),
     "turned": lambda net, x: x @ standardised(net.layer.weight).t(),
@@ -73,6 +80,7 @@ KEEPING: dict[str, Use] = {
     "random": lambda net, x: F.linear(x, net.layer.weight + torch.randn_like(net.layer.weight)),
     "by a sparse matrix": lambda net, x: (torch.eye(4).to_sparse() @ x) @ (net.layer.weight * net.gain).t(),
     "for each sample": lambda net, x: torch.vmap(lambda each: standardised(net.layer.weight) @ each)(x),
+    "written to later": written_later,
     "written to": in_place,  # is not followed
     "regularized": lambda net, x: net.layer(x) + (net.layer.weight @ net.layer.weight.t() - 1).square().mean(),
 }

@@ -28,6 +28,7 @@ class _Call:
     kwargs: Any
     index: int | None
     output: Tensor  # as long as it is held no other tensor has its identity
+    sources: frozenset[str]  # the weights that it is computed of
 
 
 class ComputedWeights(TorchFunctionMode):
@@ -47,9 +48,8 @@ class ComputedWeights(TorchFunctionMode):
         self._parameters = {_place(parameter) for parameter in model.parameters()} - {None}
         self._names = {place: name for name, weight in weights.items() if (place := _place(weight)) is not None}
         self._calls: dict[int, _Call] = {}
-        self._sources: dict[int, frozenset[str]] = {}
         self._factors: dict[str, list[Tensor]] = {}
-        self._plain: set[str] = set()  # that meet inputs as they are
+        self._plain: set[str] = set()  # that meet inputs as they are, or cannot be followed
         self._ended = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,16 +77,14 @@ class ComputedWeights(TorchFunctionMode):
             for index, tensor in self._outputs(out):
                 if any(tensor is each for each in given):  # as `contiguous` of what is
                     continue
-                self._calls[id(tensor)] = _Call(func, args, kwargs, index, tensor)
-                self._sources[id(tensor)] = sources
+                self._calls[id(tensor)] = _Call(func, args, kwargs, index, tensor, sources)
 
     def _met(self, given: list[Tensor], product: bool) -> None:
         """Note which weights, and what of them, an operation on inputs takes."""
         for tensor in given:
             self._plain |= self._named(tensor)
-            if product:
-                for name in self._sources.get(id(tensor), ()):
-                    self._factors.setdefault(name, []).append(tensor)
+            for name in self._sources_of(tensor) if product else ():
+                self._factors.setdefault(name, []).append(tensor)
 
     def _named(self, tensor: Tensor) -> frozenset[str]:
         """The weight that a tensor is, or a view of."""
@@ -94,12 +92,13 @@ class ComputedWeights(TorchFunctionMode):
         return frozenset((self._names[place],)) if place in self._names else frozenset()
 
     def _sources_of(self, tensor: Tensor) -> frozenset[str]:
-        return self._named(tensor) or self._sources.get(id(tensor), frozenset())
+        call = self._calls.get(id(tensor))
+        return self._named(tensor) or (frozenset() if call is None else call.sources)
 
     def _forget(self, written: int | None) -> None:
-        """A tensor that is written to is another than the one that was computed."""
+        """Say nothing of the weights that a tensor is computed of which is written to: it is another from then on."""
         for key in [key for key, call in self._calls.items() if memory(call.output) == written]:
-            del self._calls[key], self._sources[key]
+            self._plain |= self._calls.pop(key).sources
 
     @staticmethod
     def _outputs(out: Any) -> Iterator[tuple[int | None, Tensor]]:
