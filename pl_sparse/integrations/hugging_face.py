@@ -12,15 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pl_sparse.core.files import replacing
+from pl_sparse.core.optional import library
 from pl_sparse.network.probe import Probe
 from pl_sparse.pruner import Pruner, PrunerOptions
 
-try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-except ModuleNotFoundError as error:
-    raise ImportError(
-        "SparsityCallback needs the library transformers: pip install 'pl_sparse[transformers]'"
-    ) from error
+library("transformers", "SparsityCallback", "transformers")
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 
 __all__ = ["STATE_FILE", "SparsityCallback"]
 
