@@ -42,6 +42,7 @@ from pl_sparse.core.targets import TargetOptions, Targets
 from pl_sparse.core.upstream import plain_name, unwrapped
 from pl_sparse.masking import Masking, auto
 from pl_sparse.network.collapse import Collapse, passes
+from pl_sparse.network.computed import FirstCall
 from pl_sparse.network.outputs import output_weights
 from pl_sparse.network.probe import Probe
 from pl_sparse.schedule import Schedule
@@ -139,8 +140,9 @@ class Pruner(MaskedModel):
         self._rested: dict[int, tuple[Optimizer, int, list[Group]]] = {}  # who, since which update, of what
         self._resting: set[int] = set()  # the optimizers whose open step leaves pruned weights at zero
         self.collapse = Collapse()
-        self.watches = True  # whether it looks by itself what passes through the model, at the first call after masks
+        self.watches = True  # whether it looks by itself at calls of the model: the first, and that after new masks
         self._watch: RemovableHandle | None = None
+        self._first: FirstCall | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -362,6 +364,9 @@ class Pruner(MaskedModel):
                 "callback does so by itself"
             )
         self._clock.fit(total, steps_per_epoch)
+        if self._first is not None:
+            self._first.release()
+        self._first = FirstCall(self._model, self.params) if self.watches and self._model is not None else None
         self._overdue = ()
         estimates, self._estimates = self._estimates, None
         if estimates is not None and self.step > 0 and self._clock.restore(estimates):

@@ -1,5 +1,7 @@
 """Weights that other code than their layer computes others from: their zeros have to be zeros of those."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from pl_sparse import Sparsity
+from pl_sparse import Pruner, Sparsity
 from pl_sparse.network.computed import ComputedWeights
 
 Use = Callable[[nn.Module, Tensor], Tensor]
@@ -142,3 +144,65 @@ def test_they_are_refused_before_the_first_step() -> None:
     sparsity = Sparsity(sparsity=0.5, allocation="uniform", report=False, exclude=["body.weight"])
     trainer_of(sparsity).fit(Module(), data)
     assert [param.name for param in sparsity.pruner.params] == ["head.weight"] and sparsity.pruner.at_target
+
+
+REFUSED = r"body.weight: the model multiplies .* exclude=\['body.weight'\]"
+
+
+def prepared(module: nn.Module, **options: object) -> Pruner:
+    pruner = Pruner(sparsity=0.5, allocation="uniform", **options)  # type: ignore[arg-type]
+    pruner.attach(module)
+    pruner.prepare(4)
+    return pruner
+
+
+def hooks(module: nn.Module) -> int:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
+
+
+def test_a_plain_loop_refuses_them_at_the_first_call() -> None:
+    """It trained them, and reported a sparsity that what multiplies inputs did not have."""
+    module, images = Module(), torch.randn(4, 3, 5, 5)
+    prepared(module)
+    with pytest.raises(ValueError, match=REFUSED):
+        module(images)
+    assert hooks(module) == 0
+    other = Module()
+    prepared(other, exclude=["body.weight"])
+    other(images)
+    assert hooks(other) == 0
+
+
+def test_fabric_accelerate_and_others_wrap_the_model_that_is_watched() -> None:
+    module = Module()
+    prepared(module)
+    with pytest.raises(ValueError, match=REFUSED):
+        nn.Sequential(module)(torch.randn(4, 3, 5, 5))
+
+
+@pytest.mark.parametrize("another", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_of_the_model_is_not_watched(another: Callable[[nn.Module], nn.Module]) -> None:
+    module = Module()
+    pruner = prepared(module)
+    twin = another(module)
+    twin(torch.randn(4, 3, 5, 5))
+    pruner.prepare(4)
+    with pytest.raises(ValueError, match=REFUSED):
+        module(torch.randn(4, 3, 5, 5))
+
+
+def test_after_a_call_that_fails_the_next_is_watched() -> None:
+    module = Module()
+    prepared(module)
+    with pytest.raises(RuntimeError, match="channels"):
+        module(torch.randn(4, 2, 5, 5))
+    assert torch.overrides._len_torch_function_stack() == 0  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=REFUSED):
+        module(torch.randn(4, 3, 5, 5))
+
+
+def test_a_compiled_call_is_traced_as_one_graph() -> None:
+    module = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    prepared(module)
+    call = torch.compile(module, backend="eager", fullgraph=True)
+    assert call(torch.randn(4, 6)).shape == (4, 2)

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pl_sparse.core.optional import nice_to_have
 from pl_sparse.core.parameter import MaskedParameter
-from pl_sparse.core.parametrized import is_computed
 from pl_sparse.core.sharded import whole
 from pl_sparse.core.upstream import compiled
 from pl_sparse.network.computed import ComputedWeights
@@ -55,8 +54,7 @@ class MacCount:
         if compiled(module):
             self._over = True
             return
-        weights = {param.name: param.weight for param in params if not is_computed(param.module)}
-        self._computed = ComputedWeights(weights, module) if weights else None
+        self._computed = ComputedWeights.of(params, module)
         counter = _Counter(module, self._computed)
         self._over = True  # unless the counter starts
         with nice_to_have("the count of MACs"):
@@ -69,11 +67,8 @@ class MacCount:
         Raises:
             ValueError: there are such weights.
         """
-        if self._computed is not None and (names := self._computed.lost()):
-            raise ValueError(
-                f"{', '.join(names[:5])}{', ...' if names[5:] else ''}: the model multiplies with weights that it "
-                f"computes from them, where their zeros are no zeros. Leave them dense: exclude={names}"
-            )
+        if self._computed is not None:
+            self._computed.refuse_lost()
 
     def finish(self, batch: Any, loader: Any, index: int) -> None:
         """After the batch: the uses per sample.

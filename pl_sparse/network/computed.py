@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
-from pl_sparse.core.parametrized import tried
+from pl_sparse.core.parameter import MaskedParameter
+from pl_sparse.core.parametrized import is_computed, tried
+from pl_sparse.core.upstream import compiled
 from pl_sparse.core.used import PRODUCTS, memory
 from pl_sparse.network.hooks import tensors
 
-__all__ = ["ComputedWeights"]
+__all__ = ["ComputedWeights", "FirstCall"]
 
 _RANDOM = ("rand", "normal", "bernoulli", "poisson", "multinomial")
 
@@ -51,6 +55,12 @@ class ComputedWeights(TorchFunctionMode):
         self._factors: dict[str, list[Tensor]] = {}
         self._plain: set[str] = set()  # that meet inputs as they are, or cannot be followed
         self._ended = False
+
+    @classmethod
+    def of(cls, params: Sequence[MaskedParameter], model: nn.Module) -> ComputedWeights | None:
+        """Follows what is pruned, but for what its layer computes; None without such weights."""
+        weights = {param.name: param.weight for param in params if not is_computed(param.module)}
+        return cls(weights, model) if weights else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -121,6 +131,18 @@ class ComputedWeights(TorchFunctionMode):
             and all(self._loses(weight, factor, turn) for factor, turn in made)
         ]
 
+    def refuse_lost(self) -> None:
+        """Refuse weights whose zeros are lost.
+
+        Raises:
+            ValueError: there are such weights.
+        """
+        if names := self.lost():
+            raise ValueError(
+                f"{', '.join(names[:5])}{', ...' if names[5:] else ''}: the model multiplies with weights that it "
+                f"computes from them, where their zeros are no zeros. Leave them dense: exclude={names}"
+            )
+
     def _loses(self, weight: nn.Parameter, factor: Tensor, turn: bool) -> bool:
         def trial() -> tuple[Tensor, Callable[[], Any]]:
             twin = weight.detach().clone()
@@ -149,6 +171,55 @@ class ComputedWeights(TorchFunctionMode):
             out = call.function(*args, **kwargs)
             values[id(value)] = out if call.index is None else out[call.index]
         return values[id(value)]
+
+
+class FirstCall:
+    """Follows the weights of the next call of a model, and refuses, at its end, those whose zeros it loses.
+
+    A copy of the model, or what is loaded of it, is not watched.
+
+    Args:
+        model: that will be called; compiled, it is not watched.
+        params: those that are pruned.
+    """
+
+    def __init__(self, model: nn.Module | None = None, params: Sequence[MaskedParameter] = ()) -> None:
+        self._model = model
+        self._params = params
+        self._following: ComputedWeights | None = None
+        self._followed: ComputedWeights | None = None  # once the call is over
+        self._handles: list[RemovableHandle] = []
+        if model is not None and params and not compiled(model):
+            self._handles = [
+                model.register_forward_pre_hook(self._before),
+                model.register_forward_hook(self._after, always_call=True),
+                model.register_forward_hook(self._judge),
+            ]
+
+    def __reduce__(self) -> tuple[type[FirstCall], tuple[()]]:
+        return FirstCall, ()
+
+    def release(self) -> None:
+        """Watch no longer."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _before(self, model: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling() and model is self._model and self._following is None:
+            self._following = ComputedWeights.of(self._params, model)
+            if self._following is not None:
+                self._following.__enter__()  # type: ignore[no-untyped-call]
+
+    def _after(self, model: nn.Module, args: Any, out: Any) -> None:
+        if not torch.compiler.is_compiling() and self._following is not None:
+            self._following.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._followed, self._following = self._following, None
+
+    def _judge(self, model: nn.Module, args: Any, out: Any) -> None:
+        if not torch.compiler.is_compiling() and self._followed is not None:  # a call that fails is not judged
+            followed, self._followed = self._followed, None
+            self.release()
+            followed.refuse_lost()
 
 
 def _place(tensor: Tensor) -> int | None:
