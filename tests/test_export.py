@@ -293,11 +293,11 @@ def test_on_one_thread_a_machine_that_does_something_else_turns_no_verdict() -> 
 
     def computing(waits: bool) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            end = time.process_time() + 1e-3
+            end = time.process_time() + 5e-3  # beside which the time of a call to sleep does not count
             while time.process_time() < end:
                 pass
             if waits:
-                time.sleep(2e-3)
+                time.sleep(5e-3)
             return x
 
         return run
@@ -305,8 +305,8 @@ def test_on_one_thread_a_machine_that_does_something_else_turns_no_verdict() -> 
     makers = {"dense": lambda: computing(True), "exported": lambda: computing(False)}
     sizes = {"dense": 1, "exported": 1}
     with one_thread():
-        (row,) = compare("onnx", "ONNX Runtime", makers, torch.zeros(1, 1), [1], sizes, {}, seconds=0.01)
-    assert not row.faster[1] and row.dense.median_ms == pytest.approx(1.0, rel=0.5)
+        (row,) = compare("onnx", "ONNX Runtime", makers, torch.zeros(1, 1), [1], sizes, {}, seconds=0.05)
+    assert not row.faster[1] and row.dense.median_ms == pytest.approx(5.0, rel=0.5)
 
 
 def test_dense_and_sparse_models_differ_in_their_zeros_alone() -> None:

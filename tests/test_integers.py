@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrizations
 
 from pl_sparse import Pruner
 from pl_sparse.export import ONNXInt8
+from pl_sparse.export.onnx import saturates
 from pl_sparse.quantize import Int8, integers, post_training
 from pl_sparse.schedule import OneShot
 
@@ -352,8 +354,61 @@ def test_integers_compute_what_was_simulated_and_zeros_stay(case: Case, tmp_path
     ONNXInt8(tolerance=0.05).write(converted, x, file)  # compares its outputs
     import onnx
 
-    stored = [t for t in onnx.load(str(file)).graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    eight = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    stored = [t for t in onnx.load(str(file)).graph.initializer if t.data_type in eight]
     assert len([t for t in stored if len(t.dims) > 1]) == len(found)
+
+
+def dequantized(file: Path) -> list[tuple[str, np.ndarray]]:
+    """The type and the numbers of each 8-bit matrix of an ONNX file."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(file)).graph
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    result = []
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and stored.get(node.input[0], np.zeros(1)).ndim > 1:
+            weight, scale, zero = (stored[name] for name in node.input)
+            axis = next((each.i for each in node.attribute if each.name == "axis"), 1) if scale.ndim else 0
+            shape = [-1 if dim == axis else 1 for dim in range(weight.ndim)] if scale.ndim else []
+            values = (weight.astype(np.int64) - zero.astype(np.int64).reshape(shape)) * scale.reshape(shape)
+            result.append((str(weight.dtype), values))
+    return result
+
+
+def test_weights_are_the_same_numbers_in_int8_and_in_uint8(tmp_path: Path) -> None:
+    """ONNX Runtime computes int8 wrongly on x86 processors without VNNI: the file was refused there."""
+    torch.manual_seed(0)
+    x = 3 * torch.rand(8, 4, 5, 5)
+    net = nn.Sequential(nn.Conv2d(4, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(360, 7))
+    nn.init.zeros_(net[0].weight[:, 1])
+    nn.init.uniform_(net[3].weight, 0.5, 1.0)  # sums of products that 16 bits cannot hold
+    converted, files = post_training(net.eval(), [x]), {}
+    for weights in ("auto", "int8", "uint8"):
+        files[weights] = tmp_path / f"{weights}.onnx"
+        ONNXInt8(tolerance=2.0 if weights == "int8" else 0.02, weights=weights).write(converted, x, files[weights])
+    read = {weights: dequantized(file) for weights, file in files.items()}
+    assert [len(each) for each in read.values()] == [2, 2, 2]
+    for weights, pairs in read.items():
+        assert {kind for kind, _ in pairs} == {("uint8" if saturates() else "int8") if weights == "auto" else weights}
+        for (_, values), (_, wanted) in zip(pairs, read["int8"], strict=True):
+            assert np.array_equal(values, wanted)
+        assert not pairs[0][1][:, 1].any()
+    with pytest.raises(ValueError, match="weights='int4' is unknown"):
+        ONNXInt8(weights="int4")
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_a_file_is_what_its_processor_computes_rightly(
+    wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pl_sparse.export.onnx.saturates", lambda: wrong)
+    x = torch.rand(4, 8) / 8
+    net, file = post_training(nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval(), [x]), tmp_path / ONNXInt8.file
+    notes = ONNXInt8(tolerance=2.0).write(net, x, file)
+    assert [kind for kind, _ in dequantized(file)] == ["uint8" if wrong else "int8"]
+    assert notes[-1].startswith("weights are uint8" if wrong else "weights are int8: x86 processors without VNNI")
 
 
 def _trained(net: nn.Module, x: Tensor) -> nn.Module:

@@ -79,5 +79,6 @@ def stored(file: Path) -> tuple[list[Tensor], int]:
 
     tensors = onnx.load(str(file)).graph.initializer
     arrays = [numpy_helper.to_array(tensor) for tensor in tensors]
-    matrices = [torch.from_numpy(array.copy()) for array in arrays if array.dtype == "int8" and array.ndim > 1]
+    eight = [array for array in arrays if array.dtype in ("int8", "uint8") and array.ndim > 1]
+    matrices = [torch.from_numpy(array.astype("int16") - 128 * (array.dtype == "uint8")) for array in eight]
     return matrices, sum(array.nbytes for array in arrays)
