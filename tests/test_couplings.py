@@ -308,6 +308,35 @@ def counted() -> nn.Module:
     return net
 
 
+def listed() -> nn.Module:
+    """Widths of parts in a list and in a tuple, each part with filters of its own, as in MixNet and InceptionNeXt."""
+
+    def call(net: Any, x: Tensor) -> Tensor:
+        parts = net.stem(x).split(net.parts, 1)
+        x = net.mix(torch.cat([net.small(parts[0]), net.large(parts[1])], 1))
+        same, a, b = torch.split(x, net.widths, dim=1)
+        return net.fc(torch.cat([same, net.wide(a), net.high(b)], 1).mean((2, 3)))
+
+    layers = {"stem": conv(1, 24), "small": conv(14, 14, groups=14), "large": conv(10, 10, groups=10)}
+    bands = {"wide": conv(7, 7, groups=7), "high": conv(7, 7, groups=7)}
+    net = Net(call, **layers, mix=conv(24, 20, 1), **bands, fc=nn.Linear(20, 5))
+    net.parts, net.widths = [14, 10], (6, 7, 7)  # type: ignore[assignment]
+    return net
+
+
+def by_chance() -> nn.Module:
+    """An attribute that is as large as the channels that another stands for, and has nothing to do with them."""
+
+    def call(net: Any, x: Tensor) -> Tensor:
+        a, b = net.a(x).split([net.width, net.width], 1)
+        points = F.adaptive_avg_pool1d(x.flatten(1), net.points)
+        return net.fc((a * b).mean((2, 3))) + net.beside(points)
+
+    net = Net(call, a=conv(1, 24), fc=nn.Linear(12, 5), beside=nn.Linear(24, 5))
+    net.width, net.points = 12, 24  # type: ignore[assignment]
+    return net
+
+
 def multiplier() -> nn.Module:
     """Each channel makes two, or is made larger, by filters of its own."""
     layers = {
@@ -362,6 +391,8 @@ ZOO: dict[Callable[[], nn.Module], tuple[float, dict[str, str]]] = {
     group_norms: (1.0, {}),
     graph: (1.0, {}),
     counted: (1.0, {}),
+    listed: (1.0, {}),
+    by_chance: (24 / 29, {"beside.weight": "outputs of the model"}),
     multiplier: (1.0, {}),
     packed: (1.0, {}),
 }

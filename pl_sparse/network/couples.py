@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pl_sparse.network.layers import End
+from pl_sparse.network.layers import End, numbers
 from pl_sparse.network.origins import Origins, varies
 from pl_sparse.network.units import Units
 
@@ -109,7 +109,7 @@ class Call:
 
     def counted(self, sizes: Collection[int]) -> bool:
         """Whether the module that the operation is called in has all of these numbers as attributes."""
-        return {value for value in vars(self.module).values() if type(value) is int} >= set(sizes)
+        return {value for _, value in numbers(self.module)} >= set(sizes)
 
     def dim(self, of: Tensor, name: str = "dim") -> int:
         """An argument that is a dimension of a tensor, counted from the first."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ __all__ = [
     "is_depthwise",
     "is_source",
     "is_weighted",
+    "numbers",
     "own_tensors",
     "sides",
 ]
@@ -168,3 +169,14 @@ def _recurrent(module: Any, end: End) -> Iterable[Held]:
                 yield Held(name, 0)
         elif bool(end.tensor) == projected:
             yield Held(name, 0, runs=gates, size=hidden)
+
+
+def numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """The integers that a module of other code than torch's has as attributes, in lists and tuples too: "splits.0"."""
+    if type(module).__module__.startswith("torch.nn."):
+        return
+    for name, value in vars(module).items():
+        if type(value) is int:
+            yield name, value
+        elif type(value) in (list, tuple):
+            yield from ((f"{name}.{place}", each) for place, each in enumerate(value) if type(each) is int)

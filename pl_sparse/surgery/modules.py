@@ -101,7 +101,7 @@ def set_attribute(model: nn.Module, module: Any, key: str, value: Any) -> None:
     first, _, rest = key.partition(".")
     if rest.isdigit():
         before = getattr(module, first)
-        setattr(module, first, (*before[: int(rest)], value, *before[int(rest) + 1 :]))
+        setattr(module, first, type(before)((*before[: int(rest)], value, *before[int(rest) + 1 :])))
     elif rest:
         _replace_config(model, getattr(module, first), lambda new: setattr(new, rest, value), nn.Module.__setattr__)
     else:

@@ -274,7 +274,7 @@ def _counts(
     changes: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     for coupling, units in removed:
         for path, key, each in coupling.counts:
-            before = int(getattr(model.get_submodule(path), key))
+            before = int(attribute(model.get_submodule(path), key))
             changes[path][key] = (before, changes[path].get(key, (0, before))[1] - each * len(units))
     return changes
 

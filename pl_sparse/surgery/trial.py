@@ -19,7 +19,7 @@ from pl_sparse.core.upstream import CHANNEL_NORMS
 from pl_sparse.network.attention import Attention
 from pl_sparse.network.channels import short, traced_couplings
 from pl_sparse.network.hooks import called, stand_ins
-from pl_sparse.network.layers import held, own_tensors
+from pl_sparse.network.layers import held, numbers, own_tensors
 from pl_sparse.network.units import Coupling, Port
 from pl_sparse.surgery.heads import FewerHeads, head_indices
 from pl_sparse.surgery.plan import RemovalPlan, named_tensors
@@ -77,18 +77,22 @@ def _find_failing(model: nn.Module, example: Any, removable: Sequence[Coupling],
 
 def _counts(model: nn.Module, coupling: Coupling) -> Iterator[tuple[tuple[str, str, int], ...]]:
     """The attributes of the modules around the layers of a coupling that are as large as it has units, or channels in
-    one of them: widths of slices and views, and of states that begin as zeros. The nearest come first, then more."""
+    one of them: widths of slices and views, and of states that begin as zeros. The nearest come first, then more; at
+    each distance all of them, then each alone, as others may be as large by chance."""
     paths = {port.path if port.tensor else port.path.rpartition(".")[0] for port in coupling.ports}
     sizes = {coupling.units: 1} | {coupling.units * len(p.places[0]): len(p.places[0]) for p in coupling.ports}
     found: dict[tuple[str, str], int] = {}
     while paths:
-        before = len(found)
+        nearer = len(found)
         for path in sorted(paths):
-            for key, value in vars(model.get_submodule(path)).items():
-                if type(value) is int and value in sizes and value > 1:
+            for key, value in numbers(model.get_submodule(path)):
+                if value in sizes and value > 1:
                     found[path, key] = sizes[value]
-        if len(found) > before:
-            yield tuple((*place, each) for place, each in found.items())
+        counts = tuple((*place, each) for place, each in found.items())
+        if counts[nearer:]:
+            yield counts
+        if len(counts) > 1:
+            yield from ((count,) for count in counts[nearer:])
         paths = {path.rpartition(".")[0] for path in paths if path}
 
 
