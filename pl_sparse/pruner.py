@@ -130,6 +130,7 @@ class Pruner(MaskedModel):
         self._estimates: Mapping[str, Any] | None = None  # of a training that goes on
         self._probe: Probe | None = None
         self._model: nn.Module | None = None
+        self._shown = False  # whether the structure has seen the model called
         self._overrides: tuple[float | None, ...] = ()
         self._pending: Mapping[str, Any] | None = None
         self._sampled = False  # whether the parameters are a sample
@@ -168,6 +169,9 @@ class Pruner(MaskedModel):
         model = unwrapped(model)
         if self.attached and model is self._model:
             self.refuse_unfollowed()
+            if example is not None and not self._shown and self.structure.sees_example:
+                with torch.no_grad():
+                    self._bind_again(example)
             self.find_again(example)
             return
         if self.attached:
@@ -195,6 +199,7 @@ class Pruner(MaskedModel):
             trained: names of weights that are not taken for frozen.
         """
         assert self._model is not None
+        self._shown = example is not None
         guess = self.structure.removes_outputs and not self.structure.needs_example  # which the outputs are
         shown = guess and self.targets.last is None and example is not None
         outputs: Collection[str] = output_weights(self._model, example) if shown else ()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from pl_sparse import Pruner
 from pl_sparse.schedule import OneShot
+from pl_sparse.structure import Channel, Head
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HEAD = "bert.pooler.dense"
@@ -121,6 +124,24 @@ def test_hugging_face_s_trainer(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-8" / "pl_sparse.pt").unlink()
     with pytest.raises(ValueError, match="SparsityCallback"):
         hugging_face.make_trainer(str(tmp_path))[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("structure", [Head(), Channel(coupled=True)])
+def test_hugging_face_s_trainer_has_a_batch_for_structures_that_look_at_joins(structure: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    from pl_sparse.integrations.hugging_face import SparsityCallback
+
+    sizes = {"vocab_size": 20, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    model = transformers.T5ForTokenClassification(transformers.T5Config(**sizes))
+    batch = {"input_ids": torch.randint(0, 20, (4, 5)), "labels": torch.randint(0, 2, (4, 5))}
+    args = SimpleNamespace(gradient_accumulation_steps=1, output_dir="")
+    state = SimpleNamespace(global_step=0, max_steps=4)
+    callback, drawn = SparsityCallback(structure=structure, sparsity=0.5), torch.random.get_rng_state()
+    loader = DataLoader([{key: value[i] for key, value in batch.items()} for i in range(4)], 4, shuffle=True)
+    callback.on_train_begin(args, state, None, model=model, train_dataloader=loader)
+    assert len(callback.pruner.groups) == (1 if structure == Head() else 2)  # heads through both layers; neurons
+    assert torch.equal(torch.random.get_rng_state(), drawn)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -103,6 +103,22 @@ class Encoder(nn.Module):
         return self.head(self.encoder(x + self.positions)[:, 0])
 
 
+class SharedTable(nn.Module):
+    """Two tables and a head with the weight of a third table, which only holds it, as in T5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.source, self.target = (nn.Embedding(20, 16) for _ in range(3))
+        self.head = nn.Linear(16, 20, bias=False)
+        self.source.weight = self.target.weight = self.head.weight = self.shared.weight
+        self.first_norm, self.last_norm = nn.RMSNorm(16), nn.RMSNorm(16)
+        self.wi, self.wo = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.source(ids).mean(1, keepdim=True) + self.target(ids)
+        return self.head(self.last_norm(x + self.wo(self.wi(self.first_norm(x)).relu())))
+
+
 def _of_hugging_face(model: str, config: str, **settings: Any) -> tuple[nn.Module, Any]:
     library = pytest.importorskip("transformers")
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -114,6 +130,7 @@ _LLAMA = {"num_key_value_heads": 1, "use_cache": False, "max_position_embeddings
 MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "torch": lambda: (Encoder(first=False), torch.randn(2, 1, 4, 4)),
     "torch, norm first": lambda: (Encoder(first=True), torch.randn(2, 1, 4, 4)),
+    "a table of three modules": lambda: (SharedTable(), torch.randint(0, 20, (2, 6))),
     "bert": lambda: _of_hugging_face("BertForSequenceClassification", "BertConfig", max_position_embeddings=8),
     "bert, tied": lambda: _of_hugging_face("BertForMaskedLM", "BertConfig", max_position_embeddings=8),
     "llama": lambda: _of_hugging_face("LlamaForCausalLM", "LlamaConfig", **_LLAMA),

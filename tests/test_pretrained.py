@@ -35,6 +35,11 @@ def bert() -> Any:
     return transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, max_position_embeddings=16))
 
 
+def t5() -> Any:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return transformers.T5ForTokenClassification(transformers.T5Config(vocab_size=TEXT["vocab_size"], **sizes))
+
+
 def shrunk(model: Any, structure: Structure, allocation: str = "uniform", sparsity: float = 0.5) -> RemovalPlan:
     """A model without half of its heads or channels."""
     dense = ["*pooler*"] if hasattr(model, "bert") else []
@@ -51,6 +56,7 @@ def shrunk(model: Any, structure: Structure, allocation: str = "uniform", sparsi
     ("make", "structure", "sizes"),
     [
         (llama, Head(), {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32, "head_dim": 8}),
+        (t5, Head(), {"num_heads": 2, "d_kv": 8, "d_model": 32}),
         (llama, Channel(coupled=True), {"intermediate_size": 32, "hidden_size": 32}),
         (bert, Channel(coupled=True), {"intermediate_size": 32, "num_attention_heads": 4}),
         (llama, WIDTH, {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "head_dim": 8}),

@@ -348,6 +348,16 @@ def test_operations_are_seen_whole_below_autograd_and_what_they_make_can_be_trai
     assert net(out).requires_grad
 
 
+def test_gradients_that_code_does_without() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    with torch.enable_grad(), upstream.always_with_gradients(), torch.no_grad():
+        (weight * 3).sum().backward()
+    assert weight.grad is not None and weight.grad.tolist() == [3.0, 3.0]
+    with torch.no_grad():
+        assert not (weight * 3).requires_grad
+    assert torch.is_grad_enabled()
+
+
 def test_hooks_are_called_within_the_block_alone() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     order: list[str] = []

@@ -177,7 +177,8 @@ class Sparsity(Callback):
         structure = self.pruner.structure
         if structure.needs_example:
             return example_of(trainer, pl_module)
-        if structure.removes_outputs and self.pruner.targets.last is None:  # to see which layer is the last one
+        last = structure.removes_outputs and self.pruner.targets.last is None  # to see which layer is the last one
+        if structure.sees_example or last:
             return example_at_hand(trainer, pl_module)
         return None
 

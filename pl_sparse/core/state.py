@@ -92,8 +92,8 @@ def load_state(
         if group.gate is not None and gate:
             group.gate.load(gate)
             group.gate.to(group.members[0][0].weight.device)
-    for param in params:
-        param.load(saved[param.name])
+    for param in params:  # one that was the last of its group need not be
+        param.load({key: value for key, value in saved[param.name].items() if not key.startswith("gate.")})
 
 
 def settings_of(axes: Axes) -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 from torch.utils.hooks import RemovableHandle
 
@@ -26,6 +27,7 @@ from pl_sparse.core.dtensor import local
 __all__ = [
     "CHANNEL_NORMS",
     "DispatchMode",
+    "always_with_gradients",
     "averaged_models",
     "below_autograd",
     "compiled",
@@ -331,6 +333,15 @@ def below_autograd() -> AbstractContextManager[None]:
     a linear layer as one operation. Unlike in `torch.inference_mode`, tensors that are made can be trained with."""
     guard: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
     return guard
+
+
+class always_with_gradients(TorchFunctionMode):  # noqa: N801  it is used as a function
+    """Within the block gradients stay on, or off, where code turns them off or on: `torch.no_grad` does nothing."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch._C._set_grad_enabled:
+            return None
+        return function(*args, **(kwargs or {}))
 
 
 def is_read_by_attention(layer: nn.Module) -> bool:

@@ -59,7 +59,7 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         pruner, model, loader = self.pruner, kwargs["model"], kwargs["train_dataloader"]
-        pruner.attach(model)
+        pruner.attach(model, self._example(model, loader) if pruner.structure.sees_example else None)
         if state.global_step:
             pruner.load_state_dict(torch.load(self._saved(args, state), map_location="cpu", weights_only=True))
         elif pruner.step:
@@ -136,11 +136,17 @@ class SparsityCallback(TrainerCallback):
             "SparsityCallback(resume_from=...), the folder of the checkpoint"
         )
 
-    def _batches(self, model: nn.Module, loader: Any) -> list[dict[str, Any]]:
+    def _example(self, model: nn.Module, loader: Any) -> dict[str, Any]:
+        """Two samples of the first batch."""
+        with torch.random.fork_rng(devices=[]):  # a shuffling loader draws its seed
+            batch = self._batches(model, loader, 1)[0]
+        return {key: value[:2] if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def _batches(self, model: nn.Module, loader: Any, count: int | None = None) -> list[dict[str, Any]]:
         device = next(model.parameters()).device
         return [
             {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-            for batch in islice(loader, self.calibration_batches)
+            for batch in islice(loader, self.calibration_batches if count is None else count)
         ]
 
 

@@ -32,12 +32,17 @@ _SEPARATE = (
     ("q_lin", "k_lin", "v_lin"),
     ("query_proj", "key_proj", "value_proj"),
     ("to_q", "to_k", "to_v"),
+    ("linear_q", "linear_k", "linear_v"),
+    ("q_head", "k_head", "v_head"),
     ("wq", "wk", "wv"),
     ("q", "k", "v"),
 )
 _STACKED = ("qkv", "in_proj", "c_attn", "Wqkv", "qkv_proj")
 _INTERLEAVED = ("query_key_value",)
-_OUTPUT = {"out_proj", "o_proj", "proj", "dense", "c_proj", "out_lin", "to_out", "wo", "o", "out", "fc_out"}
+_OUTPUT = {
+    *("out_proj", "o_proj", "proj", "dense", "c_proj", "out_lin", "to_out", "wo", "o", "out", "fc_out"),
+    *("linear_out", "post_proj"),
+}
 _COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "heads", "nhead")
 HEAD_COUNTS = (*_COUNTS, "num_key_value_heads", "num_kv_heads", "n_kv_heads")
 """Names of the numbers of heads, those that queries share included."""
@@ -79,39 +84,26 @@ class Attention:
     weights: tuple[tuple[nn.Module, str, Heads], ...]
     path: str = ""
 
-    def numbers(self, module: nn.Module, left: int) -> dict[str, dict[str, tuple[int, int]]]:
+    def numbers(self, module: nn.Module, left: int, widths: bool) -> dict[str, dict[str, tuple[int, int]]]:
         """The attributes within the layer that say how many heads there are, or how wide they are together.
 
         Args:
             module: the attention layer's, or the one that holds its layers.
             left: how many heads are left.
+            widths: whether attributes as large as the width count too; others may have that size by chance.
 
         Returns:
             For each module within it by its path, and each attribute, what it is, and what it is with the heads that
             are left.
         """
         width = _sizes(self.weights[-1][0])[1]
+        weighted = {layer for layer, _, _ in self.weights}
         changes: dict[str, dict[str, tuple[int, int]]] = {}
-        for path, part in self._others(module):
-            for key, value in vars(part).items():
-                if isinstance(value, int) and not isinstance(value, bool) and (key in HEAD_COUNTS or value == width):
+        for path, part in module.named_modules():
+            for key, value in vars(part).items() if part not in weighted else ():
+                if type(value) is int and (key in HEAD_COUNTS or (widths and value == width)):
                     changes.setdefault(path, {})[key] = (value, value * left // self.heads)
         return changes
-
-    def tables(self, module: nn.Module) -> Iterator[tuple[str, int]]:
-        """The tensors within the layer that have a number per head, and the dimension of heads: biases by relative
-        position, temperatures."""
-        for path, part in self._others(module):
-            for kind in (part.named_parameters(recurse=False), part.named_buffers(recurse=False)):
-                for name, tensor in kind:
-                    dims = [dim for dim, size in enumerate(tensor.shape) if size == self.heads]
-                    if tensor.is_floating_point() and len(dims) == 1:
-                        yield f"{path}.{name}".lstrip("."), dims[0]
-
-    def _others(self, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The modules within the layer but those that have its weights, by path; it comes first."""
-        weighted = {layer for layer, _, _ in self.weights}
-        return ((path, part) for path, part in module.named_modules() if part not in weighted)
 
 
 @dataclass(frozen=True)
@@ -131,7 +123,7 @@ def attentions(model: nn.Module) -> Iterator[Attention | Unknown]:
     key/value head and form one unit with it, as none of them could be removed without the others.
 
     Query, key and value in one layer are read as stacked one after the other, but `query_key_value` as head after head,
-    as GPT-NeoX, BLOOM and Falcon have it.
+    as GPT-NeoX, BLOOM and Falcon have it, and `in_proj` beside biases of queries and values, as DeBERTa has it.
     """
     modules = dict(model.named_modules())
     for path, module in modules.items():
@@ -235,7 +227,9 @@ def _read(
         heads, shared = count, (rows[0] // size - count) // 2 if size else 0
         fits = shared > 0 and (heads + 2 * shared) * size == rows[0] and heads % shared == 0
         width = heads * size
-        parts = (heads // shared, 1, 1) if fits and next(iter(inputs)) in _STACKED else (1,)
+        biased = all(isinstance(getattr(module, name, None), nn.Parameter) for name in ("q_bias", "v_bias"))
+        by_head = inputs.keys() & set(_INTERLEAVED) or ("in_proj" in inputs and biased)
+        parts = (heads // shared, 1, 1) if fits and not by_head else (1,)
     if not fits:
         return unknown(
             f"{' + '.join(map(str, rows))} rows of {', '.join(inputs)} are not made of whole heads of {size}"
@@ -272,5 +266,7 @@ def _outputs(owner: nn.Module | None, others: list[nn.Module]) -> list[nn.Module
     return [
         layer
         for name, layer in named
-        if _linear(layer) and all(layer is not other for other in others) and _OUTPUT & set(name.split("."))
+        if _linear(layer)
+        and all(layer is not other for other in others)
+        and (_OUTPUT & set(name.split(".")) or name.rpartition(".")[2] == "output")
     ]

@@ -24,7 +24,7 @@ from pl_sparse.core.upstream import DispatchMode, below_autograd
 from pl_sparse.network.attention import Attention, attentions
 from pl_sparse.network.couples import NONE, Call, Rule, Track
 from pl_sparse.network.hooks import called, hooked, stand_ins, uncallable, unfused
-from pl_sparse.network.layers import CONVS, RECURRENT, TRANSPOSED, End, held, is_depthwise, is_weighted, sides
+from pl_sparse.network.layers import CONVS, RECURRENT, TABLES, TRANSPOSED, End, held, is_depthwise, is_weighted, sides
 from pl_sparse.network.norms import is_over_left, norm_over_all
 from pl_sparse.network.origins import Origins
 from pl_sparse.network.products import contract as _products  # noqa: F401  its rules are in the table then
@@ -227,9 +227,11 @@ def _block_ports(units: Units, model: nn.Module, tied: bool) -> None:
         tied: whether channels may go of a weight that several layers have, if it has them along the same dimension.
     """
     uses = {id(parameter): 0 for parameter in model.parameters()}
+    tables = set()  # those of one weight have one end: T5's `shared` and what its encoder and its decoder read
     for module in model.modules() if tied else ():  # one that has several names counts once
         for parameter in module.parameters(recurse=False):
-            uses[id(parameter)] += 1
+            uses[id(parameter)] += id(parameter) not in tables
+            tables |= {id(parameter)} if isinstance(module, TABLES) else set()
     for _, parameter in () if tied else model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] += 1
     _block_buffers(units, model)

@@ -91,7 +91,7 @@ class Structure(Axis, ABC):
         """The weights whose units are chosen together; each alone unless the structure couples them.
 
         Args:
-            example: inputs that the model can be called with, where `needs_example`.
+            example: inputs that the model can be called with, where `needs_example`; or None.
         """
         return [Group(param.name, ((param, param.layout),)) for param in params]
 
@@ -142,6 +142,11 @@ class Structure(Axis, ABC):
     def needs_example(self) -> bool:
         """Whether `groups` calls the model, to find units that go through several layers."""
         return False
+
+    @property
+    def sees_example(self) -> bool:
+        """Whether `groups` calls the model where it can be."""
+        return self.needs_example
 
     @property
     def joins(self) -> bool:

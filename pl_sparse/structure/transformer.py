@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pl_sparse.core.dtensor import is_sharded
 from pl_sparse.core.group import Group
 from pl_sparse.core.layouts import Blocks, InputsFirst
 from pl_sparse.core.parameter import MaskedParameter
@@ -16,6 +17,7 @@ from pl_sparse.core.parametrized import behind
 from pl_sparse.core.registry import register
 from pl_sparse.network.attention import LOOKED_FOR, Attention, Unknown, attentions, feed_forwards
 from pl_sparse.structure.base import Structure, divided
+from pl_sparse.surgery.stacks import together
 
 __all__ = ["Head", "Hybrid"]
 
@@ -28,6 +30,9 @@ class Head(Structure):
     Attention layers are recognised by their parts (see `attention.attentions`): nn.MultiheadAttention, fused
     projections, the attention of Hugging Face's models. Query heads that share a key/value head are pruned with it. All
     other weights stay dense.
+
+    Layers that share a table of heads (the biases by relative position of T5) lose the same heads or none: a unit is
+    then a head through all of them. They are found by trials, if there is an example to call the model with.
 
     Biases keep their values: with its columns of the output projection zero, a head adds nothing to the output, its
     value bias included, and its biases have no gradient. The score of a head is the mean over its weights. With
@@ -48,6 +53,10 @@ class Head(Structure):
     def oriented(self) -> bool:
         return False  # it takes layers that it recognises alone
 
+    @property
+    def sees_example(self) -> bool:
+        return True
+
     def spares(self, param: MaskedParameter) -> bool:
         return True
 
@@ -57,7 +66,12 @@ class Head(Structure):
 
     def groups(self, params: Sequence[MaskedParameter], model: nn.Module, example: Any = None) -> list[Group]:
         by_weight = {id(param.weight): param for param in params}
-        groups = []
+        groups: list[Group] = []
+        whole = example is not None and not any(is_sharded(param.weight) for param in params)
+        stacked = {
+            path: index for index, paths in enumerate(together(model, example) if whole else ()) for path in paths
+        }
+        stacks: dict[int, Group] = {}
         for attention in attentions(model):
             weights = [behind(module, name) for module, name, *_ in attention.weights]
             members = [by_weight.get(id(weight)) for weight in weights]
@@ -75,7 +89,14 @@ class Head(Structure):
                 )
             layouts = [layout for *_, layout in attention.weights]
             pairs = tuple((param, layout) for param, layout in zip(members, layouts, strict=True) if param)
-            groups.append(Group(attention.name, pairs, reason=divided(pairs)))
+            stack = stacks.get(stacked.get(attention.path, -1))
+            if stack is None:
+                groups.append(Group(attention.name, pairs, reason=divided(pairs)))
+                if attention.path in stacked:
+                    stacks[stacked[attention.path]] = groups[-1]
+            else:
+                stack.members += pairs
+                stack.reason = stack.reason or divided(pairs)
         if not groups:
             raise ValueError(
                 f"structure=head found no attention layer to prune in {type(model).__name__}. It looks for "

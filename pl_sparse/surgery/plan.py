@@ -27,7 +27,7 @@ from pl_sparse.network.units import Coupling
 from pl_sparse.surgery.heads import FewerHeads, head_indices
 from pl_sparse.surgery.modules import Former, attribute, former_index, former_name, set_attribute, take_out
 
-__all__ = ["RemovalPlan", "changed_attributes", "named_tensors"]
+__all__ = ["Indices", "RemovalPlan", "changed_attributes", "named_tensors"]
 
 Indices = dict[str, dict[int, set[int]]]
 """What goes, by the name of a tensor and dimension."""
@@ -69,7 +69,8 @@ class RemovalPlan:
         model: nn.Module,
         removed: Iterable[tuple[Coupling, Sequence[int]]],
         heads: Mapping[str, Sequence[int]] | None = None,
-        within: Mapping[str, Collection[str]] | None = None,
+        numbers: Mapping[str, Collection[str]] | None = None,
+        read: Indices | None = None,
     ) -> RemovalPlan:
         """The plan that takes some units of each coupling, and some heads of attention layers, out of a model.
 
@@ -77,8 +78,9 @@ class RemovalPlan:
             model: it is left as it is.
             removed: couplings of the model, each with the units that go.
             heads: the heads that go, by the path of the attention layer.
-            within: what else of attention layers of other kinds than torch's loses heads, by path: "numbers" of heads,
-                "tables" with an entry per head.
+            numbers: which numbers follow in attention layers of other kinds than torch's, by path: "counts" of heads,
+                "widths" of all heads together.
+            read: what else goes, as no other heads read it.
         """
         indices: Indices = defaultdict(lambda: defaultdict(set))
         removed = list(removed)
@@ -91,12 +93,12 @@ class RemovalPlan:
                 _add_heads_of_torch(indices, path, module, gone)
                 continue
             _add_heads(indices, model, attention, gone)
-            more = (within or {}).get(path, ())
-            if "numbers" in more:
-                for part, changes in attention.numbers(module, attention.heads - len(gone)).items():
-                    layers[_full(path, part)] = changes
-            for name, dim in attention.tables(module) if "tables" in more else ():
-                indices[_full(path, name)][dim] |= set(gone)
+            which = (numbers or {}).get(path, ())
+            changed = attention.numbers(module, attention.heads - len(gone), "widths" in which) if which else {}
+            layers |= {_full(path, part): changes for part, changes in changed.items()}
+        for name, dims in (read or {}).items():
+            for dim, places in dims.items():
+                indices[name][dim] |= places
         tensors = _cuts(model, indices)
         return cls(tensors, _merged(changed_attributes(model, _everywhere(model, tensors)), layers))
 

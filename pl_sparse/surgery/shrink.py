@@ -10,21 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pl_sparse.network.attention import Attention, Unknown, attentions
-from pl_sparse.network.channels import short
+from pl_sparse.network.attention import Unknown, attentions
 from pl_sparse.network.layers import held
 from pl_sparse.network.norms import is_over_left, kept_channels, norm_over_all
 from pl_sparse.network.units import Coupling, Port
 from pl_sparse.surgery.constants import Fold, folds_of, is_silent, read_inputs
 from pl_sparse.surgery.optimizers import shrink_optimizers
 from pl_sparse.surgery.plan import RemovalPlan
-from pl_sparse.surgery.trial import couplings, difference, heads_hold
+from pl_sparse.surgery.stacks import UNFOLLOWED, Stack, head_plan, stacks, stacks_hold, without
+from pl_sparse.surgery.trial import couplings, difference
 from pl_sparse.surgery.whole import is_within, whole
 
 __all__ = ["Removal", "dead", "shrink"]
 
 _TOLERANCE = 1e-5
-_UNFOLLOWED = "without it the outputs would be others: its channels cannot be followed"
 
 
 @dataclass(frozen=True)
@@ -225,50 +224,43 @@ def _tried(
     parts: RemovalPlan,
 ) -> tuple[RemovalPlan, list[Fold], dict[str, str]]:
     """The plan of what can go, as trials on the model show, the constants to fold, and by layer why others stay."""
-    within: dict[str, tuple[str, ...]] = {}
     errors: list[Exception] = []
 
-    def planned(candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]) -> RemovalPlan:
+    def planned(candidates: Sequence[_Candidate], found: Sequence[Stack]) -> RemovalPlan:
         units = [(each.coupling, each.units) for each in candidates]
-        return RemovalPlan.of(model, units, heads, within).beside(parts)
+        return RemovalPlan.of(model, units).beside(head_plan(model, example, found)).beside(parts)
 
-    def passes(candidates: Sequence[_Candidate], heads: Mapping[str, list[int]]) -> bool:
+    def passes(candidates: Sequence[_Candidate], found: Sequence[Stack]) -> bool:
+        plan = planned(candidates, found)
+
         def remove(model: nn.Module) -> None:
             for candidate in candidates:
                 for fold in candidate.folds:
                     fold.apply(model)
-            planned(candidates, heads).apply(model)
+            plan.apply(model)
 
         errors.clear()
         return difference(model, example, remove, errors) <= _TOLERANCE
 
-    # Some kinds of attention read their number of heads off the weights, others have it as an attribute, or in tables.
-    layers = {each.path: each for each in attentions(model) if isinstance(each, Attention)} if heads else {}
-
-    def hold(heads: Mapping[str, list[int]]) -> bool:
+    def hold(found: Sequence[Stack]) -> bool:
         errors.clear()
-        gone = [(layers[path], of) for path, of in heads.items()]
-        return not heads or heads_hold(model, example, gone, planned([], heads), errors)
+        return len(found) < 2 or stacks_hold(model, example, found, errors)  # each alone has passed
 
-    for path, gone in heads.items():
-        if not isinstance(model.get_submodule(path), nn.MultiheadAttention):
-            for within[path] in ((), ("numbers",), ("tables",), ("numbers", "tables")):
-                if hold({path: gone}):
-                    break
-    left: dict[str, str] = {}
-    if not hold(heads) or not passes(candidates, heads):  # then one after the other, to see which
+    tried = stacks(model, example, heads) if heads else []
+    left = {path: stack.reason for stack in tried if stack.reason is not None for path in stack.heads}
+    found = [stack for stack in tried if stack.reason is None]
+    if not hold(found) or not passes(candidates, found):  # then one after the other, to see which
         good: list[_Candidate] = []
         for candidate in candidates:
-            if passes([*good, candidate], {}):
+            if passes([*good, candidate], []):
                 good.append(candidate)
             else:
-                left |= _for_sources(model, candidate.coupling, _UNFOLLOWED)
-        good_heads: dict[str, list[int]] = {}
-        for path, gone in heads.items():
-            if hold({**good_heads, path: gone}) and passes(good, {**good_heads, path: gone}):
-                good_heads[path] = gone
+                left |= _for_sources(model, candidate.coupling, UNFOLLOWED)
+        good_stacks: list[Stack] = []
+        for stack in found:
+            if hold([*good_stacks, stack]) and passes(good, [*good_stacks, stack]):
+                good_stacks.append(stack)
             else:
-                reason = f"without it the model cannot be called: {short(errors[0])}" if errors else _UNFOLLOWED
-                left[path] = reason
-        candidates, heads = good, good_heads
-    return planned(candidates, heads), [fold for each in candidates for fold in each.folds], left
+                left |= dict.fromkeys(stack.heads, without(errors))
+        candidates, found = good, good_stacks
+    return planned(candidates, found), [fold for each in candidates for fold in each.folds], left

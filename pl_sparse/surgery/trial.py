@@ -25,7 +25,7 @@ from pl_sparse.surgery.heads import FewerHeads, head_indices
 from pl_sparse.surgery.plan import RemovalPlan, named_tensors
 from pl_sparse.surgery.random_weights import RandomWeights
 
-__all__ = ["changed_by", "couplings", "difference", "heads_hold"]
+__all__ = ["changed_by", "couplings", "difference", "heads_hold", "on_trial", "randomized"]
 
 _TOLERANCE = 1e-4
 _FAILED = "a trial showed that its channels depend on each other in ways that cannot be followed"
@@ -97,7 +97,7 @@ def _counts(model: nn.Module, coupling: Coupling) -> Iterator[tuple[tuple[str, s
 
 
 @contextmanager
-def _trial(model: nn.Module) -> Iterator[None]:
+def on_trial(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, with tensors that may be changed; afterwards it is what it is now."""
     with stand_ins(model), torch.no_grad():
         try:
@@ -115,8 +115,8 @@ def _fails(model: nn.Module, example: Any, removable: Sequence[Coupling]) -> str
     """
     drawn = random.Random(0)
     removed = [(each, sorted(drawn.sample(range(each.units), each.units - _left(each.units)))) for each in removable]
-    with _trial(model):
-        weights = _randomized(model)
+    with on_trial(model):
+        weights = randomized(model)
         for coupling, units in removed:
             for port in coupling.ports:
                 places = [place for unit in units for place in port.places[unit]]
@@ -148,8 +148,8 @@ def heads_hold(
         heads: those that go, by layer.
         errors: gets the error of a model that cannot be called without them.
     """
-    with _trial(model):
-        weights = _randomized(model)
+    with on_trial(model):
+        weights = randomized(model)
         for attention, gone in heads:
             *_, (output, dim, places) = head_indices(attention, gone)
             weights.silence(output.get_parameter("weight"), dim, sorted(places))
@@ -163,7 +163,7 @@ def _left(units: int) -> int:
     return next(n for n in range(most, 0, -1) if all(n % divisor for divisor in range(2, math.isqrt(n) + 1)))
 
 
-def _randomized(model: nn.Module) -> RandomWeights:
+def randomized(model: nn.Module) -> RandomWeights:
     """All tensors get random values, always the same ones, at which no channel is zero by chance."""
     weights = RandomWeights()
     torch.manual_seed(0)
@@ -218,7 +218,7 @@ def difference(
     Returns:
         The largest difference; infinity if the changed model cannot be called, or its outputs have another shape.
     """
-    with _trial(model):
+    with on_trial(model):
         return changed_by(model, example, change, errors)
 
 
