@@ -245,7 +245,11 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_wrong_types_and_uses() -> None:
     with pytest.raises(TypeError, match="scorer must be a name or a Scorer"):
         Pruner(scorer=3, sparsity=0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"Pruner has no argument 'exclud'\. Did you mean 'exclude'"):
+        Pruner(sparsity=0.5, exclud=["0"])  # type: ignore[call-arg]
     pruner = Pruner(sparsity=0.5)
+    with pytest.raises(TypeError, match=r"attach takes a torch.nn.Module, not a generator"):
+        pruner.attach(net().parameters())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="call attach"):
         pruner.before_step(0, 10)
     pruner.attach(net())

@@ -64,8 +64,8 @@ _MORE = (
 
 
 def main() -> None:
-    """Run the subcommand that the arguments name; without one they are settings of a training."""
-    first = sys.argv[1] if len(sys.argv) > 1 else "train"
+    """Run the subcommand that the arguments name; without one they are settings of a training, and nothing is help."""
+    first = sys.argv[1] if len(sys.argv) > 1 else "help"
     if first in ("-h", "--help", "help"):
         print(_help())
         return

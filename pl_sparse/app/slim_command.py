@@ -181,13 +181,15 @@ def _tell(result: Slimmed) -> None:
         if name == result.metric:
             table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
         else:
-            table.add_row(name, f"{before:,.0f}", f"{after:,.0f}", f"{before / max(after, 1):.2f}x less")
+            fewer = "smaller" if name == "bytes" else "fewer"
+            table.add_row(name, f"{before:,.0f}", f"{after:,.0f}", f"{before / max(after, 1):.2f}x {fewer}")
     for name, cost in result.exports.items():
         table.add_row(f"ms, {name}", f"{cost['dense_ms']:.3f}", f"{cost['ms']:.3f}", f"{cost['speedup']:.2f}x faster")
     console = Console()
     console.print(table)
+    change = result.after[result.metric] - result.before[result.metric]
     console.print(
-        f"{result.speedup:.2f}x faster (batch 1, one thread, ONNX Runtime), {result.metric} {-result.lost:+.4f}",
+        f"{result.speedup:.2f}x faster (batch 1, one thread, ONNX Runtime), {result.metric} {change:+.4f}",
         highlight=False,
     )
     console.print(f"written to {result.folder}: slim.json, slim.png, model.onnx, shrunk, bench.json", highlight=False)
