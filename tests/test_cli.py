@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -78,6 +79,13 @@ def test_version_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert capsys.readouterr().out == text
     monkeypatch.setattr(cli.metadata, "version", absent)
     assert cli.version() == f"pl_sparse {pl_sparse.__version__} (no torch, no lightning, no hydra-core)"
+
+
+def test_a_warning_of_this_package_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", lambda *_: "of others")
+    cli.short_warnings()
+    assert warnings.formatwarning("the file is old", UserWarning, doctor.__file__, 3) == "warning: the file is old\n"
+    assert warnings.formatwarning("the file is old", UserWarning, pytest.__file__, 3) == "of others"
 
 
 def absent(name: str) -> str:

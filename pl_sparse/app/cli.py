@@ -6,16 +6,18 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from pl_sparse import __version__
 from pl_sparse.core.registry import suggestion
 
-__all__ = ["COMMANDS", "importing", "main", "version"]
+__all__ = ["COMMANDS", "importing", "main", "short_warnings", "version"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pl_sparse.app.command:main", "train one model, or several with -m, by the settings of train.py"),
@@ -95,6 +97,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    short_warnings()
     try:
         command()
     except KeyboardInterrupt:
@@ -126,6 +129,18 @@ def importing() -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def short_warnings() -> None:
+    """Print a warning of this package without its place in the code. Lightning sets a format, too: import it first."""
+    others, package = warnings.formatwarning, Path(__file__).parents[1]
+
+    def line(message: Any, category: type[Warning], filename: str, lineno: int, source: str | None = None) -> str:
+        if package in Path(filename).parents:
+            return f"warning: {message}\n"
+        return others(message, category, filename, lineno, source)
+
+    warnings.formatwarning = line
 
 
 def version() -> str:

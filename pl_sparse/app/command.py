@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
 from pl_sparse.app.arguments import COMPLETION, arranged, completed, here, ignored, without_leftovers
+from pl_sparse.app.cli import short_warnings
 from pl_sparse.app.deploy import UnmetError
 from pl_sparse.app.earlier import earlier_overrides
 from pl_sparse.app.ends import EndedError, Interrupted, end_with_parent, how_to_go_on, say, signals
@@ -102,6 +103,7 @@ def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
     unify()
     provide_hydra_callbacks()
     here()
+    short_warnings()
     cause: BaseException
     with _errors() as full:
         try:
