@@ -135,12 +135,14 @@ def short_warnings() -> None:
     """Print a warning of this package without its place in the code. Lightning sets a format, too: import it first."""
     others, package = warnings.formatwarning, Path(__file__).parents[1]
 
-    def line(message: Any, category: type[Warning], filename: str, lineno: int, source: str | None = None) -> str:
+    def short(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
         if package in Path(filename).parents:
             return f"warning: {message}\n"
-        return others(message, category, filename, lineno, source)
+        return others(message, category, filename, lineno, line)
 
-    warnings.formatwarning = line
+    warnings.formatwarning = short
 
 
 def version() -> str:

@@ -18,7 +18,7 @@ from torch import nn
 
 from pl_sparse.app.finished import load_run
 from pl_sparse.app.instantiate import make_module, network, optional
-from pl_sparse.app.settings import CONF, ConfigError, options_of
+from pl_sparse.app.settings import CONF, ConfigError, options_of, target
 from pl_sparse.app.slim import Slimmed, slim
 from pl_sparse.app.subcommand import guarded
 from pl_sparse.core.compact import expand_weights
@@ -160,6 +160,7 @@ def _data(name: str, *settings: str) -> Any:
     """The node of the data."""
     if ":" in name:
         node: Any = OmegaConf.create({"_target_": name.replace(":", ".")})
+        target(node, "data")
     else:
         known = options_of("data")
         if name not in known:
