@@ -229,6 +229,7 @@ def test_a_copied_model_can_be_attached() -> None:
     [
         ({"scorer": "movment", "sparsity": 0.5}, "Did you mean 'movement'"),
         ({"schedule": "cubic"}, "needs the final sparsity"),
+        ({"sparsity": 0.9, "structure": "nm24"}, "sparsity=0.9 contradicts the structure, whose pattern has 0.5"),
         ({"schedule": Cubic(final=0.9), "sparsity": 0.5}, "contradicts"),
         ({"sparsity": 1.5}, r"final=1.5"),
         ({"scorer": "movement", "masking": "hard", "sparsity": 0.5}, "forgets: use masking=frozen"),

@@ -272,6 +272,9 @@ def ignored(seen: Seen, cfg: DictConfig, typed: Sequence[str]) -> str | None:
         return None if float(levels[-1]) == cfg.sparsity else (
             f"nothing reads sparsity={value}: the last of levels={list(levels)} is the final sparsity"
         )  # fmt: skip
+    n, m = (OmegaConf.select(cfg, f"structure.{key}") for key in "nm")
+    if n and m and cfg.sparsity != 1 - n / m:
+        return f"nothing reads sparsity={value}: the structure keeps {n} of {m} weights, which is {1 - n / m:g}"
     if "sparsity" in references(cfg):
         return None
     final = OmegaConf.select(cfg, "schedule.final")
