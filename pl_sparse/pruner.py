@@ -950,7 +950,9 @@ def _schedule(schedule: str | Schedule, sparsity: float | None, fixed: float | N
         if sparsity is None:
             raise ValueError(f"schedule={schedule!r} needs the final sparsity: give one, such as sparsity=0.9")
         if fixed is not None and sparsity not in (0.0, fixed):
-            raise ValueError(f"sparsity={sparsity:g} contradicts the structure, whose pattern has {fixed:g}: leave it out")
+            raise ValueError(
+                f"sparsity={sparsity:g} contradicts the structure, whose pattern has {fixed:g}: leave it out"
+            )
         return build(Schedule, schedule, final=sparsity)
     schedule = _member(Schedule, schedule)
     if sparsity is not None and schedule.final != sparsity:

@@ -146,6 +146,8 @@ def test_the_user_s_own_error_keeps_its_own_frames(
     told = capsys.readouterr().err
     assert "in training_step" in told and "in helper" in told and told.count("File ") == 2
     assert told.rstrip().endswith("TypeError: list indices must be integers or slices, not str")
+    assert called(monkeypatch, *(argument for argument in broken if not argument.startswith("data."))) == 1
+    assert "the data is data=digits, the default; data._target_=" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     assert called(monkeypatch, *broken) == 1
     assert "lightning/pytorch" in capsys.readouterr().err

@@ -29,6 +29,8 @@ _SEVERAL = ("export", "callbacks", "logger", "experiment")
 """Groups of which several options go together."""
 _NODES = {"overrides", "layouts"}
 """Settings whose keys are names of the model."""
+_LONG = 160
+"""A longer signature is left out of a message that names the parameter."""
 
 
 def here() -> None:
@@ -220,7 +222,9 @@ def refusal(key: str, cfg: DictConfig | None, seen: Seen) -> str:
         parameters, _ = parameters_of(called)
         close = near_misses(name, parameters)
         if close:
-            return f"{key} is not a parameter of {node['_target_']}{signature_of(called)}. {suggestion(name, close)}"
+            signature = signature_of(called)
+            shown = signature if len(signature) <= _LONG else ""
+            return f"{key} is not a parameter of {node['_target_']}{shown}. {suggestion(name, close)}"
         if elsewhere:
             return f"{key} is not a setting{chosen}: {_names(top, elsewhere)} {_have(elsewhere)} it"
         return f"{key} is not a parameter of {node['_target_']}, whose parameters are {signature_of(called)}"
