@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
+from inspect import signature
 from typing import Any, Literal, TypeVar, Unpack
 
 import torch
@@ -35,7 +37,7 @@ from pl_sparse.core.masked_model import MaskedModel
 from pl_sparse.core.optimizers import begin_anew, clear_state, leaves_zeros, pace, skip_step
 from pl_sparse.core.parameter import MaskedBuffer, MaskedParameter, kept_each, zero_pruned
 from pl_sparse.core.places import Places
-from pl_sparse.core.registry import Axis, build, name_of
+from pl_sparse.core.registry import Axis, build, name_of, suggestion
 from pl_sparse.core.sharded import refuse_shared, whole
 from pl_sparse.core.state import Masks, load_state, refuse_other_settings, settings_of, state_of
 from pl_sparse.core.targets import TargetOptions, Targets
@@ -85,7 +87,7 @@ class Pruner(MaskedModel):
 
     Raises:
         ValueError: an unknown name, or arguments that contradict each other.
-        TypeError: an axis is neither a name nor a member of that axis.
+        TypeError: an axis is neither a name nor a member of that axis, or there is no such argument.
     """
 
     def __init__(
@@ -111,6 +113,11 @@ class Pruner(MaskedModel):
         self.masking = auto(self.scorer, self.updater) if masking == "auto" else _member(Masking, masking)
         if targets is not None and where:
             raise ValueError(f"{', '.join(where)} belong in targets=Targets(...), which is given too")
+        known = [field.name for field in fields(Targets)]
+        for name in where:
+            if name not in known:
+                taken = {*signature(Pruner).parameters, *known} - {"where"}
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}. {suggestion(name, taken)}")
         self.targets = Targets(**where) if targets is None else targets
         if ablation is not None and ablation not in ABLATIONS:
             raise ValueError(f"ablation={ablation!r} must be one of {', '.join(ABLATIONS)}")
@@ -165,7 +172,10 @@ class Pruner(MaskedModel):
         Raises:
             ValueError: a pattern matches nothing, a weight does not fit the structure, or a loaded state is another
                 model's.
+            TypeError: `model` is not a module.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"attach takes a torch.nn.Module, not a {type(model).__name__}")
         model = unwrapped(model)
         if self.attached and model is self._model:
             self.refuse_unfollowed()
@@ -949,6 +959,10 @@ def _schedule(schedule: str | Schedule, sparsity: float | None, fixed: float | N
         sparsity = fixed if sparsity is None else sparsity
         if sparsity is None:
             raise ValueError(f"schedule={schedule!r} needs the final sparsity: give one, such as sparsity=0.9")
+        if fixed is not None and sparsity not in (0.0, fixed):
+            raise ValueError(
+                f"sparsity={sparsity:g} contradicts the structure, whose pattern has {fixed:g}: leave it out"
+            )
         return build(Schedule, schedule, final=sparsity)
     schedule = _member(Schedule, schedule)
     if sparsity is not None and schedule.final != sparsity:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -73,9 +74,18 @@ def test_version_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     expected = f"pl_sparse {pl_sparse.__version__} ({', '.join(versions)})"
     assert done.stdout.splitlines() == [expected, "False"]
     called(monkeypatch, "--help")
-    assert capsys.readouterr().out.splitlines()[-1] == expected
+    assert (text := capsys.readouterr().out).splitlines()[-1] == expected
+    called(monkeypatch)
+    assert capsys.readouterr().out == text
     monkeypatch.setattr(cli.metadata, "version", absent)
     assert cli.version() == f"pl_sparse {pl_sparse.__version__} (no torch, no lightning, no hydra-core)"
+
+
+def test_a_warning_of_this_package_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", lambda *_: "of others")
+    cli.short_warnings()
+    assert warnings.formatwarning("the file is old", UserWarning, doctor.__file__, 3) == "warning: the file is old\n"
+    assert warnings.formatwarning("the file is old", UserWarning, pytest.__file__, 3) == "of others"
 
 
 def absent(name: str) -> str:
@@ -113,7 +123,7 @@ def test_compare(runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pyte
     [
         (["show", "nowhere"], "nowhere is not a folder"),
         (["show", "."], "is not a run: there are 2 below it, such as a"),
-        (["compare", "a", "a/.hydra"], "is not a run: it holds no metrics.json"),
+        (["compare", "a", "a/.hydra"], "is not a run: it holds no metrics.json, which a run writes when it ends"),
     ],
 )
 def test_what_is_no_run_is_told(

@@ -85,12 +85,19 @@ def test_the_module_of_the_page_trains_by_the_commands_of_the_pages(
     (tmp_path / "mymod.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "mymod", raising=False)
-    pages = (ROOT / "docs" / name for name in ("own.md", "start/five_minutes.md", "howto/smaller_onnx.md"))
+    pages = (
+        ROOT / "docs" / name
+        for name in ("own.md", "start/five_minutes.md", "howto/smaller_onnx.md", "migrate/sparseml.md")
+    )
     lines = [re.findall(r"^    (pl-sparse train model._target_=mymod.*)$", path.read_text(), re.M) for path in pages]
-    assert [len(found) for found in lines] == [1, 1, 1]
+    assert [len(found) for found in lines] == [1, 1, 1, 1]
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    recipe = (ROOT / "docs" / "migrate" / "sparseml.md").read_text()
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(recipe.split("```yaml\n")[1].split("```")[0])
     for number, (line,) in enumerate(lines):
         words = [word for word in shlex.split(line)[1:] if word != "export_measure=true"]
-        assert called(monkeypatch, *words, *SHORT, f"hydra.run.dir=run{number}") == 0, capsys.readouterr().err
+        words += [*SHORT, f"hydra.run.dir=run{number}", *(["trainer.max_epochs=4"] if "--config-dir" in words else [])]
+        assert called(monkeypatch, *words) == 0, capsys.readouterr().err
         assert json.loads((tmp_path / f"run{number}" / "metrics.json").read_text())["sparsity"] > 0.4
     assert (tmp_path / "run2" / "model.onnx").is_file()
 
@@ -139,6 +146,8 @@ def test_the_user_s_own_error_keeps_its_own_frames(
     told = capsys.readouterr().err
     assert "in training_step" in told and "in helper" in told and told.count("File ") == 2
     assert told.rstrip().endswith("TypeError: list indices must be integers or slices, not str")
+    assert called(monkeypatch, *(argument for argument in broken if not argument.startswith("data."))) == 1
+    assert "the data is data=digits, the default; data._target_=" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     assert called(monkeypatch, *broken) == 1
     assert "lightning/pytorch" in capsys.readouterr().err

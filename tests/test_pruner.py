@@ -229,6 +229,7 @@ def test_a_copied_model_can_be_attached() -> None:
     [
         ({"scorer": "movment", "sparsity": 0.5}, "Did you mean 'movement'"),
         ({"schedule": "cubic"}, "needs the final sparsity"),
+        ({"sparsity": 0.9, "structure": "nm24"}, "sparsity=0.9 contradicts the structure, whose pattern has 0.5"),
         ({"schedule": Cubic(final=0.9), "sparsity": 0.5}, "contradicts"),
         ({"sparsity": 1.5}, r"final=1.5"),
         ({"scorer": "movement", "masking": "hard", "sparsity": 0.5}, "forgets: use masking=frozen"),
@@ -245,7 +246,11 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_wrong_types_and_uses() -> None:
     with pytest.raises(TypeError, match="scorer must be a name or a Scorer"):
         Pruner(scorer=3, sparsity=0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"Pruner has no argument 'exclud'\. Did you mean 'exclude'"):
+        Pruner(sparsity=0.5, exclud=["0"])  # type: ignore[call-arg]
     pruner = Pruner(sparsity=0.5)
+    with pytest.raises(TypeError, match=r"attach takes a torch.nn.Module, not a generator"):
+        pruner.attach(net().parameters())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="call attach"):
         pruner.before_step(0, 10)
     pruner.attach(net())

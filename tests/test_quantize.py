@@ -1,6 +1,7 @@
 """Trained for integers: what is pruned is the integer 0, and the integers compute what was simulated."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,12 @@ def test_a_norm_keeps_its_eps_and_momentum(layer: nn.Module) -> None:
     assert float((simulated - wanted).abs().max()) < 0.03 * float(wanted.abs().max())
     error = (made - simulated).abs()  # a value between two integers may be rounded to the other one
     assert float(error.max()) < 0.02 and float(error.median()) < 1e-6
+
+
+def test_a_recurrent_network_is_traced_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        traced(nn.Sequential(nn.GRU(3, 4, batch_first=True)), torch.randn(2, 5, 3))
 
 
 def test_a_network_that_takes_any_number_of_inputs_is_traced() -> None:

@@ -270,6 +270,7 @@ def test_the_commands_of_the_page_are_read() -> None:
         (["nowhere/run/here", "--data", "digits"], "nowhere/run/here is not a folder, checkpoint"),
         (["gone.ckpt"], "gone.ckpt is not a file"),
         (["test_slim:missing", "--data", "digits"], "test_slim has no missing"),
+        (["test_slim:untrained", "--data", "gone:Data"], "there is no module 'gone' in"),
         (["test_slim:untrained", "--data", "digit"], "Did you mean 'digits'"),
         (["test_slim:untrained", "--data", "image_folder"], "needs root: give --data image_folder root=..."),
         (["test_slim:untrained", "--data", "digits", "limit"], "its settings are KEY=VALUE"),

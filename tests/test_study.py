@@ -75,6 +75,23 @@ def test_what_a_study_refuses(arguments: list[str], said: str, capsys: pytest.Ca
     assert end.value.code == 2 and said in capsys.readouterr().err
 
 
+def test_the_baseline_is_trained_before_the_overview_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        "pl_sparse.app.study.subprocess.run", lambda command, check: commands.append(command) or Ended()
+    )
+    monkeypatch.setattr("pl_sparse.app.study.report", lambda *_: None)
+    main(["methods=gmp,dense", "seeds=0", f"hydra.sweep.dir={tmp_path}"])
+    assert [next(w for w in words if w.startswith("method=")) for words in commands] == ["method=dense", "method=gmp"]
+    assert ["~hydra.callbacks.overview" in words for words in commands] == [True, False]
+
+
+class Ended:
+    returncode = 0
+
+
 @pytest.mark.slow
 def test_a_study_trains_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -86,3 +103,4 @@ def test_a_study_trains_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyP
     seen = {(row["method"], row["sparsity"], row["seeds"]) for row in contents["methods"]}
     assert {level for _, level, _ in seen} == {0.0, 0.5, 0.8} and len(seen) == 5
     assert {seeds for _, _, seeds in seen} == {2} and len(contents["differences"]) == 2
+    assert "dense" in Path("there/pareto.csv").read_text()

@@ -452,9 +452,10 @@ def test_a_run_shows_what_the_module_logs(
     path.write_text(path.read_text().replace("val/acc", "valid_f1").replace("class Lit", "class Other"))
     template[0] = "model._target_=template.Other"
     sys.modules.pop("template", None)
-    message = r"objective=val/acc: ModelCheckpoint monitors 'val/acc'.*There are .*valid_f1"
+    message = r"objective=val/acc: ModelCheckpoint monitors 'val/acc'.*There are .*valid_f1\n  objective=NAME chooses"
     with pytest.raises(ConfigError, match=message):
         run(tmp_path / "wrong", *template)
+    assert not (tmp_path / "wrong" / "status.json").exists()  # it was refused before training
     metrics = run(tmp_path / "right", *template, "objective=valid_f1")
     printed = capsys.readouterr().out
     assert f"valid_f1 {metrics['valid_f1']:.4f} (best at the target" in printed.replace("\n", " ")

@@ -29,6 +29,8 @@ _SEVERAL = ("export", "callbacks", "logger", "experiment")
 """Groups of which several options go together."""
 _NODES = {"overrides", "layouts"}
 """Settings whose keys are names of the model."""
+_LONG = 160
+"""A longer signature is left out of a message that names the parameter."""
 
 
 def here() -> None:
@@ -220,7 +222,9 @@ def refusal(key: str, cfg: DictConfig | None, seen: Seen) -> str:
         parameters, _ = parameters_of(called)
         close = near_misses(name, parameters)
         if close:
-            return f"{key} is not a parameter of {node['_target_']}{signature_of(called)}. {suggestion(name, close)}"
+            signature = signature_of(called)
+            shown = signature if len(signature) <= _LONG else ""
+            return f"{key} is not a parameter of {node['_target_']}{shown}. {suggestion(name, close)}"
         if elsewhere:
             return f"{key} is not a setting{chosen}: {_names(top, elsewhere)} {_have(elsewhere)} it"
         return f"{key} is not a parameter of {node['_target_']}, whose parameters are {signature_of(called)}"
@@ -272,6 +276,9 @@ def ignored(seen: Seen, cfg: DictConfig, typed: Sequence[str]) -> str | None:
         return None if float(levels[-1]) == cfg.sparsity else (
             f"nothing reads sparsity={value}: the last of levels={list(levels)} is the final sparsity"
         )  # fmt: skip
+    n, m = (OmegaConf.select(cfg, f"structure.{key}") for key in "nm")
+    if n and m and cfg.sparsity != 1 - n / m:
+        return f"nothing reads sparsity={value}: the structure keeps {n} of {m} weights, which is {1 - n / m:g}"
     if "sparsity" in references(cfg):
         return None
     final = OmegaConf.select(cfg, "schedule.final")

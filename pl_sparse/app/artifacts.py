@@ -217,7 +217,7 @@ _WRITTEN = {
     "layers.csv": "one row per layer",
     "model.safetensors": "the sparse weights",
     "shrunk.json": "what was removed from the model, for export.load_shrunk",
-    "shrunk": "the network without masked tokens, and the numbers of the others (vocabulary.json)",
+    "shrunk": "the smaller network, for export.load_shrunk",
     "tickets.png": "accuracy of each round against the remaining weights",
     "tickets.csv": "one row per round",
     "levels": "mask and weights of each round",

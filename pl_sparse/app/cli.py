@@ -6,16 +6,18 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from pl_sparse import __version__
 from pl_sparse.core.registry import suggestion
 
-__all__ = ["COMMANDS", "importing", "main", "version"]
+__all__ = ["COMMANDS", "importing", "main", "short_warnings", "version"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pl_sparse.app.command:main", "train one model, or several with -m, by the settings of train.py"),
@@ -64,8 +66,8 @@ _MORE = (
 
 
 def main() -> None:
-    """Run the subcommand that the arguments name; without one they are settings of a training."""
-    first = sys.argv[1] if len(sys.argv) > 1 else "train"
+    """Run the subcommand that the arguments name; without one they are settings of a training, and nothing is help."""
+    first = sys.argv[1] if len(sys.argv) > 1 else "help"
     if first in ("-h", "--help", "help"):
         print(_help())
         return
@@ -95,6 +97,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    short_warnings()
     try:
         command()
     except KeyboardInterrupt:
@@ -126,6 +129,20 @@ def importing() -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def short_warnings() -> None:
+    """Print a warning of this package without its place in the code. Lightning sets a format, too: import it first."""
+    others, package = warnings.formatwarning, Path(__file__).parents[1]
+
+    def short(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if package in Path(filename).parents:
+            return f"warning: {message}\n"
+        return others(message, category, filename, lineno, line)
+
+    warnings.formatwarning = short
 
 
 def version() -> str:

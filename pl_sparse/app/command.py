@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pl_sparse.app.aliases import current_options, current_targets, provide_hydra_callbacks
 from pl_sparse.app.arguments import COMPLETION, arranged, completed, here, ignored, without_leftovers
+from pl_sparse.app.cli import short_warnings
 from pl_sparse.app.deploy import UnmetError
 from pl_sparse.app.earlier import earlier_overrides
 from pl_sparse.app.ends import EndedError, Interrupted, end_with_parent, how_to_go_on, say, signals
@@ -102,6 +103,7 @@ def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
     unify()
     provide_hydra_callbacks()
     here()
+    short_warnings()
     cause: BaseException
     with _errors() as full:
         try:
@@ -123,12 +125,22 @@ def main(config_dir: str | os.PathLike[str] | None = None) -> float | None:
         except Exception as error:
             explained, code, cause = _told(error)
             message = f"error: {explained}"
+            if code == 1 and _left_to_the_default("data", "model._target_=", asked):
+                message = (
+                    f"{message.rstrip()}\n  the data is data=digits, the default; data._target_=mymod.Data takes yours"
+                )
         finally:
             leave(undo=refused)
     if full and not isinstance(cause, KeyboardInterrupt):
         traceback.print_exception(cause)
     say(message)
     sys.exit(code)
+
+
+def _left_to_the_default(group: str, other: str, typed: list[str]) -> bool:
+    """Whether a setting is typed, and nothing of a group."""
+    chosen = any(setting.startswith((f"{group}=", f"{group}.", f"{group}@", "experiment=", "-")) for setting in typed)
+    return any(setting.startswith(other) for setting in typed) and not chosen
 
 
 def _command(typed: list[str]) -> float | None:

@@ -295,9 +295,8 @@ def _write(name: str, format: Export, networks: _Networks, folder: Path, hardwar
         notes = format.write(net, networks.example, path)
     size = format.size(path)
     ratio = stored_bytes(networks.baseline) / size
-    console.print(
-        f"{name}: {path}, {size / 1e3:,.1f} kB ({ratio:.1f}x smaller than dense)", highlight=False, soft_wrap=True
-    )
+    than = f"{ratio:.1f}x smaller than dense" if ratio >= 1.05 else "no smaller than dense"
+    console.print(f"{name}: {path}, {size / 1e3:,.1f} kB ({than})", highlight=False, soft_wrap=True)
     for note in notes:
         console.print(f"  {note}", highlight=False, soft_wrap=True)
     if hardware.budget_kb is not None and size > 1000 * hardware.budget_kb:

@@ -6,8 +6,7 @@ import argparse
 import platform
 import warnings
 from collections.abc import Callable, Iterator
-from importlib import import_module, metadata
-from typing import Any
+from importlib import metadata
 
 import torch
 from rich.console import Console
@@ -15,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from pl_sparse.core.optional import beginning
+from pl_sparse.core.optional import beginning, library
 
 __all__ = ["extras", "main", "targets"]
 
@@ -55,7 +54,7 @@ def _version(name: str) -> str | None:
 
 # Each target is tried: a small product on the real thing, or the reason why not.
 def _onnxruntime() -> str:
-    runtime: Any = import_module("onnxruntime")
+    runtime = library("onnxruntime", "it", "export")
     return ", ".join(runtime.get_available_providers())
 
 

@@ -123,7 +123,7 @@ def slim(
     if drop is not None and drop < 0:
         raise ConfigError(f"drop={drop:g} must not be negative: it is the allowed loss of the metric")
     if (folder / "slim.json").exists():
-        raise ConfigError(f"{folder} already holds a slimmed network: give another folder")
+        raise ConfigError(f"{folder} already holds a slimmed network: give another folder (--to FOLDER)")
     try:
         target = CostTarget(speedup=speedup)
         if isinstance(model, LightningModule):

@@ -18,7 +18,7 @@ from torch import nn
 
 from pl_sparse.app.finished import load_run
 from pl_sparse.app.instantiate import make_module, network, optional
-from pl_sparse.app.settings import CONF, ConfigError, options_of
+from pl_sparse.app.settings import CONF, ConfigError, options_of, target
 from pl_sparse.app.slim import Slimmed, slim
 from pl_sparse.app.subcommand import guarded
 from pl_sparse.core.compact import expand_weights
@@ -160,6 +160,7 @@ def _data(name: str, *settings: str) -> Any:
     """The node of the data."""
     if ":" in name:
         node: Any = OmegaConf.create({"_target_": name.replace(":", ".")})
+        target(node, "data")
     else:
         known = options_of("data")
         if name not in known:
@@ -181,13 +182,15 @@ def _tell(result: Slimmed) -> None:
         if name == result.metric:
             table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
         else:
-            table.add_row(name, f"{before:,.0f}", f"{after:,.0f}", f"{before / max(after, 1):.2f}x less")
+            fewer = "smaller" if name == "bytes" else "fewer"
+            table.add_row(name, f"{before:,.0f}", f"{after:,.0f}", f"{before / max(after, 1):.2f}x {fewer}")
     for name, cost in result.exports.items():
         table.add_row(f"ms, {name}", f"{cost['dense_ms']:.3f}", f"{cost['ms']:.3f}", f"{cost['speedup']:.2f}x faster")
     console = Console()
     console.print(table)
+    change = result.after[result.metric] - result.before[result.metric]
     console.print(
-        f"{result.speedup:.2f}x faster (batch 1, one thread, ONNX Runtime), {result.metric} {-result.lost:+.4f}",
+        f"{result.speedup:.2f}x faster (batch 1, one thread, ONNX Runtime), {result.metric} {change:+.4f}",
         highlight=False,
     )
     console.print(f"written to {result.folder}: slim.json, slim.png, model.onnx, shrunk, bench.json", highlight=False)

@@ -71,10 +71,12 @@ def _trained(settings: Sequence[str]) -> tuple[Path, int]:
     others = [s for s in settings if key_of(s) not in (*_LISTS, "hydra.sweep.dir")]
     code = 0
     sparse = [method for method in methods if method != "dense"]
-    for names, levels, below in ((sparse, given.get("levels"), folder), (["dense"], None, folder / "dense")):
+    # dense first: the overview at the end of the sparse ones has it as the baseline
+    for names, levels, below in ((["dense"], None, folder / "dense"), (sparse, given.get("levels"), folder)):
         if any(name in methods for name in names):
             command = [sys.executable, "-m", "pl_sparse", "sweep", f"method={','.join(names)}", *others]
             command += [f"seed={given['seeds']}", f"hydra.sweep.dir={quoted(below)}"]
             command += [f"sparsity={levels}"] * (levels is not None)
+            command += ["~hydra.callbacks.overview"] * (below != folder and bool(sparse))
             code = subprocess.run(command, check=False).returncode or code
     return folder, code

@@ -32,7 +32,7 @@ _FEW = 4
 """So many processes are started on fewer cores, too: to try how a training is spread."""
 
 
-def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
+def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback], own: bool = False) -> Trainer:
     """The trainer with its loggers and the callbacks of the configuration.
 
     Without a progress bar a line is printed per epoch. On a CPU training is deterministic. Checkpoints
@@ -41,6 +41,7 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
     Args:
         cfg: with `trainer`, `callbacks`, `logger` and `output_dir`.
         callbacks: those of the run, which come first.
+        own: whether the module is the user's: one batch is validated before training, which shows its metrics.
 
     Raises:
         ConfigError: the trainer refuses its arguments, its strategy is refused, or a logger cannot reach its server.
@@ -50,6 +51,8 @@ def make_trainer(cfg: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
         node.deterministic = node.get("accelerator") == "cpu" or (
             node.get("accelerator") == "auto" and not torch.accelerator.is_available()
         )
+    if node.get("num_sanity_val_steps") is None:
+        node.num_sanity_val_steps = int(own)
     if node.get("enable_progress_bar") is None:
         node.enable_progress_bar = sys.stderr.isatty()
     _refuse_more_processes_than_cores(node)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from pl_sparse.app.aliases import current_targets
@@ -79,7 +79,7 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     shared = shared_prefix(cfg, parts.sparsity, cfg.trainer.max_epochs)
     beside = [Divergence(), saved, Keep(folder), Reminder()]
     with folder.noting_new():
-        trainer = make_trainer(cfg, [*parts.callbacks, *([shared] if shared else []), *beside])
+        trainer = make_trainer(cfg, [*parts.callbacks, *([shared] if shared else []), *beside], own=_own(parts.module))
     with parts.status, explained(parts.folder, parts.module):
         try:
             _fit(cfg, parts, trainer, shared)
@@ -87,6 +87,11 @@ def _train(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         finally:
             if shared:
                 shared.release()
+
+
+def _own(module: LightningModule) -> bool:
+    """Whether the metrics of a module are not those of this package."""
+    return type(module).__module__.partition(".")[0] != "pl_sparse"
 
 
 def _fit(cfg: DictConfig, parts: Parts, trainer: Trainer, shared: Prefix | None) -> None:
@@ -100,9 +105,8 @@ def _fit(cfg: DictConfig, parts: Parts, trainer: Trainer, shared: Prefix | None)
         plain = checkpoint is None or loads_plain(checkpoint, parts.folder, parts.trust)
         trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=plain)
     except MissingMetricError as error:
-        raise ConfigError(
-            f"objective={cfg.objective}: {error}" if cfg.objective in str(error) else str(error)
-        ) from error
+        named = f"objective={cfg.objective}: {error}\n  objective=NAME chooses another metric"
+        raise ConfigError(named if cfg.objective in str(error) else str(error)) from error
     except (ValueError, MisconfigurationException, RuntimeError) as error:
         other_model = isinstance(error, RuntimeError) and "loading state_dict" in str(error)
         if parts.history.started or (isinstance(error, RuntimeError) and not other_model):

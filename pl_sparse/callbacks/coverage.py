@@ -23,8 +23,8 @@ def report_coverage(model: MaskedModel) -> None:
     sizes = model.choice.sizes
     total = sum(sizes.values())
     rank_zero_info(
-        f"coverage: {model.coverage:.2%} of {total:,} weights in matrices and convolutions, frozen and excluded ones "
-        "among them, are pruned"
+        f"coverage: {model.coverage:.2%} of the {total:,} weights in matrices and convolutions are pruned (frozen and "
+        "excluded weights count as not pruned)"
     )
     for reason, names in _by_reason(model.choice.left_out).items():
         rank_zero_info(f"{names}: left out, {reason}")

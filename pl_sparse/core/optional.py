@@ -62,7 +62,8 @@ def missing(extra: str, *packages: str) -> str | None:
         packages: names as they are imported.
     """
     if any(find_spec(package) is None for package in packages):
-        return f"it needs {' and '.join(packages)}: pip install 'pl_sparse[{extra}]'"
+        *others, last = packages
+        return f"it needs {', '.join(others)}{' and ' if others else ''}{last}: pip install 'pl_sparse[{extra}]'"
     return None
 
 

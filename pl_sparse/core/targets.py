@@ -52,9 +52,9 @@ def _refuse_unmatched(what: str, pattern: str | type, model: nn.Module, weights:
     tails = {name.rpartition(".")[2] for name in names if not name.endswith(".weight")}
     tails |= {type(module).__name__ for weight in weights for _, module in weight.names}
     close = near_misses(text, (names | tails) - {""})
-    hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     shown = ", ".join(listed[:12]) + (", ..." if len(listed) > 12 else "")
-    raise ValueError(f"{what} {text!r} matches no prunable weight. {hint} The prunable weights are: {shown}".strip())
+    raise ValueError(f"{what} {text!r} matches no prunable weight.{hint} The prunable weights are: {shown}")
 
 
 def select(model: nn.Module, patterns: Patterns, what: str = "pattern") -> list[str]:

@@ -54,7 +54,9 @@ def traced(net: nn.Module, example: Tensor, largest: int | None = None) -> torch
         if first is not None and first.kind is first.VAR_POSITIONAL:
             sizes = (sizes,)
     try:
-        return torch.export.export(net, (example,), dynamic_shapes=sizes, strict=False)
+        with warnings.catch_warnings():  # a recurrent layer gathers its weights in a list
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
+            return torch.export.export(net, (example,), dynamic_shapes=sizes, strict=False)
     except Exception as error:
         lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = next((line for line in lines if "static" in line), lines[0])

@@ -60,7 +60,7 @@ class Runtime:
             known = [*RUNTIMES, ELSEWHERE]
             raise ValueError(f"runtime={self.name!r} is unknown. {suggestion(self.name, known)}")
         if RUNTIMES[self.name] and (advice := missing(*RUNTIMES[self.name])) is not None:
-            raise ValueError(f"runtime={self.name}: {advice}")
+            raise ValueError(f"latency is measured in {self.name}: {advice}")
         kind = self.device.partition(":")[0]
         if self.name != "torch" and kind != "cpu":
             raise ValueError(f"runtime={self.name} is measured on the CPU, and device={self.device} is another one")

@@ -35,6 +35,7 @@ def _read_run(path: str) -> Run:
     if not is_run(folder):
         below = [child for child in sorted(folder.iterdir()) if child.is_dir() and is_run(child)]
         hint = f"there are {len(below)} below it, such as {below[0]}" if below else "it holds no metrics.json"
+        hint += "" if below else ", which a run writes when it ends"
         raise ValueError(f"{path} is not a run: {hint}")
     return read(folder)
 

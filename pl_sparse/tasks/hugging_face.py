@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pl_sparse.core.optional import beginning
+from pl_sparse.core import optional
 
 __all__ = ["pretrained_from", "transformers_library"]
 
@@ -17,13 +17,7 @@ def transformers_library() -> Any:
     Raises:
         ImportError: the extra of that name is missing.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            "pretrained transformers need the library of that name: pip install 'pl_sparse[transformers]'"
-        ) from error
-    library: Any = transformers
+    library = optional.library("transformers", "a model of Hugging Face", "transformers")
     library.utils.logging.disable_progress_bar()
     library.utils.logging.set_verbosity_error()  # that the classifier is new is meant so
     return library
@@ -39,5 +33,5 @@ def pretrained_from(auto: Any, path: str, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"path={path}: no pretrained model can be read from such a folder, nor from the hub under this name "
-            f"({beginning(error)})"
+            f"({optional.beginning(error)})"
         ) from error

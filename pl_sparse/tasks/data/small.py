@@ -65,7 +65,7 @@ class MNIST1D(InMemory):
         try:
             from mnist1d.data import get_dataset_args, make_dataset
         except ImportError as error:
-            raise ImportError("data=mnist1d needs its generator: pip install 'pl_sparse[mnist1d]'") from error
+            raise ImportError("data=mnist1d needs the library mnist1d: pip install 'pl_sparse[mnist1d]'") from error
         numpy_state, python_state = np.random.get_state(), random.getstate()
         try:
             with contextlib.redirect_stdout(None):
