@@ -634,3 +634,65 @@ def test_a_table_whose_columns_are_pruned_gets_narrower() -> None:
     shrink(net, x)
     assert (net[0].embedding_dim, net[1].in_features, net[1].out_features) == (4, 4, 3)
     assert torch.allclose(net(x), before, atol=1e-5)
+
+
+class Halves(nn.Module):
+    """Half of the channels pass on, cut by a number of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c = width // 2
+        self.inner, self.cv1, self.m = conv(width, width, 1), conv(width, width, 1), conv(self.c, self.c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.cv1(self.inner(x)).split((self.c, self.c), 1)
+        return torch.cat([a, self.m(b)], 1)
+
+
+def counting(net: nn.Module) -> list[int]:
+    """A list that gets an entry per call of a network."""
+    calls: list[int] = []
+    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_repeated_blocks_that_count_their_channels_are_tried_where_a_call_fails() -> None:
+    blocks = [Halves(16) for _ in range(3)]
+    net = nn.Sequential(conv(1, 16), *blocks, nn.Flatten(), nn.Linear(16 * 16, 3)).eval()
+    calls = counting(net)
+    found = couplings(net, torch.randn(2, 1, 4, 4))
+    assert [each.reason for each in found if each.reason] == ["its channels are outputs of the model"]
+    assert sum(bool(each.counts) for each in found) >= 3
+    assert len(calls) < 25
+
+
+class Scores(nn.Module):
+    """Positions attend to each other, by queries and values of their own width, which one number says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 8
+        self.q, self.k, self.v = (nn.Linear(6, 16) for _ in range(3))
+        self.out, self.fc = nn.Linear(16, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (each(x).unflatten(-1, (2, self.width)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.fc(self.out(mixed.transpose(1, 2).flatten(2)).relu())
+
+
+def test_channels_that_share_a_number_with_others_stay() -> None:
+    """They hold where as many of both leave, and no mask sees to that."""
+    net, x = Scores().eval(), torch.randn(2, 5, 6)
+    by_path = {port.path: each for each in couplings(net, x) for port in each.ports if port.side == "out"}
+    assert all("cannot be called without some" in str(by_path[name].reason) for name in "qkv")
+    assert by_path["out"].reason is None
+
+
+def test_what_has_no_mask_is_not_tried() -> None:
+    net = nn.Sequential(conv(1, 16), *[Halves(16) for _ in range(3)], nn.Flatten(), nn.Linear(16 * 64, 3)).eval()
+    inner: Any = net[2]
+    inner.inner[0].weight.data[:4], x = 0, torch.randn(2, 1, 8, 8)
+    calls = counting(net)
+    assert shrink(net, x).after < 16 * 16 * 9 + sum(p.numel() for p in net.parameters())
+    assert inner.inner[0].out_channels == 12 and len(calls) < 16
