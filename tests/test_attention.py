@@ -39,12 +39,12 @@ SMALL: dict[str, Any] = {
 class Fused(nn.Module):
     """A block as in timm: one layer for query, key and value; with `shared` key/value heads."""
 
-    def __init__(self, shared: int = 4, interleaved: bool = False) -> None:
+    def __init__(self, shared: int = 4, interleaved: bool = False, last: str = "proj") -> None:
         super().__init__()
-        self.num_heads, self.shared, self.interleaved = 4, shared, interleaved
+        self.num_heads, self.shared, self.interleaved, self.last = 4, shared, interleaved, last
         layer = nn.Linear(16, 16 + 8 * shared)
         self.add_module("query_key_value" if interleaved else "qkv", layer)
-        self.proj = nn.Linear(16, 16)
+        self.add_module(last, nn.Linear(16, 16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, _ = x.shape
@@ -55,7 +55,7 @@ class Fused(nn.Module):
             parts = self.qkv(x).split([16, 4 * self.shared, 4 * self.shared], dim=-1)
             q, k, v = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in parts)
             k, v = (part.repeat_interleave(4 // self.shared, dim=1) for part in (k, v))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.get_submodule(self.last)(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def tokens() -> torch.Tensor:
@@ -141,6 +141,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], str,
         6,
     ),
     "fused": (Fused, lambda: torch.randn(2, 5, 16), "proj", 4, 4),
+    "fused, as in ModernBERT": (lambda: Fused(last="Wo"), lambda: torch.randn(2, 5, 16), "Wo", 4, 4),
+    "fused, as in BLIP": (lambda: Fused(last="projection"), lambda: torch.randn(2, 5, 16), "projection", 4, 4),
     "fused and grouped": (lambda: Fused(2), lambda: torch.randn(2, 5, 16), "proj", 2, 8),
     "fused, head after head": (lambda: Fused(interleaved=True), lambda: torch.randn(2, 5, 16), "proj", 4, 4),
 }

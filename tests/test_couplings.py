@@ -696,3 +696,87 @@ def test_what_has_no_mask_is_not_tried() -> None:
     calls = counting(net)
     assert shrink(net, x).after < 16 * 16 * 9 + sum(p.numel() for p in net.parameters())
     assert inner.inner[0].out_channels == 12 and len(calls) < 16
+
+
+class Windows(nn.Module):
+    """Sums over windows, weighted by numbers of each place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.weights, self.fc = nn.Conv2d(1, 12, 1), nn.Conv2d(12, 9, 1), nn.Conv2d(12, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        n, c, h, w = x.shape
+        windows = F.unfold(x, 3, padding=1)
+        again = F.fold(windows, (h, w), 3, padding=1)
+        mixed = (windows.view(n, c, 9, h, w) * self.weights(x)[:, None].softmax(2)).sum(2)
+        return self.fc(mixed + again)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Windows,
+        lambda: Net(  # a mask of another type
+            lambda net, x: net.b(net.a(x) * (x.mean(1, keepdim=True) > 0).type_as(net.a(x))),
+            a=nn.Conv2d(1, 12, 1),
+            b=nn.Conv2d(12, 3, 1),
+        ),
+        lambda: Net(  # waves over space
+            lambda net, x: net.b(torch.fft.irfft2(torch.fft.rfft2(net.a(x)), s=x.shape[2:])),
+            a=nn.Conv2d(1, 12, 1),
+            b=nn.Conv2d(12, 3, 1),
+        ),
+        lambda: Net(  # one number of all channels
+            lambda net, x: F.linear(net.a(x.flatten(1)).relu(), net.v[0].weight[0])[:, None] + net.b(x.flatten(1)),
+            a=nn.Linear(16, 12),
+            v=nn.ModuleList([nn.Linear(12, 1)]),
+            b=nn.Linear(16, 3),
+        ),
+    ],
+    ids=["windows", "type_as", "fourier", "vector"],
+)
+def test_channels_leave_through(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    net, x = make().eval(), torch.randn(2, 1, 4, 4)
+    pruner = masked(net, x)
+    with torch.no_grad():
+        before, result = net(x), shrink(net, x)
+        after = net(x)
+    assert {cut.shape[0] for cut in result.plan.tensors.values()} >= {12} and not result.left and pruner.skipped
+    assert float((after - before).abs().max()) < 1e-5 * float(before.abs().max())
+
+
+class Pooled(nn.Module):
+    """Positions are mixed by a score that is a channel beside keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim = 8
+        self.qkv, self.out, self.fc = nn.Conv1d(3, 17, 1), nn.Conv1d(8, 6, 1), nn.Conv1d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).split([1, self.dim, self.dim], 1)
+        context = (k * q.softmax(-1)).sum(-1, keepdim=True)
+        return self.fc(self.out(v.relu() * context).relu())
+
+
+def test_a_single_channel_beside_others_stays_and_they_leave() -> None:
+    net, x = Pooled().eval(), torch.randn(2, 3, 10)
+    reasons = {port.path: each.reason for each in couplings(net, x) for port in each.ports if port.side == "in"}
+    assert reasons["out"] is None and reasons["fc"] is None
+    pruner = masked(net, x)
+    before, result = net(x), shrink(net, x)
+    assert pruner.attached and not result.left and net.dim == 4 and net.qkv.out_channels == 9
+    torch.testing.assert_close(net(x), before)
+
+
+def test_places_that_channels_are_read_at_have_their_reason() -> None:
+    def call(net: Any, x: Tensor) -> Tensor:
+        places = net.places(x).permute(0, 2, 3, 1).tanh()
+        return net.fc(F.grid_sample(net.a(x), places, align_corners=False))
+
+    net = Net(call, a=nn.Conv2d(1, 12, 1), places=nn.Conv2d(1, 2, 1), fc=nn.Conv2d(12, 3, 1))
+    reasons = {port.path: each.reason for each in couplings(net, torch.randn(2, 1, 4, 4)) for port in each.ports}
+    assert reasons["a"] is None and "takes them as places" in str(reasons["places"])

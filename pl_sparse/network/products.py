@@ -79,6 +79,17 @@ def product(call: Call) -> Track | None:
     return contract(call, [(a, left), (b, right)], out)
 
 
+@couples(*named("linear"))
+def linear(call: Call) -> Track | None:
+    """Rows of the weight are outputs, columns inputs; a vector is one row, and leaves no dimension."""
+    source, weight = call["input"], call["weight"]
+    if weight.dim() == 1:
+        left, right, out = _letters(source, weight)
+        return contract(call, [(source, left), (weight, right)], out)
+    outputs, inputs = weight.shape
+    return weighted(call, source, weight, source.dim() - 1, inputs, outputs)
+
+
 @couples(*named("addmm baddbmm addbmm"))
 def product_and_shift(call: Call) -> Track | None:
     """The same, with something added, as in GPT-2's linear layer: (inputs, outputs) is the shape of its weight."""
