@@ -413,7 +413,7 @@ def test_silent_heads_are_removed_where_the_code_allows_it_and_named_where_not(c
             gone += sum(bias.numel() // layer.heads for bias in biases if bias is not None)
             if case == "T5":  # biases by relative position, which all layers take from the first
                 part = model.get_submodule(layer.path)
-                gone += sum(part.get_parameter(name).numel() // layer.heads for name, _ in layer.tables(part))
+                gone += sum(part.get_parameter(name).numel() // layer.heads for name, *_ in layer.tables(part))
         masked = output(model, x)
         result = shrink(model, x)
         assert torch.allclose(output(model, x), masked, rtol=0, atol=1e-5)
@@ -427,3 +427,32 @@ def test_silent_heads_are_removed_where_the_code_allows_it_and_named_where_not(c
         assert torch.equal(output(fresh, x), output(model, x))
         result.plan.undo(model)
         assert torch.allclose(output(model, x), masked, rtol=0, atol=1e-5)
+
+
+class Sinks(nn.Module):
+    """Query heads in groups, each with a score beside those of the keys, as in GPT-OSS."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = 4
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(16, 24), nn.Linear(16, 12), nn.Linear(16, 12)
+        self.o_proj, self.sinks = nn.Linear(24, 16), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part(x).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
+        k, v = (part.repeat_interleave(2, dim=1) for part in (k, v))
+        sinks = self.sinks.view(1, -1, 1, 1).expand(len(x), -1, x.shape[1], 1)
+        scores = torch.cat([q @ k.transpose(-2, -1) / 2, sinks], -1).softmax(-1)[..., :-1]
+        return self.o_proj((scores @ v).transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def test_a_table_of_query_heads_leaves_with_the_groups() -> None:
+    torch.manual_seed(0)
+    net, x = Sinks().eval(), torch.randn(2, 5, 16)
+    (group,) = Head().groups(find(net), net)
+    prune(group, torch.tensor([True, False, True]))
+    before, kept = net(x), net.sinks[[0, 1, 4, 5]].clone()
+    result = shrink(net, x)
+    assert not result.left and net.q_proj.out_features == 16 and torch.equal(net.sinks, kept)
+    torch.testing.assert_close(net(x), before)

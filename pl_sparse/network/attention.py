@@ -75,12 +75,14 @@ class Attention:
         weights: module and name of each of its weights, and how it is seen as (heads, weights of a head); the output
             projection comes last.
         path: its path in the model.
+        queries: how many query heads a head has: with grouped queries, more than one.
     """
 
     name: str
     heads: int
     weights: tuple[tuple[nn.Module, str, Heads], ...]
     path: str = ""
+    queries: int = 1
 
     def numbers(self, module: nn.Module, left: int) -> dict[str, dict[str, tuple[int, int]]]:
         """The attributes within the layer that say how many heads there are, or how wide they are together.
@@ -101,15 +103,16 @@ class Attention:
                     changes.setdefault(path, {})[key] = (value, value * left // self.heads)
         return changes
 
-    def tables(self, module: nn.Module) -> Iterator[tuple[str, int]]:
-        """The tensors within the layer that have a number per head, and the dimension of heads: biases by relative
-        position, temperatures."""
+    def tables(self, module: nn.Module) -> Iterator[tuple[str, int, int]]:
+        """The tensors within the layer that have a number per head or query head: biases by relative position,
+        temperatures, sinks. Each with the dimension of heads, and how many indices of it are a head's."""
+        sizes = {self.heads, self.heads * self.queries}
         for path, part in self._others(module):
             for kind in (part.named_parameters(recurse=False), part.named_buffers(recurse=False)):
                 for name, tensor in kind:
-                    dims = [dim for dim, size in enumerate(tensor.shape) if size == self.heads]
+                    dims = [dim for dim, size in enumerate(tensor.shape) if size in sizes]
                     if tensor.is_floating_point() and len(dims) == 1:
-                        yield f"{path}.{name}".lstrip("."), dims[0]
+                        yield f"{path}.{name}".lstrip("."), dims[0], tensor.shape[dims[0]] // self.heads
 
     def _others(self, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The modules within the layer but those that have its weights, by path; it comes first."""
@@ -256,6 +259,7 @@ def _read(
         shared,
         tuple((layer, "weight", Heads(shared, parts=p, columns=c)) for layer, p, c in layers),
         path,
+        heads // shared,
     )
 
 

@@ -95,8 +95,8 @@ class RemovalPlan:
             if "numbers" in more:
                 for part, changes in attention.numbers(module, attention.heads - len(gone)).items():
                     layers[_full(path, part)] = changes
-            for name, dim in attention.tables(module) if "tables" in more else ():
-                indices[_full(path, name)][dim] |= set(gone)
+            for name, dim, each in attention.tables(module) if "tables" in more else ():
+                indices[_full(path, name)][dim] |= {head * each + i for head in gone for i in range(each)}
         tensors = _cuts(model, indices)
         return cls(tensors, _merged(changed_attributes(model, _everywhere(model, tensors)), layers))
 
