@@ -734,8 +734,13 @@ class Windows(nn.Module):
             v=nn.ModuleList([nn.Linear(12, 1)]),
             b=nn.Linear(16, 3),
         ),
+        lambda: Net(  # points by how near they are to others
+            lambda net, x: (points := net.a(x.flatten(2).mT), net.b((-torch.cdist(points, points)).exp() @ points))[1],
+            a=nn.Linear(1, 12),
+            b=nn.Linear(12, 3),
+        ),
     ],
-    ids=["windows", "type_as", "fourier", "vector"],
+    ids=["windows", "type_as", "fourier", "vector", "distances"],
 )
 def test_channels_leave_through(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)

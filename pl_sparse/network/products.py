@@ -108,6 +108,21 @@ def product_and_shift(call: Call) -> Track | None:
     return track
 
 
+@couples(*named("cdist _cdist_forward _euclidean_dist"))
+def distances(call: Call) -> None:
+    """Between points, whose channels come last: what is zero in both adds nothing."""
+    joined = []
+    for points in call.tensors()[:2]:
+        track = call.track(points)
+        if track is None or track.dim == points.dim() - 1:
+            own = call.claim(points, points.dim() - 1, "in") if track is None else track.slots
+            joined.append((NONE,) * points.shape[-1] if own is None else own)
+        else:
+            call.need_here(track)
+    call.join(*joined)
+    call.units.read(slot for slots in joined for slot in slots if slot != NONE)
+
+
 @couples(*named("einsum"))
 def einsum(call: Call) -> Track | None:
     """As it is written."""
