@@ -39,12 +39,12 @@ SMALL: dict[str, Any] = {
 class Fused(nn.Module):
     """A block as in timm: one layer for query, key and value; with `shared` key/value heads."""
 
-    def __init__(self, shared: int = 4, interleaved: bool = False) -> None:
+    def __init__(self, shared: int = 4, interleaved: bool = False, last: str = "proj") -> None:
         super().__init__()
-        self.num_heads, self.shared, self.interleaved = 4, shared, interleaved
+        self.num_heads, self.shared, self.interleaved, self.last = 4, shared, interleaved, last
         layer = nn.Linear(16, 16 + 8 * shared)
         self.add_module("query_key_value" if interleaved else "qkv", layer)
-        self.proj = nn.Linear(16, 16)
+        self.add_module(last, nn.Linear(16, 16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, _ = x.shape
@@ -55,7 +55,7 @@ class Fused(nn.Module):
             parts = self.qkv(x).split([16, 4 * self.shared, 4 * self.shared], dim=-1)
             q, k, v = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in parts)
             k, v = (part.repeat_interleave(4 // self.shared, dim=1) for part in (k, v))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.get_submodule(self.last)(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def tokens() -> torch.Tensor:
@@ -148,6 +148,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], str,
         4,
     ),
     "fused": (Fused, lambda: torch.randn(2, 5, 16), "proj", 4, 4),
+    "fused, as in ModernBERT": (lambda: Fused(last="Wo"), lambda: torch.randn(2, 5, 16), "Wo", 4, 4),
+    "fused, as in BLIP": (lambda: Fused(last="projection"), lambda: torch.randn(2, 5, 16), "projection", 4, 4),
     "fused and grouped": (lambda: Fused(2), lambda: torch.randn(2, 5, 16), "proj", 2, 8),
     "fused, head after head": (lambda: Fused(interleaved=True), lambda: torch.randn(2, 5, 16), "proj", 4, 4),
 }
@@ -432,3 +434,32 @@ def test_silent_heads_are_removed_where_the_code_allows_it_and_named_where_not(c
         assert torch.equal(output(fresh, x), output(model, x))
         result.plan.undo(model)
         assert torch.allclose(output(model, x), masked, rtol=0, atol=1e-5)
+
+
+class Sinks(nn.Module):
+    """Query heads in groups, each with a score beside those of the keys, as in GPT-OSS."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = 4
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(16, 24), nn.Linear(16, 12), nn.Linear(16, 12)
+        self.o_proj, self.sinks = nn.Linear(24, 16), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part(x).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
+        k, v = (part.repeat_interleave(2, dim=1) for part in (k, v))
+        sinks = self.sinks.view(1, -1, 1, 1).expand(len(x), -1, x.shape[1], 1)
+        scores = torch.cat([q @ k.transpose(-2, -1) / 2, sinks], -1).softmax(-1)[..., :-1]
+        return self.o_proj((scores @ v).transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def test_a_table_of_query_heads_leaves_with_the_groups() -> None:
+    torch.manual_seed(0)
+    net, x = Sinks().eval(), torch.randn(2, 5, 16)
+    (group,) = Head().groups(find(net), net)
+    prune(group, torch.tensor([True, False, True]))
+    before, kept = net(x), net.sinks[[0, 1, 4, 5]].clone()
+    result = shrink(net, x)
+    assert not result.left and net.q_proj.out_features == 16 and torch.equal(net.sinks, kept)
+    torch.testing.assert_close(net(x), before)

@@ -38,6 +38,33 @@ def test_transposed_convolution_counts_inputs() -> None:
     assert macs(model, counter, batch_size=2).dense == 5 * 7 * 4 * 3 * 9
 
 
+class Product(nn.Module):
+    """A weight of two factors."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.randn(outputs, 2))
+
+    def forward(self, right: Tensor) -> Tensor:
+        return self.left @ right
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_that_is_computed_counts() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 6, 3, groups=2))
+    old = nn.utils.weight_norm(nn.Linear(6, 5))  # type: ignore[no-untyped-call]
+    low = nn.Linear(5, 7)
+    low.weight = nn.Parameter(torch.randn(2, 5))
+    nn.utils.parametrize.register_parametrization(low, "weight", Product(7, 5), unsafe=True)
+    model = nn.Sequential(normed, nn.Flatten(0, 1), nn.LazyLinear(6), old, low)
+    model(torch.zeros(1, 4, 12))
+    with MacCounter(model) as counter, torch.no_grad(), FlopCounterMode(display=False) as flops:
+        model(torch.zeros(1, 4, 12))
+    positions = {"0.parametrizations.weight.original1": 10, "2.weight": 6, "3.weight_v": 6}
+    assert counter.positions == positions and counter.other == 6 * 7 * 5
+    assert macs(model, counter).dense == flops.get_total_flops() / 2 - 7 * 2 * 5  # of the factors
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_lstm_counts_every_step(batch_first: bool) -> None:
     model = nn.LSTM(5, 7, num_layers=2, bidirectional=True, batch_first=batch_first)

@@ -665,3 +665,154 @@ def test_a_table_whose_columns_are_pruned_gets_narrower() -> None:
     shrink(net, x)
     assert (net[0].embedding_dim, net[1].in_features, net[1].out_features) == (4, 4, 3)
     assert torch.allclose(net(x), before, atol=1e-5)
+
+
+class Halves(nn.Module):
+    """Half of the channels pass on, cut by a number of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c = width // 2
+        self.inner, self.cv1, self.m = conv(width, width, 1), conv(width, width, 1), conv(self.c, self.c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.cv1(self.inner(x)).split((self.c, self.c), 1)
+        return torch.cat([a, self.m(b)], 1)
+
+
+def counting(net: nn.Module) -> list[int]:
+    """A list that gets an entry per call of a network."""
+    calls: list[int] = []
+    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_repeated_blocks_that_count_their_channels_are_tried_where_a_call_fails() -> None:
+    blocks = [Halves(16) for _ in range(3)]
+    net = nn.Sequential(conv(1, 16), *blocks, nn.Flatten(), nn.Linear(16 * 16, 3)).eval()
+    calls = counting(net)
+    found = couplings(net, torch.randn(2, 1, 4, 4))
+    assert [each.reason for each in found if each.reason] == ["its channels are outputs of the model"]
+    assert sum(bool(each.counts) for each in found) >= 3
+    assert len(calls) < 25
+
+
+class Scores(nn.Module):
+    """Positions attend to each other, by queries and values of their own width, which one number says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 8
+        self.q, self.k, self.v = (nn.Linear(6, 16) for _ in range(3))
+        self.out, self.fc = nn.Linear(16, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (each(x).unflatten(-1, (2, self.width)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.fc(self.out(mixed.transpose(1, 2).flatten(2)).relu())
+
+
+def test_channels_that_share_a_number_with_others_stay() -> None:
+    """They hold where as many of both leave, and no mask sees to that."""
+    net, x = Scores().eval(), torch.randn(2, 5, 6)
+    by_path = {port.path: each for each in couplings(net, x) for port in each.ports if port.side == "out"}
+    assert all("cannot be called without some" in str(by_path[name].reason) for name in "qkv")
+    assert by_path["out"].reason is None
+
+
+def test_what_has_no_mask_is_not_tried() -> None:
+    net = nn.Sequential(conv(1, 16), *[Halves(16) for _ in range(3)], nn.Flatten(), nn.Linear(16 * 64, 3)).eval()
+    inner: Any = net[2]
+    inner.inner[0].weight.data[:4], x = 0, torch.randn(2, 1, 8, 8)
+    calls = counting(net)
+    assert shrink(net, x).after < 16 * 16 * 9 + sum(p.numel() for p in net.parameters())
+    assert inner.inner[0].out_channels == 12 and len(calls) < 16
+
+
+class Windows(nn.Module):
+    """Sums over windows, weighted by numbers of each place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.weights, self.fc = nn.Conv2d(1, 12, 1), nn.Conv2d(12, 9, 1), nn.Conv2d(12, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        n, c, h, w = x.shape
+        windows = F.unfold(x, 3, padding=1)
+        again = F.fold(windows, (h, w), 3, padding=1)
+        mixed = (windows.view(n, c, 9, h, w) * self.weights(x)[:, None].softmax(2)).sum(2)
+        return self.fc(mixed + again)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Windows,
+        lambda: Net(  # a mask of another type
+            lambda net, x: net.b(net.a(x) * (x.mean(1, keepdim=True) > 0).type_as(net.a(x))),
+            a=nn.Conv2d(1, 12, 1),
+            b=nn.Conv2d(12, 3, 1),
+        ),
+        lambda: Net(  # waves over space
+            lambda net, x: net.b(torch.fft.irfft2(torch.fft.rfft2(net.a(x)), s=x.shape[2:])),
+            a=nn.Conv2d(1, 12, 1),
+            b=nn.Conv2d(12, 3, 1),
+        ),
+        lambda: Net(  # one number of all channels
+            lambda net, x: F.linear(net.a(x.flatten(1)).relu(), net.v[0].weight[0])[:, None] + net.b(x.flatten(1)),
+            a=nn.Linear(16, 12),
+            v=nn.ModuleList([nn.Linear(12, 1)]),
+            b=nn.Linear(16, 3),
+        ),
+        lambda: Net(  # points by how near they are to others
+            lambda net, x: (points := net.a(x.flatten(2).mT), net.b((-torch.cdist(points, points)).exp() @ points))[1],
+            a=nn.Linear(1, 12),
+            b=nn.Linear(12, 3),
+        ),
+    ],
+    ids=["windows", "type_as", "fourier", "vector", "distances"],
+)
+def test_channels_leave_through(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    net, x = make().eval(), torch.randn(2, 1, 4, 4)
+    pruner = masked(net, x)
+    with torch.no_grad():
+        before, result = net(x), shrink(net, x)
+        after = net(x)
+    assert {cut.shape[0] for cut in result.plan.tensors.values()} >= {12} and not result.left and pruner.skipped
+    assert float((after - before).abs().max()) < 1e-5 * float(before.abs().max())
+
+
+class Pooled(nn.Module):
+    """Positions are mixed by a score that is a channel beside keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim = 8
+        self.qkv, self.out, self.fc = nn.Conv1d(3, 17, 1), nn.Conv1d(8, 6, 1), nn.Conv1d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).split([1, self.dim, self.dim], 1)
+        context = (k * q.softmax(-1)).sum(-1, keepdim=True)
+        return self.fc(self.out(v.relu() * context).relu())
+
+
+def test_a_single_channel_beside_others_stays_and_they_leave() -> None:
+    net, x = Pooled().eval(), torch.randn(2, 3, 10)
+    reasons = {port.path: each.reason for each in couplings(net, x) for port in each.ports if port.side == "in"}
+    assert reasons["out"] is None and reasons["fc"] is None
+    pruner = masked(net, x)
+    before, result = net(x), shrink(net, x)
+    assert pruner.attached and not result.left and net.dim == 4 and net.qkv.out_channels == 9
+    torch.testing.assert_close(net(x), before)
+
+
+def test_places_that_channels_are_read_at_have_their_reason() -> None:
+    def call(net: Any, x: Tensor) -> Tensor:
+        places = net.places(x).permute(0, 2, 3, 1).tanh()
+        return net.fc(F.grid_sample(net.a(x), places, align_corners=False))
+
+    net = Net(call, a=nn.Conv2d(1, 12, 1), places=nn.Conv2d(1, 2, 1), fc=nn.Conv2d(12, 3, 1))
+    reasons = {port.path: each.reason for each in couplings(net, torch.randn(2, 1, 4, 4)) for port in each.ports}
+    assert reasons["a"] is None and "takes them as places" in str(reasons["places"])

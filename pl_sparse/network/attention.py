@@ -40,8 +40,8 @@ _SEPARATE = (
 _STACKED = ("qkv", "in_proj", "c_attn", "Wqkv", "qkv_proj")
 _INTERLEAVED = ("query_key_value",)
 _OUTPUT = {
-    *("out_proj", "o_proj", "proj", "dense", "c_proj", "out_lin", "to_out", "wo", "o", "out", "fc_out"),
-    *("linear_out", "post_proj"),
+    *("out_proj", "o_proj", "proj", "projection", "dense", "c_proj", "out_lin", "to_out", "wo", "Wo", "o", "out"),
+    *("fc_out", "linear_out", "post_proj"),
 }
 _COUNTS = ("num_heads", "n_heads", "num_attention_heads", "n_head", "heads", "nhead")
 HEAD_COUNTS = (*_COUNTS, "num_key_value_heads", "num_kv_heads", "n_kv_heads")

@@ -88,13 +88,6 @@ def _own(call: Call, track: Track | None, weight: Tensor, dim: int, inputs: int)
     return Track(dim, slots)
 
 
-@couples(*named("linear"))
-def linear(call: Call) -> Track | None:
-    """Rows of the weight are outputs, columns inputs."""
-    outputs, inputs = call["weight"].shape
-    return weighted(call, call["input"], call["weight"], call["input"].dim() - 1, inputs, outputs)
-
-
 @couples(*named("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"))
 def convolution(call: Call) -> Track | None:
     """Plain, grouped, depthwise and transposed ones."""

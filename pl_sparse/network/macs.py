@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from pl_sparse.core.parametrized import behind, is_computed
 from pl_sparse.network.attention import keeps_inputs_first
 from pl_sparse.network.hooks import called, evaluated
 
@@ -37,7 +38,8 @@ class MacCounter:
 
     Counted are Linear, Bilinear, (transposed) convolutions, recurrent layers and cells, MultiheadAttention and
     transformers' Conv1D, and matrix products of other modules: of attention, or with weights of their own. Embeddings
-    look up and count as 0. Weights used otherwise outside such a module, or that are parametrized, are not seen.
+    look up and count as 0. A weight that is computed counts as the parameter of its size that it is computed from, or
+    as none. Weights used otherwise outside such a module are not seen.
     Transposed convolutions count the products that padding crops away.
 
     Args:
@@ -177,9 +179,22 @@ class MacCounter:
                 self._add(module, name, steps)
 
     def _add(self, module: nn.Module, weight: str, uses: float) -> None:
-        name = self._names.get(id(module._parameters.get(weight)))  # reading a parametrized weight may change it
-        if name is not None:
+        parameter = behind(module, weight)  # reading a parametrized weight may change it
+        name = self._names.get(id(parameter))
+        whole = _elements(module) if is_computed(module, weight) else None
+        if whole is not None and parameter is not None and parameter.numel() != whole:
+            self.other += uses * whole
+        elif name is not None:
             self.positions[name] = self.positions.get(name, 0.0) + uses
+
+
+def _elements(module: nn.Module) -> int | None:
+    """How many elements the weight of a layer has, by its attributes; None of a kind that has several."""
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
+        return module.in_channels * module.out_channels // module.groups * math.prod(module.kernel_size)
+    return None
 
 
 class _Products(TorchFunctionMode):

@@ -79,6 +79,17 @@ def product(call: Call) -> Track | None:
     return contract(call, [(a, left), (b, right)], out)
 
 
+@couples(*named("linear"))
+def linear(call: Call) -> Track | None:
+    """Rows of the weight are outputs, columns inputs; a vector is one row, and leaves no dimension."""
+    source, weight = call["input"], call["weight"]
+    if weight.dim() == 1:
+        left, right, out = _letters(source, weight)
+        return contract(call, [(source, left), (weight, right)], out)
+    outputs, inputs = weight.shape
+    return weighted(call, source, weight, source.dim() - 1, inputs, outputs)
+
+
 @couples(*named("addmm baddbmm addbmm"))
 def product_and_shift(call: Call) -> Track | None:
     """The same, with something added, as in GPT-2's linear layer: (inputs, outputs) is the shape of its weight."""
@@ -95,6 +106,21 @@ def product_and_shift(call: Call) -> Track | None:
         shift = call.claim(added, place, "shift")
         call.join(track.slots, (NONE,) * len(track.slots) if shift is None else shift)
     return track
+
+
+@couples(*named("cdist _cdist_forward _euclidean_dist"))
+def distances(call: Call) -> None:
+    """Between points, whose channels come last: what is zero in both adds nothing."""
+    joined = []
+    for points in call.tensors()[:2]:
+        track = call.track(points)
+        if track is None or track.dim == points.dim() - 1:
+            own = call.claim(points, points.dim() - 1, "in") if track is None else track.slots
+            joined.append((NONE,) * points.shape[-1] if own is None else own)
+        else:
+            call.need_here(track)
+    call.join(*joined)
+    call.units.read(slot for slots in joined for slot in slots if slot != NONE)
 
 
 @couples(*named("einsum"))

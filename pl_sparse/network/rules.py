@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def rule_of(operation: Any) -> Rule | None:
 @couples(
     *named(
         "hardswish hardswish_ hardsigmoid hardsigmoid_ relu6 relu6_ selu selu_ celu dropout dropout_ "
-        "feature_dropout alpha_dropout clone contiguous detach alias to _to_copy type_as zeros_like "
+        "feature_dropout alpha_dropout clone contiguous detach alias to _to_copy zeros_like "
         "ones_like empty_like rand_like randn_like full_like leaky_relu leaky_relu_ log_sigmoid softplus "
         "mish square square_ float_power where masked_fill masked_fill_"
     )
@@ -77,6 +78,12 @@ def elementwise(call: Call) -> Track | None:
                     call.keep(track, f"{call.name} joins its channels with what are no channels of a layer")
     call.join(*joined)
     return Track(dim, joined[0]) if joined else None
+
+
+@couples(*named("type_as"))
+def type_as(call: Call) -> Track | None:
+    """Of the second tensor nothing but the type is taken."""
+    return call.track(call["self"])
 
 
 def _side(call: Call, tensor: Tensor) -> str:
@@ -169,14 +176,15 @@ def _equal_parts(call: Call, source: Tensor, dim: int, width: int) -> None:
 
 @couples(*named("chunk split split_with_sizes tensor_split"))
 def split(call: Call) -> Any:
-    """Parts of the channels: those of a size stay equally wide; several sizes need attributes that have them."""
+    """Parts of the channels: those of a size stay equally wide; several sizes need attributes that have them, but for
+    single channels, which stay."""
     source, dim = call["self"], call.dim(call["self"])
     sizes = {part.shape[dim] for part in call.output}
-    if len(sizes) == 1 or not call.counted(sizes):
+    if len(sizes) == 1 or not call.counted(sizes - {1}):
         _equal_parts(call, source, dim, sizes.pop() if len(sizes) == 1 else 0)
         return call.moved()
     tracks = call.moved()
-    for size in sizes:
+    for size in sizes - {1}:
         of_size = [t.slots for t in tracks if t is not None and t.dim == dim and len(t.slots) == size]
         call.join(*of_size)
     return tracks
@@ -296,8 +304,7 @@ def pad(call: Call) -> Track | None:
         "adaptive_max_pool3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
         "replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
         "upsample_linear1d upsample_bilinear2d upsample_trilinear3d _upsample_nearest_exact1d "
-        "_upsample_nearest_exact2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
-        "grid_sampler grid_sampler_2d im2col"
+        "_upsample_nearest_exact2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
     )
 )
 def spatial(call: Call) -> Any:
@@ -308,10 +315,52 @@ def spatial(call: Call) -> Any:
     space = {"1d": 1, "2d": 2, "3d": 3}.get(next((s for s in ("1d", "2d", "3d") if s in call.name), ""))
     if space is not None:
         channels = source.dim() - space - 1
-    if track is not None and (track.dim != channels or "im2col" in call.name):
+    if track is not None and track.dim != channels:
         call.need_here(track)
         track = None
     return track if isinstance(call.output, Tensor) else [track] * len(call.output)
+
+
+@couples(*named("grid_sampler grid_sampler_2d grid_sampler_3d"))
+def grid(call: Call) -> Any:
+    """The same, at places that are given."""
+    call.keep(call.track(call["grid"]), f"{call.name} takes them as places")
+    return spatial(call)
+
+
+@couples(*named("im2col"))
+def windows(call: Call) -> Track | None:
+    """(N, C, H, W) -> (N, C h w, places): the channels of a window one after the other, each at all of its places."""
+    track = call.track(call["self"])
+    if track is None or track.dim != 1 or call["self"].dim() != 4:
+        call.need_here(track)
+        return None
+    count = math.prod(call["kernel_size"])
+    return Track(1, tuple(slot for slot in track.slots for _ in range(count)))
+
+
+@couples(*named("col2im"))
+def sums_of_windows(call: Call) -> Track | None:
+    """The inverse: the channels of a window that come to one channel are one unit."""
+    track = call.track(call["self"])
+    if track is None or track.dim != 1 or call["self"].dim() != 3:
+        call.need_here(track)
+        return None
+    count = math.prod(call["kernel_size"])
+    runs = [track.slots[rest::count] for rest in range(count)]
+    call.join(*runs)
+    return Track(1, runs[0])
+
+
+@couples(*named("_fft_r2c _fft_c2r _fft_c2c"))
+def fourier(call: Call) -> Track | None:
+    """Over other dimensions than that of the channels."""
+    source: Tensor = call["self"]
+    track = call.track(source)
+    if track is not None and track.dim in {dim % source.dim() for dim in call["dim"]}:
+        call.need_here(track)
+        return None
+    return track
 
 
 @couples(

@@ -42,13 +42,18 @@ class RandomWeights(DispatchMode):
 
     Element (i, j) of a tensor is number `_STEP` i + j of a random line, which is no longer than the tensor, so that no
     channel is that of another. In between the tensor itself has the shape alone.
+
+    Attributes:
+        operations: how many were called within the block.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.operations = 0
         self._recipes: dict[int, _Recipe] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
         return func(*map(self._made, args), **{key: self._made(value) for key, value in (kwargs or {}).items()})
 
     def _made(self, value: Any) -> Any:

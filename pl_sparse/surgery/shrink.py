@@ -83,7 +83,7 @@ def shrink(
     """
     before = sum(parameter.numel() for parameter in model.parameters())
     parts, stays = whole(model, example, masks)
-    coupled = couplings(model, example)
+    coupled = couplings(model, example, lambda coupling: bool(dead(model, [coupling], masks)))
     masked = [
         (coupling, _rounded(coupling, units, multiple))
         for coupling, units in dead(model, coupled, masks)

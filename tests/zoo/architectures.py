@@ -243,6 +243,29 @@ def dinov3() -> Case:
     return Case(case.module, lambda: {"pixel_values": torch.randn(4, 3, 32, 32)})
 
 
+def _finding(name: str, family: str, levels: int, **settings: Any) -> None:
+    """A detector, with a small ResNet before it, which is trained too."""
+
+    def make() -> Case:
+        import transformers
+
+        stages = [f"stage{number}" for number in range(5 - levels, 5)]
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+        backbone = transformers.ResNetConfig(**sizes, out_features=stages)
+        case = made(
+            f"{family}ForObjectDetection", f"{family}Config", dict, backbone_config=backbone, **settings, **LABELS
+        )
+        return Case(case.module.requires_grad_(True), lambda: {"pixel_values": torch.randn(2, 3, 64, 64)})
+
+    architecture(name, "transformers")(make)
+
+
+_WIDTHS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+_DETR = {**_WIDTHS, "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 6}
+_finding("DETR", "Detr", 1, **_DETR)
+_finding("Deformable DETR", "DeformableDetr", 3, **_DETR, num_feature_levels=3)
+
+
 @architecture("RWKV", "transformers")
 def rwkv() -> Case:
     sizes = {"vocab_size": 64, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
