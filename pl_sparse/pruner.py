@@ -113,10 +113,10 @@ class Pruner(MaskedModel):
         self.masking = auto(self.scorer, self.updater) if masking == "auto" else _member(Masking, masking)
         if targets is not None and where:
             raise ValueError(f"{', '.join(where)} belong in targets=Targets(...), which is given too")
-        known = [field.name for field in fields(Targets)]
+        options = [field.name for field in fields(Targets)]
         for name in where:
-            if name not in known:
-                taken = {*signature(Pruner).parameters, *known} - {"where"}
+            if name not in options:
+                taken = {*signature(Pruner).parameters, *options} - {"where"}
                 raise TypeError(f"{type(self).__name__} has no argument {name!r}. {suggestion(name, taken)}")
         self.targets = Targets(**where) if targets is None else targets
         if ablation is not None and ablation not in ABLATIONS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -157,7 +158,8 @@ def test_channels_that_must_be_a_multiple_of_a_number_stay() -> None:
 
     net = Net(call, a=nn.Linear(4, 24), b=nn.Linear(24, 3))
     reason = couplings(net, torch.randn(2, 4))[0].reason
-    assert reason is not None and "cannot be called without some of its channels (ValueError: 13 channels" in reason
+    assert reason is not None
+    assert re.search(r"cannot be called without some of its channels \(ValueError: \d+ channels are not groups", reason)
 
 
 @pytest.mark.parametrize("kept", [True, False])

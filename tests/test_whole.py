@@ -392,7 +392,7 @@ def test_an_export_without_shrinking_computes_what_the_masked_network_does(struc
     plain.load_state_dict(net.state_dict())
     assert not torch.allclose(out_of(plain, x), expected, atol=1e-3)
     pruner.structure.adapt(plain)
-    assert torch.equal(out_of(plain, x), expected)
+    assert torch.allclose(out_of(plain, x), expected, atol=1e-6)
     if structure == "layer":  # where tokens go is not a graph
         TorchExport().write(net, x, tmp_path / "model.pt2")
         assert torch.allclose(TorchExport().open(tmp_path / "model.pt2", net)(x), expected, atol=1e-5)

@@ -50,6 +50,7 @@ ADDED_WITHIN: dict[str, dict[str, Any]] = {
     "structure": {"through_norms": False},
     "allocation": {"runtime": None, "device": None, "sensitivity": None},
     "regularizer.regularizer": {"runtime": None, "device": None},
+    "export.onnx_int8": {"weights": "auto"},
 }
 """Settings of groups that a configuration of 0.1.0 does not have, with their defaults."""
 _HYDRA = ("pl_sparse.hooks.Overview", "pl_sparse.sweep.monitor.Sweep")

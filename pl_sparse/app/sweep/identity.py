@@ -46,6 +46,8 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
             if key in node and node[key] == default:
                 del node[key]
     plain["trainer"].pop("enable_progress_bar", None)
+    if plain["trainer"].get("num_sanity_val_steps", 0) is None:  # which changes nothing that is trained; 0.1.0 had 0
+        plain["trainer"]["num_sanity_val_steps"] = 0
     return plain
 
 
