@@ -154,10 +154,6 @@ class ONNX(Traced):
         return open_onnx(folder / "dense.onnx")
 
 
-INT8_NEEDS = "int8: x86 processors without VNNI need weights=uint8"
-"""What is said of a file with int8 weights."""
-
-
 class ONNXInt8(ONNX):
     """The model with 8-bit weights and activations in ONNX (QuantizeLinear and DequantizeLinear around each layer).
 
@@ -193,4 +189,6 @@ class ONNXInt8(ONNX):
         if unsigned:
             with_unsigned_weights(path)
         note = compared(open_onnx(path), net, example, self.tolerance, f"{path} in ONNX Runtime")
-        return [note, f"weights are {'uint8, which is right on each processor' if unsigned else INT8_NEEDS}"]
+        right = "uint8, which is right on each processor"
+        needs = "int8: x86 processors without VNNI need weights=uint8"
+        return [note, f"weights are {right if unsigned else needs}"]

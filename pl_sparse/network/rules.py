@@ -260,6 +260,13 @@ def along(call: Call) -> Any:
 couples(*named("softmax log_softmax _softmax _log_softmax"))(along)
 
 
+def _as_one(call: Call, track: Track, count: int) -> Track:
+    """So many channels in a row become one: they are one unit."""
+    runs = [track.slots[rest::count] for rest in range(count)]
+    call.join(*runs)
+    return Track(track.dim, runs[0])
+
+
 @couples(*named("pixel_shuffle"))
 def pixel_shuffle(call: Call) -> Track | None:
     """r x r channels become one, (.., C r r, H, W) -> (.., C, H r, W r): they are one unit."""
@@ -269,10 +276,7 @@ def pixel_shuffle(call: Call) -> Track | None:
     if track.dim != out.dim() - 3:
         call.need_here(track)
         return None
-    count = call["upscale_factor"] ** 2
-    runs = [track.slots[rest::count] for rest in range(count)]
-    call.join(*runs)
-    return Track(track.dim, runs[0])
+    return _as_one(call, track, call["upscale_factor"] ** 2)
 
 
 @couples(*named("channel_shuffle native_channel_shuffle"))
@@ -346,10 +350,7 @@ def sums_of_windows(call: Call) -> Track | None:
     if track is None or track.dim != 1 or call["self"].dim() != 3:
         call.need_here(track)
         return None
-    count = math.prod(call["kernel_size"])
-    runs = [track.slots[rest::count] for rest in range(count)]
-    call.join(*runs)
-    return Track(1, runs[0])
+    return _as_one(call, track, math.prod(call["kernel_size"]))
 
 
 @couples(*named("_fft_r2c _fft_c2r _fft_c2c"))
